@@ -1,0 +1,3 @@
+"""Reward-tilted distribution matching distillation of flow transformers, in JAX and Flax."""
+
+__version__ = "0.1.0"
