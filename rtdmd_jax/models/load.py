@@ -1,0 +1,62 @@
+"""Transformers by the class name in their config.json."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from rtdmd_jax.errors import UserError
+from rtdmd_jax.models import sd3
+from rtdmd_jax.models.transformer import Transformer
+from rtdmd_jax.weights.safetensors import load_params, read_config
+
+# Builders take (config dict, dtype=, scan=, remat=).
+FAMILIES: dict[str, Callable[..., Transformer]] = {
+  "SD3Transformer2DModel": sd3.build,
+}
+
+
+def build_transformer(
+  config: Mapping[str, Any],
+  *,
+  dtype: Any = jnp.float32,
+  scan: bool = True,
+  remat: str = "none",
+) -> Transformer:
+  """Builds the network that a diffusers config describes.
+
+  Args:
+    config: contents of config.json; `_class_name` chooses the family.
+    dtype: type of the computation; parameters may have another.
+    scan: keep the loop over identical blocks a loop; False unrolls it. Same parameters either way.
+    remat: "none", "full" or "dots", what the backward pass recomputes of each block.
+
+  Raises:
+    UserError: unknown class name, or a config that the family does not know.
+  """
+  name = config.get("_class_name")
+  if name not in FAMILIES:
+    raise UserError(f"_class_name is {name!r}; known transformers are {', '.join(FAMILIES)}.")
+  return FAMILIES[name](config, dtype=dtype, scan=scan, remat=remat)
+
+
+def load_transformer(
+  directory: str | os.PathLike, *, dtype: Any = jnp.float32
+) -> tuple[Callable[..., Any], Any]:
+  """Loads a diffusers `transformer/` directory of any family.
+
+  Args:
+    directory: holds config.json and the safetensors weights.
+    dtype: type of the computation and of the parameters.
+
+  Returns:
+    (velocity, params), where `velocity(params, latents [B, H, W, C], sigma [B], tokens [B, L, D],
+    pooled [B, P] | None, guidance [B] | None)` is the velocity, [B, H, W, C] float32.
+
+  Raises:
+    UserError: missing or broken files, unknown family, or keys that do not fit.
+  """
+  transformer = build_transformer(read_config(directory), dtype=dtype)
+  params = load_params(directory, transformer.init_abstract(), transformer.table, dtype=dtype)
+  return transformer.velocity, params

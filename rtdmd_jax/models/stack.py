@@ -1,0 +1,44 @@
+"""Stacks of identical blocks: scanned for short compilation, rematerialised for memory."""
+
+import flax.linen as nn
+import jax
+
+from rtdmd_jax.models.layers import ADAPTER_COLLECTIONS
+
+# What the backward pass may keep of a block: everything, nothing, or results of weight products.
+REMAT_POLICIES = {
+  "none": jax.checkpoint_policies.everything_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def remat_block(block: type[nn.Module], remat: str, *, prevent_cse: bool = True):
+  """Applies a rematerialisation policy to a block's class.
+
+  Args:
+    block: module class.
+    remat: a name in `REMAT_POLICIES`.
+    prevent_cse: may be False inside a loop, where XLA cannot merge the recomputation away.
+  """
+  if remat not in REMAT_POLICIES:
+    raise ValueError(f"remat is {remat!r}, expected one of {', '.join(REMAT_POLICIES)}")
+  if remat == "none":
+    return block
+  return nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
+
+
+def stack_blocks(block: type[nn.Module], length: int, *, scan: bool, remat: str):
+  """Turns a block's class into one that applies `length` blocks in turn.
+
+  The block maps (carry, *shared) to (carry, None). Parameters and adapters have a leading axis of
+  `length`, whether the loop stays a loop (`scan`) or is unrolled in the compiled program.
+  """
+  return nn.scan(
+    remat_block(block, remat, prevent_cse=not scan),
+    variable_axes=dict.fromkeys(("params", *ADAPTER_COLLECTIONS), 0),
+    split_rngs={"params": True},
+    in_axes=nn.broadcast,
+    length=length,
+    unroll=1 if scan else length,
+  )

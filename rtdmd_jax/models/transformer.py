@@ -1,0 +1,72 @@
+"""What every transformer family hands to the rest of the program."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from rtdmd_jax.weights.maps import KeyTable
+
+
+@dataclass(frozen=True)
+class Transformer:
+  """A velocity network without its parameters.
+
+  Attributes:
+    config: the family's frozen config.
+    module: Flax module called as `(latents, sigma, tokens, pooled, guidance)`.
+    table: maps its parameters to the family's checkpoint keys.
+    example: the smallest valid inputs, as `jax.ShapeDtypeStruct`s (None for an input not used).
+  """
+
+  config: Any
+  module: nn.Module
+  table: KeyTable
+  example: tuple[Any, ...]
+
+  def init(self, key: jax.Array) -> Any:
+    """Fresh float32 parameters."""
+    inputs = jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), self.example)
+    return self.module.init(key, *inputs)["params"]
+
+  def init_abstract(self) -> Any:
+    """Shapes of the parameters; allocates nothing."""
+    return jax.eval_shape(self.init, jax.random.key(0))
+
+  def apply(
+    self,
+    variables: Mapping[str, Any],
+    latents: jax.Array,
+    sigma: jax.Array,
+    tokens: jax.Array,
+    pooled: jax.Array | None = None,
+    guidance: jax.Array | None = None,
+  ) -> jax.Array:
+    """Velocity with adapters.
+
+    Args:
+      variables: `{"params": ..., "lora_frozen": ..., "lora": ...}`, the last two optional.
+      latents: [B, H, W, C].
+      sigma: [B], noise level in [0, 1].
+      tokens: [B, L, D], text embeddings.
+      pooled: [B, P], for families that take pooled text embeddings.
+      guidance: [B], for families that take the guidance scale as an input.
+
+    Returns:
+      [B, H, W, C] float32.
+    """
+    return self.module.apply(variables, latents, sigma, tokens, pooled, guidance)
+
+  def velocity(
+    self,
+    params: Any,
+    latents: jax.Array,
+    sigma: jax.Array,
+    tokens: jax.Array,
+    pooled: jax.Array | None = None,
+    guidance: jax.Array | None = None,
+  ) -> jax.Array:
+    """Velocity of the base parameters alone; see `apply`."""
+    return self.apply({"params": params}, latents, sigma, tokens, pooled, guidance)
