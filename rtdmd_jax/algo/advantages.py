@@ -1,4 +1,4 @@
-"""Group-relative advantages over the global batch (RTDMD, section 3.2; Flow-GRPO)."""
+"""Group-relative advantages over the global batch (RTDMD, arXiv 2605.26108; Flow-GRPO)."""
 
 import jax
 import jax.numpy as jnp

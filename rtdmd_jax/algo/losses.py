@@ -200,7 +200,7 @@ def plain_generator_loss(
   *,
   normalize: bool = True,
 ) -> jax.Array:
-  """Distribution matching of clean samples (DMD, arXiv 2405.14867): `dmd_loss` on x0 predictions.
+  """Distribution matching of clean samples (DMD2, arXiv 2405.14867): `dmd_loss` on x0 predictions.
 
   Args:
     x0: [B, ...] generated clean sample, the only differentiated argument.

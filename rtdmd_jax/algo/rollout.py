@@ -58,7 +58,7 @@ def generator_rollout(
   eta: float,
   stop: int | jax.Array,
 ) -> LastStep:
-  """Runs `stop` CPS steps from noise, the last one with gradient (RTDMD, section 3.1).
+  """Runs `stop` CPS steps from noise, the last one with gradient (RTDMD, arXiv 2605.26108).
 
   The network runs exactly `stop` times, also when `stop` is traced.
 
@@ -106,7 +106,7 @@ def sample_rollout(
   *,
   eta: float,
 ) -> Trajectory:
-  """Runs all K CPS steps without gradient and records every transition (RTDMD, section 3.2).
+  """Runs all K CPS steps without gradient and records every transition (RTDMD, arXiv 2605.26108).
 
   Arguments and errors as in `generator_rollout`.
   """
@@ -134,7 +134,7 @@ def subinterval_start(
   noise: jax.Array,
   eta: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """The sample and level at which a sub-interval starts (RTDMD, section 3.1).
+  """The sample and level at which a sub-interval starts (RTDMD, arXiv 2605.26108).
 
   Args:
     last: from `generator_rollout`; gradients pass through its v.

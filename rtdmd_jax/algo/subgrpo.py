@@ -1,4 +1,4 @@
-"""SubGRPO: train few steps of a rollout and share the noise of the others (RTDMD, section 3.2)."""
+"""SubGRPO: train few steps of a rollout and share the noise of the others (RTDMD, arXiv 2605.26108)."""
 
 import jax
 import jax.numpy as jnp

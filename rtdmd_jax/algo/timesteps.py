@@ -21,7 +21,7 @@ def renoise_sigma(
   high: float = 980.0,
   inside: bool = False,
 ) -> jax.Array:
-  """Draws the level to which a sub-interval's start is renoised (RTDMD, section 3.1).
+  """Draws the level to which a sub-interval's start is renoised (RTDMD, arXiv 2605.26108).
 
   Uniform on `[1000 s + offset, end]` timesteps (`[start, start + 1]` if the offset start reaches
   the end), then clamped to `[low, high]`. The clamp is a point mass at `high` and, for s above

@@ -122,7 +122,7 @@ def gaussian_log_prob(
     next_x: [B, ...] sample, not differentiated.
     mean: [B, ...] mean of the transition.
     std: positive, [] or [B]; `cps_std` gives a CPS transition's.
-    reduction: "sum" (the log-density, RTDMD eq. of the policy term) or "mean".
+    reduction: "sum" (the log-density, the form that RTDMD prints) or "mean".
 
   Raises:
     ValueError: unknown reduction.
