@@ -1,4 +1,4 @@
-"""SubGRPO: train few steps of a rollout and share the noise of the others (RTDMD, arXiv 2605.26108)."""
+"""SubGRPO (RTDMD, arXiv 2605.26108): train few steps of a rollout, share the others' noise."""
 
 import jax
 import jax.numpy as jnp
