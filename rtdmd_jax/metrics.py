@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from rtdmd_jax.errors import UserError
 
@@ -39,6 +38,8 @@ class MetricWriter:
     self._file = None
     if not active:
       return
+    from tensorboardX import SummaryWriter  # takes seconds to import, and readers need it not
+
     path = workdir / FILE_NAME
     try:
       workdir.mkdir(parents=True, exist_ok=True)
