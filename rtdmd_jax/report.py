@@ -155,7 +155,7 @@ def _scores(evaluation: Evaluation | None) -> str:
   if evaluation is None:
     return ""
   return (
-    '<p class="note">Means with 95 % confidence intervals over images; bold is the highest mean.</p>'
+    '<p class="note">Means with 95 % intervals over images; bold is the highest mean.</p>'
     f"{score_table(evaluation)}{tag_tables(evaluation)}"
   )
 
