@@ -1,0 +1,217 @@
+"""Strict, streaming reading and writing of safetensors checkpoints.
+
+Files are the ones that diffusers and transformers write: one `*.safetensors`, or shards with an
+index. Every key must be accounted for, in both directions.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from rtdmd_jax.errors import UserError
+from rtdmd_jax.weights.maps import Entry, KeyTable
+
+_STEMS = ("diffusion_pytorch_model", "model")
+
+
+def load_params(
+  path: str | os.PathLike,
+  abstract_params: Any,
+  table: KeyTable,
+  *,
+  dtype: Any = None,
+  sharding: Any = None,
+  ignore: Sequence[str] = (),
+) -> Any:
+  """Reads a checkpoint into a parameter tree, one tensor at a time.
+
+  Args:
+    path: a `.safetensors` file or a directory that diffusers or transformers wrote.
+    abstract_params: nested dicts of leaves with `shape` and `dtype` (from `jax.eval_shape`).
+    table: maps leaves to checkpoint keys.
+    dtype: type of the floating-point leaves; None takes the type of the abstract leaf.
+    sharding: one sharding for all leaves or a tree of them; None puts the leaves on jax's
+      default device. Host memory holds one leaf at a time.
+    ignore: regular expressions; a whole key that matches one may stay unread.
+
+  Returns:
+    A tree of jax arrays with the structure of `abstract_params`.
+
+  Raises:
+    UserError: missing or broken file; unknown, missing, duplicate or mis-shaped key.
+  """
+  entries = table.entries(abstract_params)
+  leaves, treedef = jax.tree.flatten(abstract_params)
+  if sharding is None or isinstance(sharding, jax.sharding.Sharding):
+    shardings = [sharding] * len(leaves)
+  else:
+    shardings = treedef.flatten_up_to(sharding)
+  with _open_files(_checkpoint_files(Path(path))) as tensors:
+    _check_keys(path, entries, tensors, ignore)
+    loaded = []
+    for entry, leaf, place in zip(entries, leaves, shardings, strict=True):
+      array = _read_leaf(entry, leaf, tensors, _leaf_dtype(leaf.dtype, dtype))
+      loaded.append(jax.device_put(array, place))
+  return treedef.unflatten(loaded)
+
+
+def save_params(
+  path: str | os.PathLike, params: Any, table: KeyTable, *, dtype: Any = None
+) -> None:
+  """Writes a parameter tree as one `.safetensors` file in the checkpoint's own layout.
+
+  Args:
+    path: the file to write; its directory is made if need be, and the file appears whole or not.
+    params: nested dicts of arrays, all addressable from this process.
+    table: maps leaves to checkpoint keys.
+    dtype: type of the floating-point tensors; None keeps the type of each leaf.
+  """
+  path = Path(path)
+  tensors = {}
+  for entry, leaf in zip(table.entries(params), jax.tree.leaves(params), strict=True):
+    array = np.asarray(leaf)
+    array = array.astype(_leaf_dtype(array.dtype, dtype), copy=False)
+    layers = array if entry.stacked else array[None]
+    for key, layer in zip(entry.keys, layers, strict=True):
+      # safetensors writes the buffer as it lies in memory, so transposed views must be copied.
+      tensors[key] = np.asarray(layer.transpose(entry.axes), order="C")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(path.name + ".partial")
+  save_file(tensors, partial, metadata={"format": "pt"})
+  partial.replace(path)
+
+
+def read_config(directory: str | os.PathLike) -> dict[str, Any]:
+  """Reads `config.json` of a model directory.
+
+  Raises:
+    UserError: no such directory or file, or the file is not a JSON object.
+  """
+  directory = Path(directory)
+  if not directory.is_dir():
+    raise UserError(f"{directory} is not a directory; give a model directory with a config.json.")
+  return _read_json(directory / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+  except ValueError as error:
+    raise UserError(f"{path} is not valid JSON ({error}).") from error
+  if not isinstance(value, dict):
+    raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
+  return value
+
+
+def _checkpoint_files(path: Path) -> dict[Path, frozenset[str]]:
+  """The files of a checkpoint and the keys that its index promises in each."""
+  if path.is_file():
+    return {path: frozenset()}
+  if not path.is_dir():
+    raise UserError(f"{path} does not exist; give a .safetensors file or a model directory.")
+  names = [f"{stem}.safetensors{index}" for stem in _STEMS for index in ("", ".index.json")]
+  found = [path / name for name in names if (path / name).is_file()]
+  found = found or sorted([*path.glob("*.safetensors.index.json"), *path.glob("*.safetensors")])
+  if not found:
+    raise UserError(f"{path} holds no .safetensors file and no .safetensors.index.json.")
+  if len(found) > 1:
+    listed = ", ".join(f.name for f in found)
+    raise UserError(f"{path} holds several checkpoints ({listed}); keep one or name one file.")
+  if found[0].suffix != ".json":
+    return {found[0]: frozenset()}
+  return _indexed_files(found[0])
+
+
+def _indexed_files(index: Path) -> dict[Path, frozenset[str]]:
+  weight_map = _read_json(index).get("weight_map")
+  if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+    raise UserError(f'{index} has no "weight_map" from keys to file names.')
+  files: dict[Path, set[str]] = {}
+  for key, name in weight_map.items():
+    files.setdefault(index.parent / name, set()).add(key)
+  for file in files:
+    if not file.is_file():
+      raise UserError(f"{file} is missing, although {index} lists it.")
+  return {file: frozenset(keys) for file, keys in files.items()}
+
+
+class _Tensors(dict):
+  """From key to (file, open handle)."""
+
+  def read(self, key: str) -> np.ndarray:
+    file, handle = self[key]
+    try:
+      return handle.get_tensor(key)
+    except (SafetensorError, TypeError, OSError) as error:
+      raise UserError(f"{file}: tensor {key} cannot be read ({error}).") from error
+
+  def shape(self, key: str) -> tuple[int, ...]:
+    return tuple(self[key][1].get_slice(key).get_shape())
+
+
+@contextmanager
+def _open_files(files: Mapping[Path, frozenset[str]]) -> Iterator[_Tensors]:
+  tensors = _Tensors()
+  with ExitStack() as stack:
+    for file, promised in files.items():
+      try:
+        handle = stack.enter_context(safe_open(file, framework="numpy"))
+      except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a whole safetensors file ({error}).") from error
+      keys = set(handle.keys())
+      if promised - keys:
+        lacking = sorted(promised - keys)[0]
+        raise UserError(f"{file} lacks key {lacking}, although the index promises it there.")
+      for key in keys:
+        if key in tensors:
+          raise UserError(f"{file} holds key {key} again; {tensors[key][0]} has it already.")
+        tensors[key] = (file, handle)
+    yield tensors
+
+
+def _check_keys(
+  path: str | os.PathLike, entries: Sequence[Entry], tensors: _Tensors, ignore: Sequence[str]
+) -> None:
+  wanted = {key: entry for entry in entries for key in entry.keys}
+  missing = sorted(wanted.keys() - tensors.keys())
+  if missing:
+    more = f" and {len(missing) - 1} more keys" if len(missing) > 1 else ""
+    raise UserError(f"{path} lacks key {missing[0]}{more}.")
+  unknown = sorted(
+    key for key in tensors.keys() - wanted.keys() if not any(re.fullmatch(p, key) for p in ignore)
+  )
+  if unknown:
+    more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+    raise UserError(f"{tensors[unknown[0]][0]} holds key {unknown[0]}{more}, unknown to the model.")
+  for key, entry in wanted.items():
+    if tensors.shape(key) != entry.shape:
+      raise UserError(
+        f"{tensors[key][0]}: {key} has shape {tensors.shape(key)}, expected {entry.shape}."
+      )
+
+
+def _leaf_dtype(own: Any, wanted: Any) -> np.dtype:
+  if wanted is None or not jax.numpy.issubdtype(own, jax.numpy.floating):
+    return np.dtype(own)
+  return np.dtype(wanted)
+
+
+def _read_leaf(entry: Entry, leaf: Any, tensors: _Tensors, dtype: np.dtype) -> np.ndarray:
+  out = np.empty(leaf.shape, dtype)
+  layers = out if entry.stacked else out[None]
+  for i, key in enumerate(entry.keys):
+    # One copy does the transposition, the cast and the stacking; `...` keeps a scalar a view.
+    tensor = tensors.read(key).transpose(entry.inverse_axes)
+    np.copyto(layers[i, ...], tensor, casting="unsafe")
+  return out
