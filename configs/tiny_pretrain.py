@@ -31,35 +31,59 @@ def get_config() -> config_dict.ConfigDict:
   )
 
   c.clip = config_dict.ConfigDict()
-  c.clip.steps = 1500
+  c.clip.steps = 800
   c.clip.batch_size = 128
   c.clip.learning_rate = 1e-3
   c.clip.projection_dim = 64
   tower = dict(
-    hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-    hidden_act="quick_gelu", layer_norm_eps=1e-5,
+    hidden_size=64,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    hidden_act="quick_gelu",
+    layer_norm_eps=1e-5,
   )
   c.clip.text = dict(tower)
   c.clip.text_2 = tower | dict(hidden_act="gelu")
   c.clip.vision = tower | dict(
-    hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-    image_size=64, patch_size=8,
+    hidden_size=96,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    image_size=64,
+    patch_size=8,
   )
 
   c.teacher = config_dict.ConfigDict()
-  c.teacher.steps = 4000
+  c.teacher.steps = 2500
   c.teacher.batch_size = 128
   c.teacher.learning_rate = 1e-3
   c.teacher.caption_dropout = 0.1
   c.teacher.shift = 1.0
   c.teacher.model = dict(
-    _class_name="SD3Transformer2DModel", sample_size=8, patch_size=2, in_channels=8, out_channels=8,
-    num_layers=5, attention_head_dim=40, num_attention_heads=4, caption_projection_dim=160,
-    joint_attention_dim=128, pooled_projection_dim=128, pos_embed_max_size=8, qk_norm="rms_norm",
+    _class_name="SD3Transformer2DModel",
+    sample_size=8,
+    patch_size=2,
+    in_channels=8,
+    out_channels=8,
+    num_layers=5,
+    attention_head_dim=40,
+    num_attention_heads=4,
+    caption_projection_dim=160,
+    joint_attention_dim=128,
+    pooled_projection_dim=128,
+    pos_embed_max_size=8,
+    qk_norm="rms_norm",
     dual_attention_layers=(),
   )
   c.teacher.t5 = dict(
-    d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
-    relative_attention_num_buckets=16, relative_attention_max_distance=32,
+    d_model=128,
+    d_kv=32,
+    d_ff=256,
+    num_layers=2,
+    num_heads=4,
+    feed_forward_proj="gated-gelu",
+    relative_attention_num_buckets=16,
+    relative_attention_max_distance=32,
   )
   return c

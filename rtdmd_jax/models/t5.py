@@ -170,12 +170,13 @@ class T5Encoder(nn.Module):
     """Maps ids [B, L] to [B, L, D]."""
     c = self.config
     x = nn.Embed(
-      c.vocab_size, c.d_model, dtype=self.dtype, embedding_init=nn.initializers.normal(1.0),
+      c.vocab_size,
+      c.d_model,
+      dtype=self.dtype,
+      embedding_init=nn.initializers.normal(1.0),
       name="shared",
     )(ids)
-    table = nn.Embed(
-      c.relative_attention_num_buckets, c.num_heads, name="relative_attention_bias"
-    )
+    table = nn.Embed(c.relative_attention_num_buckets, c.num_heads, name="relative_attention_bias")
     buckets = relative_buckets(
       ids.shape[1], c.relative_attention_num_buckets, c.relative_attention_max_distance
     )

@@ -64,7 +64,9 @@ def train_contrastive(
     level_key, noise_key = jax.random.split(key)
     level = 0.06 * jax.random.uniform(level_key, (images.shape[0], 1, 1, 1))
     images = images + level * jax.random.normal(noise_key, images.shape)
-    text, image, scale = model.apply({"params": params["clip"]}, batch["ids"], (images - mean) / std)
+    text, image, scale = model.apply(
+      {"params": params["clip"]}, batch["ids"], (images - mean) / std
+    )
     _, pooled = second.apply({"params": params["text_2"]}, batch["ids"])
     other = pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True)
     scale = jnp.minimum(scale, 100.0)

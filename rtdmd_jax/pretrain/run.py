@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
 from rtdmd_jax.models.clip import TEXT_TABLE, CLIPText, TowerConfig
 from rtdmd_jax.models.vae import TABLE as VAE_TABLE
 from rtdmd_jax.models.vae import AutoencoderKL, VAEConfig
@@ -121,5 +120,3 @@ def _write_index(directory: Path) -> None:
     "shift": 3.0,
   }
   (directory / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler, indent=2))
-
-

@@ -90,16 +90,16 @@ def save_params(
   partial.replace(path)
 
 
-def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-  """Reads `config.json` of a model directory.
+def read_config(directory: str | os.PathLike, name: str = "config.json") -> dict[str, Any]:
+  """Reads a JSON file, `config.json` unless named, of a model directory.
 
   Raises:
     UserError: no such directory or file, or the file is not a JSON object.
   """
   directory = Path(directory)
   if not directory.is_dir():
-    raise UserError(f"{directory} is not a directory; give a model directory with a config.json.")
-  return _read_json(directory / "config.json")
+    raise UserError(f"{directory} is not a directory; give a model directory with a {name}.")
+  return _read_json(directory / name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
