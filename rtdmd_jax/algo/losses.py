@@ -15,8 +15,23 @@ from rtdmd_jax.algo.transitions import (
 )
 
 
+def weighted_mean(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+  """`mean(weights * values)` over samples [N]; no weights are ones.
+
+  The divisor is N, not the weights' sum. A value of weight 0 may be anything, also not finite.
+  """
+  if weights is None:
+    return jnp.mean(values)
+  return jnp.mean(jnp.where(weights == 0, 0.0, weights * values))
+
+
 def dmd_loss(
-  x: jax.Array, x_fake: jax.Array, x_real: jax.Array, *, normalize: bool = True
+  x: jax.Array,
+  x_fake: jax.Array,
+  x_real: jax.Array,
+  *,
+  normalize: bool = True,
+  weights: jax.Array | None = None,
 ) -> jax.Array:
   """Distribution-matching loss whose gradient with respect to x is `g / x.size`.
 
@@ -28,6 +43,7 @@ def dmd_loss(
     x_fake: [B, ...] the fake score's prediction of it.
     x_real: [B, ...] the teacher's.
     normalize: divide by the mean distance to the teacher's prediction.
+    weights: [B] of the samples, see `weighted_mean`.
 
   Returns:
     `0.5 * mean (x - stopgrad(x - g))^2`, [].
@@ -39,7 +55,7 @@ def dmd_loss(
     g = g / expand(per_sample_mean(jnp.abs(constant - x_real)), x)
   g = jax.lax.stop_gradient(jnp.nan_to_num(g))
   # Expanded, so that g is neither rounded to x's spacing nor doubled past the largest float.
-  return 0.5 * jnp.mean(jnp.square(g)) + jnp.mean((x - constant) * g)
+  return weighted_mean(per_sample_mean(0.5 * jnp.square(g) + (x - constant) * g), weights)
 
 
 def inverse_scale_weight(scale: jax.Array, low: float, high: float) -> jax.Array:
@@ -113,6 +129,7 @@ def clipped_policy_loss(
   clip_low: float,
   clip_high: float,
   limit: float,
+  weights: jax.Array | None = None,
 ) -> jax.Array:
   """`mean max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))`, `r = exp(log_prob - old)`.
 
@@ -125,29 +142,34 @@ def clipped_policy_loss(
     clip_low: how far below 1 the ratio counts.
     clip_high: how far above 1 the ratio counts.
     limit: bound of the advantage.
+    weights: [N] of the samples, see `weighted_mean`.
   """
   advantage = jnp.clip(jnp.asarray(advantage, jnp.float32), -limit, limit)
   ratio = jnp.exp(jnp.asarray(log_prob, jnp.float32) - jnp.asarray(old_log_prob, jnp.float32))
   clipped = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
-  return jnp.mean(jnp.maximum(-advantage * ratio, -advantage * clipped))
+  return weighted_mean(jnp.maximum(-advantage * ratio, -advantage * clipped), weights)
 
 
-def kl_to_reference(mean: jax.Array, mean_ref: jax.Array, std: jax.Array) -> jax.Array:
+def kl_to_reference(
+  mean: jax.Array, mean_ref: jax.Array, std: jax.Array, weights: jax.Array | None = None
+) -> jax.Array:
   """`mean (mean - mean_ref)^2 / (2 std^2)`: KL of two transitions of equal deviation, per element.
 
   Args:
     mean: [B, ...] of the policy's transition.
     mean_ref: [B, ...] of the reference's, not differentiated.
     std: positive, [] or [B].
+    weights: [B] of the samples, see `weighted_mean`.
   """
   mean = jnp.asarray(mean, jnp.float32)
   mean_ref = jax.lax.stop_gradient(jnp.asarray(mean_ref, jnp.float32))
-  return jnp.mean(jnp.square(mean - mean_ref) / (2.0 * jnp.square(expand(std, mean))))
+  kl = jnp.square(mean - mean_ref) / (2.0 * jnp.square(expand(std, mean)))
+  return weighted_mean(per_sample_mean(kl), weights)
 
 
-def reward_hinge(reward: jax.Array, margin: float) -> jax.Array:
-  """`mean relu(margin - reward)` over differentiable rewards [B]."""
-  return jnp.mean(jax.nn.relu(margin - jnp.asarray(reward, jnp.float32)))
+def reward_hinge(reward: jax.Array, margin: float, weights: jax.Array | None = None) -> jax.Array:
+  """`mean relu(margin - reward)` over differentiable rewards [B]; weights as in `weighted_mean`."""
+  return weighted_mean(jax.nn.relu(margin - jnp.asarray(reward, jnp.float32)), weights)
 
 
 def generator_loss(
@@ -161,6 +183,7 @@ def generator_loss(
   *,
   eta: float,
   normalize: bool = True,
+  weights: jax.Array | None = None,
 ) -> jax.Array:
   """Sub-interval distribution matching (RTDMD, AC-DMD generator update).
 
@@ -178,6 +201,7 @@ def generator_loss(
     fake_velocity: likewise.
     eta: stochasticity of the moves back.
     normalize: see `dmd_loss`.
+    weights: [B] of the samples, see `weighted_mean`.
   """
   constant = jax.lax.stop_gradient
   start = constant(jnp.asarray(x_s, jnp.float32))
@@ -188,7 +212,8 @@ def generator_loss(
     v = constant(velocity(x_t, level))
     return constant(cps_step(x_t, v, level, sigma_s, eta, transition_noise))
 
-  return dmd_loss(x_s, move_back(fake_velocity), move_back(teacher_velocity), normalize=normalize)
+  fake, real = move_back(fake_velocity), move_back(teacher_velocity)
+  return dmd_loss(x_s, fake, real, normalize=normalize, weights=weights)
 
 
 def plain_generator_loss(
@@ -199,6 +224,7 @@ def plain_generator_loss(
   fake_velocity: Velocity,
   *,
   normalize: bool = True,
+  weights: jax.Array | None = None,
 ) -> jax.Array:
   """Distribution matching of clean samples (DMD2, arXiv 2405.14867): `dmd_loss` on x0 predictions.
 
@@ -209,6 +235,7 @@ def plain_generator_loss(
     teacher_velocity: `(x [B, ...], sigma [B]) -> v`, guidance inside.
     fake_velocity: likewise.
     normalize: see `dmd_loss`.
+    weights: [B] of the samples, see `weighted_mean`.
   """
   constant = jax.lax.stop_gradient
   x_t = constant(add_noise(x0, noise, sigma_t))
@@ -217,7 +244,7 @@ def plain_generator_loss(
     constant(x0_from_v(x_t, velocity(x_t, level), level))
     for velocity in (fake_velocity, teacher_velocity)
   )
-  return dmd_loss(x0, fake, real, normalize=normalize)
+  return dmd_loss(x0, fake, real, normalize=normalize, weights=weights)
 
 
 def _walk_back(
