@@ -16,10 +16,13 @@ from rtdmd_jax.algo.transitions import (
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array | None) -> jax.Array:
-  """Mean of values [B, ...], each sample's part multiplied by its weight (weights [B] or None)."""
+  """`mean(weights * values)` over samples [N]; no weights are ones.
+
+  The divisor is N, not the weights' sum. A value of weight 0 may be anything, also not finite.
+  """
   if weights is None:
     return jnp.mean(values)
-  return jnp.mean(jnp.asarray(weights, jnp.float32) * per_sample_mean(values))
+  return jnp.mean(jnp.where(weights == 0, 0.0, weights * values))
 
 
 def dmd_loss(
@@ -40,7 +43,7 @@ def dmd_loss(
     x_fake: [B, ...] the fake score's prediction of it.
     x_real: [B, ...] the teacher's.
     normalize: divide by the mean distance to the teacher's prediction.
-    weights: [B], see `weighted_mean`; a sample of weight 0 has no gradient.
+    weights: [B] of the samples, see `weighted_mean`.
 
   Returns:
     `0.5 * mean (x - stopgrad(x - g))^2`, [].
@@ -52,7 +55,7 @@ def dmd_loss(
     g = g / expand(per_sample_mean(jnp.abs(constant - x_real)), x)
   g = jax.lax.stop_gradient(jnp.nan_to_num(g))
   # Expanded, so that g is neither rounded to x's spacing nor doubled past the largest float.
-  return 0.5 * jnp.mean(jnp.square(g)) + jnp.mean((x - constant) * g)
+  return weighted_mean(per_sample_mean(0.5 * jnp.square(g) + (x - constant) * g), weights)
 
 
 def inverse_scale_weight(scale: jax.Array, low: float, high: float) -> jax.Array:
@@ -139,7 +142,7 @@ def clipped_policy_loss(
     clip_low: how far below 1 the ratio counts.
     clip_high: how far above 1 the ratio counts.
     limit: bound of the advantage.
-    weights: [N], see `weighted_mean`.
+    weights: [N] of the samples, see `weighted_mean`.
   """
   advantage = jnp.clip(jnp.asarray(advantage, jnp.float32), -limit, limit)
   ratio = jnp.exp(jnp.asarray(log_prob, jnp.float32) - jnp.asarray(old_log_prob, jnp.float32))
@@ -148,7 +151,7 @@ def clipped_policy_loss(
 
 
 def kl_to_reference(
-  mean: jax.Array, mean_ref: jax.Array, std: jax.Array, *, weights: jax.Array | None = None
+  mean: jax.Array, mean_ref: jax.Array, std: jax.Array, weights: jax.Array | None = None
 ) -> jax.Array:
   """`mean (mean - mean_ref)^2 / (2 std^2)`: KL of two transitions of equal deviation, per element.
 
@@ -156,17 +159,15 @@ def kl_to_reference(
     mean: [B, ...] of the policy's transition.
     mean_ref: [B, ...] of the reference's, not differentiated.
     std: positive, [] or [B].
-    weights: [B], see `weighted_mean`.
+    weights: [B] of the samples, see `weighted_mean`.
   """
   mean = jnp.asarray(mean, jnp.float32)
   mean_ref = jax.lax.stop_gradient(jnp.asarray(mean_ref, jnp.float32))
-  square = jnp.square(mean - mean_ref) / (2.0 * jnp.square(expand(std, mean)))
-  return weighted_mean(square, weights)
+  kl = jnp.square(mean - mean_ref) / (2.0 * jnp.square(expand(std, mean)))
+  return weighted_mean(per_sample_mean(kl), weights)
 
 
-def reward_hinge(
-  reward: jax.Array, margin: float, *, weights: jax.Array | None = None
-) -> jax.Array:
+def reward_hinge(reward: jax.Array, margin: float, weights: jax.Array | None = None) -> jax.Array:
   """`mean relu(margin - reward)` over differentiable rewards [B]; weights as in `weighted_mean`."""
   return weighted_mean(jax.nn.relu(margin - jnp.asarray(reward, jnp.float32)), weights)
 
@@ -200,7 +201,7 @@ def generator_loss(
     fake_velocity: likewise.
     eta: stochasticity of the moves back.
     normalize: see `dmd_loss`.
-    weights: see `dmd_loss`.
+    weights: [B] of the samples, see `weighted_mean`.
   """
   constant = jax.lax.stop_gradient
   start = constant(jnp.asarray(x_s, jnp.float32))
@@ -211,8 +212,8 @@ def generator_loss(
     v = constant(velocity(x_t, level))
     return constant(cps_step(x_t, v, level, sigma_s, eta, transition_noise))
 
-  x_fake, x_real = move_back(fake_velocity), move_back(teacher_velocity)
-  return dmd_loss(x_s, x_fake, x_real, normalize=normalize, weights=weights)
+  fake, real = move_back(fake_velocity), move_back(teacher_velocity)
+  return dmd_loss(x_s, fake, real, normalize=normalize, weights=weights)
 
 
 def plain_generator_loss(
@@ -234,7 +235,7 @@ def plain_generator_loss(
     teacher_velocity: `(x [B, ...], sigma [B]) -> v`, guidance inside.
     fake_velocity: likewise.
     normalize: see `dmd_loss`.
-    weights: see `dmd_loss`.
+    weights: [B] of the samples, see `weighted_mean`.
   """
   constant = jax.lax.stop_gradient
   x_t = constant(add_noise(x0, noise, sigma_t))

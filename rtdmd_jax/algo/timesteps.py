@@ -1,5 +1,12 @@
 """Draws of noise levels, stops and guidance. Arguments are timesteps (0 to 1000) where named so;
-results are sigmas in [0, 1]. Every draw takes its key."""
+results are sigmas in [0, 1]. Every draw takes its key.
+
+`samples` is either the batch size B or the [B] global indices of the samples. With indices each
+sample's draw is a function of the key and its index only, so that it does not depend on how a
+batch is cut.
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +17,22 @@ from rtdmd_jax.algo.schedules import NUM_TRAIN_TIMESTEPS, static_shift
 INSIDE_MARGIN = 1e-4
 
 
+def _per_sample(
+  draw: Callable[[jax.Array, tuple[int, ...]], jax.Array],
+  key: jax.Array,
+  samples: int | jax.Array,
+  *shape: int,
+) -> jax.Array:
+  """`draw(key, shape)` for each sample, [B, *shape]."""
+  if isinstance(samples, int):
+    return draw(key, (samples, *shape))
+  return jax.vmap(lambda index: draw(jax.random.fold_in(key, index), shape))(samples)
+
+
 def renoise_sigma(
   key: jax.Array,
   sigma_s: jax.Array,
-  batch: int,
+  samples: int | jax.Array,
   *,
   offset: float = 10.0,
   end: float = 1000.0,
@@ -31,7 +50,7 @@ def renoise_sigma(
   Args:
     key: one key a batch.
     sigma_s: start level in sigma, [] or [B].
-    batch: B.
+    samples: B, or [B] global sample indices.
     offset: timesteps by which the interval starts above s.
     end: last timestep of the interval.
     low: lower clamp, timesteps.
@@ -43,7 +62,7 @@ def renoise_sigma(
   """
   origin = jnp.asarray(sigma_s, jnp.float32) * NUM_TRAIN_TIMESTEPS
   start = origin + offset
-  u = jax.random.uniform(key, (batch,))
+  u = _per_sample(jax.random.uniform, key, samples)
   if inside:
     start = jnp.where(start < end, start, origin)
     t = start + (INSIDE_MARGIN + (1.0 - 2.0 * INSIDE_MARGIN) * u) * (end - start)
@@ -54,15 +73,20 @@ def renoise_sigma(
 
 
 def uniform_sigma(
-  key: jax.Array, batch: int, *, low: float = 0.0, high: float = 1000.0, shift: float = 1.0
+  key: jax.Array,
+  samples: int | jax.Array,
+  *,
+  low: float = 0.0,
+  high: float = 1000.0,
+  shift: float = 1.0,
 ) -> jax.Array:
   """[B] sigmas, uniform between two raw timesteps and then statically shifted."""
-  return _from_fraction(jax.random.uniform(key, (batch,)), low, high, shift)
+  return _from_fraction(_per_sample(jax.random.uniform, key, samples), low, high, shift)
 
 
 def logit_normal_sigma(
   key: jax.Array,
-  batch: int,
+  samples: int | jax.Array,
   *,
   mean: float = 0.0,
   std: float = 1.0,
@@ -75,7 +99,7 @@ def logit_normal_sigma(
   `sigmoid(mean + std n)`, n standard normal, spread over [low, high] raw timesteps, then
   statically shifted. A positive mean favours noisy levels, as in the paper.
   """
-  u = jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch,)))
+  u = jax.nn.sigmoid(mean + std * _per_sample(jax.random.normal, key, samples))
   return _from_fraction(u, low, high, shift)
 
 
@@ -83,14 +107,19 @@ def _from_fraction(u: jax.Array, low: float, high: float, shift: float) -> jax.A
   return static_shift((low + u * (high - low)) / NUM_TRAIN_TIMESTEPS, shift)
 
 
-def consistency_steps(key: jax.Array, moves: int, batch: int, *, epsilon: int = 200) -> jax.Array:
+def consistency_steps(
+  key: jax.Array, moves: int, samples: int | jax.Array, *, epsilon: int = 200
+) -> jax.Array:
   """Sizes of the consistency regulariser's moves back: UniformInt{1..epsilon} timesteps.
 
   Returns:
     [M, B] float32 in sigma units, M = `moves`; the loss bounds the level itself by 0.
   """
-  delta = jax.random.randint(key, (moves, batch), 1, epsilon + 1)
-  return delta.astype(jnp.float32) / NUM_TRAIN_TIMESTEPS
+
+  def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.randint(key, shape, 1, epsilon + 1)
+
+  return _per_sample(draw, key, samples, moves).T.astype(jnp.float32) / NUM_TRAIN_TIMESTEPS
 
 
 def adjacent_steps(sigma_t: jax.Array, sigmas: jax.Array, moves: int) -> jax.Array:

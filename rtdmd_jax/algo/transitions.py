@@ -107,33 +107,37 @@ def cps_step(
 def cps_log_prob(next_x: jax.Array, mean: jax.Array) -> jax.Array:
   """`-mean (x' - mean)^2` over all but the batch, [B]: constants and variance dropped.
 
-  This is the published code's form; `gaussian_log_prob` is the paper's. x' gets no gradient.
+  This is the published code's form; `cps_gaussian_log_prob` is the paper's. x' gets no gradient.
   """
   next_x, mean = _f32(next_x, mean)
   return -per_sample_mean(jnp.square(jax.lax.stop_gradient(next_x) - mean))
 
 
-def gaussian_log_prob(
+def cps_gaussian_log_prob(
   next_x: jax.Array, mean: jax.Array, std: jax.Array, *, reduction: str = "sum"
 ) -> jax.Array:
-  """Log-density of x' under N(mean, std^2), summed or averaged over all but the batch, [B].
+  """Log-density of x' under N(mean, std^2), the form that RTDMD prints, [B].
 
   Args:
     next_x: [B, ...] sample, not differentiated.
-    mean: [B, ...] mean of the transition.
-    std: positive, [] or [B]; `cps_std` gives a CPS transition's.
-    reduction: "sum" (the log-density, the form that RTDMD prints) or "mean".
+    mean: [B, ...] `cps_mean`.
+    std: `cps_std`, positive, [] or [B].
+    reduction: over all but the batch, "sum" (the density's logarithm) or "mean".
 
   Raises:
     ValueError: unknown reduction.
   """
   if reduction not in ("sum", "mean"):
     raise ValueError(f"reduction {reduction!r}: expected 'sum' or 'mean'")
+  average = _mean_log_density(next_x, mean, std)
+  return average if reduction == "mean" else average * (mean.size // mean.shape[0])
+
+
+def _mean_log_density(next_x: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
   next_x, mean = _f32(next_x, mean)
   std = expand(std, mean)
   z = (jax.lax.stop_gradient(next_x) - mean) / std
-  average = per_sample_mean(-0.5 * jnp.square(z) - jnp.log(std) - 0.5 * math.log(2 * math.pi))
-  return average if reduction == "mean" else average * (mean.size // mean.shape[0])
+  return per_sample_mean(-0.5 * jnp.square(z) - jnp.log(std) - 0.5 * math.log(2 * math.pi))
 
 
 def sde_mean_and_std(
@@ -194,7 +198,7 @@ def sde_log_prob(
 ) -> jax.Array:
   """Gaussian log-density of an SDE step, averaged over all but the batch, [B]."""
   mean, std = sde_mean_and_std(x, v, sigma, next_sigma, noise_level, sigma_max=sigma_max)
-  return gaussian_log_prob(next_x, mean, std, reduction="mean")
+  return _mean_log_density(next_x, mean, std)
 
 
 def _renoise_coefficients(s: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:

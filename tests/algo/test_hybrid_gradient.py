@@ -6,7 +6,7 @@ import numpy as np
 
 from rtdmd_jax.algo import losses
 from rtdmd_jax.algo.rollout import sample_rollout
-from rtdmd_jax.algo.transitions import cps_mean, cps_std, gaussian_log_prob, x0_from_v
+from rtdmd_jax.algo.transitions import cps_gaussian_log_prob, cps_mean, cps_std, x0_from_v
 
 SIGMAS = np.array([1.0, 0.8, 0.5, 0.0])
 ETA = 0.9
@@ -48,7 +48,7 @@ def test_hybrid_gradient_matches_finite_differences():
     for i in range(2):
       v = velocity(theta)(path.x[i], sigmas[i])
       mean = cps_mean(path.x[i], v, sigmas[i], sigmas[i + 1], ETA)
-      log_prob = gaussian_log_prob(path.x_next[i], mean, cps_std(sigmas[i + 1], ETA))
+      log_prob = cps_gaussian_log_prob(path.x_next[i], mean, cps_std(sigmas[i + 1], ETA))
       old = jax.lax.stop_gradient(log_prob)
       total += losses.clipped_policy_loss(
         log_prob, old, advantage, clip_low=1e-5, clip_high=1e-5, limit=1e6

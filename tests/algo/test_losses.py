@@ -113,6 +113,30 @@ def test_kl_and_hinge_by_hand():
   np.testing.assert_allclose(grad, [-1 / 3, 0, -1 / 3], rtol=1e-6)
 
 
+def test_sample_weights():
+  """A weight multiplies its sample's share; weight 0 removes even what is not finite."""
+  w = jnp.float32([2.0, 0.0])
+  broken = jnp.array(X).at[1].set(np.nan)
+  value, grad = jax.value_and_grad(losses.dmd_loss)(broken, V, NOISE, weights=w)
+  one = losses.dmd_loss(X[:1], V[:1], NOISE[:1])
+  assert value == pytest.approx(float(one), rel=1e-6)
+  np.testing.assert_allclose(grad[0], jax.grad(losses.dmd_loss)(X[:1], V[:1], NOISE[:1])[0])
+  bad = jnp.float32([0.5, np.nan])
+  assert losses.reward_hinge(bad, 3.0, weights=w) == 2.5
+  options = {"clip_low": 0.1, "clip_high": 0.1, "limit": 5.0, "weights": w}
+  assert losses.clipped_policy_loss(bad, bad, jnp.ones(2), **options) == -1.0
+  kl = losses.kl_to_reference(jnp.array(X), jnp.array(V), 1.0, weights=w)
+  assert kl == pytest.approx(float(losses.kl_to_reference(X[:1], V[:1], 1.0)), rel=1e-6)
+
+  def generator(x, **kwargs):
+    return losses.generator_loss(
+      x, S[: len(x)], T[: len(x)], NOISE[: len(x)], V[: len(x)], linear(-0.2), linear(0.3),
+      eta=0.9, **kwargs,
+    )  # fmt: skip
+
+  assert generator(X, weights=w) == pytest.approx(float(generator(X[:1])), rel=1e-5)
+
+
 def test_generator_loss_is_its_parts():
   z = X[::-1]
   x_t = renoise(X, NOISE, S, T)

@@ -87,3 +87,18 @@ def test_stop_and_guidance():
   g = jax.vmap(lambda k: ts.guidance_scale(k, 3.0, 7.0))(jax.random.split(KEY, 4000))
   assert g.min() >= 3 and g.max() <= 7 and g.mean() == pytest.approx(5, abs=0.1)
   assert ts.guidance_scale(KEY, 4.5, 4.5) == 4.5
+
+
+@pytest.mark.parametrize(
+  "draw",
+  [
+    lambda i: ts.renoise_sigma(KEY, 0.5, i),
+    lambda i: ts.uniform_sigma(KEY, i),
+    lambda i: ts.logit_normal_sigma(KEY, i),
+    lambda i: ts.consistency_steps(KEY, 3, i).T,
+  ],
+)
+def test_draws_by_index_do_not_depend_on_the_batch(draw):
+  whole = draw(jnp.arange(6))
+  np.testing.assert_array_equal(draw(jnp.array([4, 1])), whole[jnp.array([4, 1])])
+  assert len(np.unique(np.asarray(whole).reshape(6, -1), axis=0)) == 6

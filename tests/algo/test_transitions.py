@@ -143,15 +143,15 @@ def test_gaussian_log_prob_is_a_density_and_its_gradient_ignores_the_sample():
       (std[i], list(zip(X[i].ravel(), mean[i].ravel(), strict=True))) for i in range(2)
     )
   ]
-  np.testing.assert_allclose(tr.gaussian_log_prob(X, mean, std), expected, rtol=1e-5)
+  np.testing.assert_allclose(tr.cps_gaussian_log_prob(X, mean, std), expected, rtol=1e-5)
   np.testing.assert_allclose(
-    tr.gaussian_log_prob(X, mean, std, reduction="mean"), np.divide(expected, 4), rtol=1e-5
+    tr.cps_gaussian_log_prob(X, mean, std, reduction="mean"), np.divide(expected, 4), rtol=1e-5
   )
-  for log_prob in (tr.cps_log_prob, lambda x, m: tr.gaussian_log_prob(x, m, std)):
+  for log_prob in (tr.cps_log_prob, lambda x, m: tr.cps_gaussian_log_prob(x, m, std)):
     grads = jax.grad(lambda x, m, f=log_prob: f(x, m).sum(), argnums=(0, 1))(X, mean)
     assert not np.any(grads[0]) and np.all(grads[1] != 0)
   with pytest.raises(ValueError, match="median"):
-    tr.gaussian_log_prob(X, mean, std, reduction="median")
+    tr.cps_gaussian_log_prob(X, mean, std, reduction="median")
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 3), (2, 4, 4, 3)])
