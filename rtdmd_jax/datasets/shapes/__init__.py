@@ -1,0 +1,1 @@
+"""Captioned 64x64 images of coloured shapes, described in GenEval's prompt grammar."""

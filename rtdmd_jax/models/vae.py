@@ -1,0 +1,285 @@
+"""The convolutional autoencoder of SD3 and FLUX.1 (diffusers' `AutoencoderKL`).
+
+Parameters have diffusers' names, with `_0` where a checkpoint key has `.0`. Channel-last.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rtdmd_jax.errors import UserError
+from rtdmd_jax.models.attention import attention
+from rtdmd_jax.models.layers import Dense
+from rtdmd_jax.weights.maps import KeyTable
+
+CLASS_NAME = "AutoencoderKL"
+TABLE = KeyTable(renames=[(r"_(\d+)(?=\.|$)", r".\1")])
+# Fields of config.json that say nothing about the computation here.
+_IGNORED = {"sample_size", "force_upcast", "latents_mean", "latents_std"}
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+  """Fields of diffusers' config.json, with diffusers' defaults."""
+
+  in_channels: int = 3
+  out_channels: int = 3
+  down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+  up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+  block_out_channels: tuple[int, ...] = (64,)
+  layers_per_block: int = 1
+  act_fn: str = "silu"
+  latent_channels: int = 4
+  norm_num_groups: int = 32
+  scaling_factor: float = 0.18215
+  shift_factor: float | None = None
+  use_quant_conv: bool = True
+  use_post_quant_conv: bool = True
+  mid_block_add_attention: bool = True
+
+  @classmethod
+  def from_dict(cls, config: Mapping[str, Any]) -> "VAEConfig":
+    """Reads a config.json; keys with a leading underscore are diffusers' own notes.
+
+    Raises:
+      UserError: another class name, an unknown key, or a block type or activation not supported.
+    """
+    if config.get("_class_name") != CLASS_NAME:
+      raise UserError(f"_class_name is {config.get('_class_name')!r}, expected {CLASS_NAME!r}.")
+    values = {k: v for k, v in config.items() if not k.startswith("_") and k not in _IGNORED}
+    unknown = sorted(values.keys() - {f.name for f in fields(cls)})
+    if unknown:
+      raise UserError(f"{CLASS_NAME} config has an unknown key {unknown[0]!r}.")
+    built = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    supported = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
+    strange = sorted({*built.down_block_types, *built.up_block_types} - supported)
+    if strange or built.act_fn != "silu":
+      what = strange[0] if strange else built.act_fn
+      raise UserError(f"{CLASS_NAME} config asks for {what!r}, which is not supported.")
+    return built
+
+  @property
+  def factor(self) -> int:
+    """Image side divided by latent side."""
+    return 2 ** (len(self.block_out_channels) - 1)
+
+
+class AutoencoderKL(nn.Module):
+  """Images in [-1, 1] to the moments of a diagonal Gaussian over latents, and back."""
+
+  config: VAEConfig
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    c = self.config
+    self.encoder = Encoder(c, self.dtype)
+    self.decoder = Decoder(c, self.dtype)
+    if c.use_quant_conv:
+      self.quant_conv = _conv(2 * c.latent_channels, 1, self.dtype)
+    if c.use_post_quant_conv:
+      self.post_quant_conv = _conv(c.latent_channels, 1, self.dtype)
+
+  def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Maps images [B, H, W, 3] to (mean, log-variance, reconstruction from the mean)."""
+    mean, log_variance = self.encode(images)
+    return mean, log_variance, self.decode(mean)
+
+  def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Maps images [B, H, W, 3] in [-1, 1] to (mean, log-variance), each [B, h, w, C] float32."""
+    h = self.encoder(images.astype(self.dtype))
+    if self.config.use_quant_conv:
+      h = self.quant_conv(h)
+    mean, log_variance = jnp.split(h.astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+  def decode(self, z: jax.Array) -> jax.Array:
+    """Maps unscaled latents [B, h, w, C] to images [B, H, W, 3] float32, about [-1, 1]."""
+    z = z.astype(self.dtype)
+    if self.config.use_post_quant_conv:
+      z = self.post_quant_conv(z)
+    return self.decoder(z).astype(jnp.float32)
+
+
+def scale_latents(z: jax.Array, config: VAEConfig) -> jax.Array:
+  """The autoencoder's latents as the transformer sees them: `(z - shift) * scale`."""
+  return (z - (config.shift_factor or 0.0)) * config.scaling_factor
+
+
+def decode_images(vae: AutoencoderKL, params: Any, latents: jax.Array) -> jax.Array:
+  """Decodes the transformer's latents [B, h, w, C] to images [B, H, W, 3] clamped to [0, 1]."""
+  z = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+  images = vae.apply({"params": params}, z, method=AutoencoderKL.decode)
+  return jnp.clip(0.5 * images + 0.5, 0.0, 1.0)
+
+
+def encode_images(vae: AutoencoderKL, params: Any, images: jax.Array) -> jax.Array:
+  """Images [B, H, W, 3] in [0, 1] to the transformer's latents [B, h, w, C], the mean's."""
+  mean, _ = vae.apply({"params": params}, 2.0 * images - 1.0, method=AutoencoderKL.encode)
+  return scale_latents(mean, vae.config)
+
+
+def _conv(features: int, size: int, dtype: Any, **kwargs) -> nn.Conv:
+  kwargs.setdefault("padding", size // 2)
+  return nn.Conv(features, (size, size), dtype=dtype, **kwargs)
+
+
+class Encoder(nn.Module):
+  """Convolution, one down block a resolution, mid block, convolution to moments."""
+
+  config: VAEConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, H, W, 3] to [B, h, w, 2 C]."""
+    c = self.config
+    x = _conv(c.block_out_channels[0], 3, self.dtype, name="conv_in")(x)
+    last = len(c.block_out_channels) - 1
+    for i, width in enumerate(c.block_out_channels):
+      block = DownBlock(width, c.layers_per_block, i < last, c, self.dtype, name=f"down_blocks_{i}")
+      x = block(x)
+    x = MidBlock(c, self.dtype, name="mid_block")(x)
+    x = nn.silu(_norm(c, self.dtype, "conv_norm_out")(x))
+    return _conv(2 * c.latent_channels, 3, self.dtype, name="conv_out")(x)
+
+
+class Decoder(nn.Module):
+  """Convolution, mid block, one up block a resolution, convolution to pixels."""
+
+  config: VAEConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, z: jax.Array) -> jax.Array:
+    """Maps [B, h, w, C] to [B, H, W, 3]."""
+    c = self.config
+    widths = c.block_out_channels[::-1]
+    x = _conv(widths[0], 3, self.dtype, name="conv_in")(z)
+    x = MidBlock(c, self.dtype, name="mid_block")(x)
+    last = len(widths) - 1
+    for i, width in enumerate(widths):
+      block = UpBlock(width, c.layers_per_block + 1, i < last, c, self.dtype, name=f"up_blocks_{i}")
+      x = block(x)
+    x = nn.silu(_norm(c, self.dtype, "conv_norm_out")(x))
+    return _conv(c.out_channels, 3, self.dtype, name="conv_out")(x)
+
+
+def _norm(config: VAEConfig, dtype: Any, name: str) -> nn.GroupNorm:
+  # Two passes over the data: the fast variance cancels badly in float32.
+  return nn.GroupNorm(
+    config.norm_num_groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name
+  )
+
+
+class ResnetBlock(nn.Module):
+  """Two normalised convolutions beside a shortcut."""
+
+  features: int
+  config: VAEConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, H, W, C_in] to [B, H, W, features]."""
+    h = nn.silu(_norm(self.config, self.dtype, "norm1")(x))
+    h = _conv(self.features, 3, self.dtype, name="conv1")(h)
+    h = nn.silu(_norm(self.config, self.dtype, "norm2")(h))
+    h = _conv(self.features, 3, self.dtype, name="conv2")(h)
+    if x.shape[-1] != self.features:
+      x = _conv(self.features, 1, self.dtype, name="conv_shortcut")(x)
+    return x + h
+
+
+class DownBlock(nn.Module):
+  """Residual blocks, then half the resolution."""
+
+  features: int
+  layers: int
+  downsample: bool
+  config: VAEConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, H, W, C_in] to [B, H / 2, W / 2, features] (or the same resolution)."""
+    for i in range(self.layers):
+      x = ResnetBlock(self.features, self.config, self.dtype, name=f"resnets_{i}")(x)
+    if self.downsample:
+      x = Resample(self.features, down=True, dtype=self.dtype, name="downsamplers_0")(x)
+    return x
+
+
+class UpBlock(nn.Module):
+  """Residual blocks, then twice the resolution."""
+
+  features: int
+  layers: int
+  upsample: bool
+  config: VAEConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, H, W, C_in] to [B, 2 H, 2 W, features] (or the same resolution)."""
+    for i in range(self.layers):
+      x = ResnetBlock(self.features, self.config, self.dtype, name=f"resnets_{i}")(x)
+    if self.upsample:
+      x = Resample(self.features, down=False, dtype=self.dtype, name="upsamplers_0")(x)
+    return x
+
+
+class Resample(nn.Module):
+  """A strided convolution down, or nearest-neighbour doubling and a convolution up."""
+
+  features: int
+  down: bool
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, H, W, C] to half or twice the resolution."""
+    if self.down:
+      # Padding at the far edges only, as published.
+      padding = ((0, 1), (0, 1))
+      return _conv(self.features, 3, self.dtype, strides=2, padding=padding, name="conv")(x)
+    x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    return _conv(self.features, 3, self.dtype, name="conv")(x)
+
+
+class MidBlock(nn.Module):
+  """Residual block, attention over all positions, residual block."""
+
+  config: VAEConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, h, w, C] to the same shape."""
+    features = x.shape[-1]
+    x = ResnetBlock(features, self.config, self.dtype, name="resnets_0")(x)
+    if self.config.mid_block_add_attention:
+      x = MidAttention(self.config, self.dtype, name="attentions_0")(x)
+    return ResnetBlock(features, self.config, self.dtype, name="resnets_1")(x)
+
+
+class MidAttention(nn.Module):
+  """Single-head self-attention over all positions, with a residual."""
+
+  config: VAEConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [B, h, w, C] to the same shape."""
+    b, h, w, features = x.shape
+    y = _norm(self.config, self.dtype, "group_norm")(x).reshape(b, h * w, features)
+    q, k, v = (
+      Dense(features, dtype=self.dtype, name=name)(y)[:, :, None]
+      for name in ("to_q", "to_k", "to_v")
+    )
+    y = Dense(features, dtype=self.dtype, name="to_out_0")(attention(q, k, v)[:, :, 0])
+    return x + y.reshape(x.shape)

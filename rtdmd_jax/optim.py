@@ -1,0 +1,61 @@
+"""Optimizers, the guarded update and the moving average of adapters."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Tree = Any
+
+
+class OptimizerConfig(NamedTuple):
+  """AdamW with global-norm clipping and linear warm-up to a constant rate."""
+
+  learning_rate: float
+  warmup_steps: int = 0
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  clip_norm: float = 1.0
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Clip by global norm, then AdamW at a constant rate after linear warm-up from 0."""
+  schedule = optax.schedules.warmup_constant_schedule(
+    0.0 if config.warmup_steps else config.learning_rate, config.learning_rate, config.warmup_steps
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay),
+  )
+
+
+def guarded_update(
+  optimizer: optax.GradientTransformation, grads: Tree, opt_state: Tree, params: Tree
+) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+  """One optimizer step that a non-finite gradient turns into no step at all.
+
+  Returns:
+    The new parameters and optimizer state (the old ones if any gradient entry is not finite), and
+    the metrics `grad_norm` (before clipping) and `skipped` (1 if the update was not applied).
+  """
+  norm = optax.global_norm(grads)
+  finite = jnp.isfinite(norm)
+  # Zeros instead of NaN keep the discarded branch itself finite.
+  safe = jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads)
+  updates, new_opt_state = optimizer.update(safe, opt_state, params)
+  new_params = optax.apply_updates(params, updates)
+  keep = lambda new, old: jnp.where(finite, new, old)
+  return (
+    jax.tree.map(keep, new_params, params),
+    jax.tree.map(keep, new_opt_state, opt_state),
+    {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)},
+  )
+
+
+def ema_update(ema: Tree, params: Tree, decay: float, when: jax.Array | bool = True) -> Tree:
+  """`decay * ema + (1 - decay) * params` where `when` holds, else `ema`."""
+  rate = jnp.where(when, 1.0 - decay, 0.0)
+  return jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)

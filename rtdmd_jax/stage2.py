@@ -1,0 +1,396 @@
+"""Stage 2, RTDMD: rollout, fake-score step and policy step (arXiv 2605.26108, section 3.2).
+
+An epoch is `rollout`, scoring by the rewards that live on the host (if any), `fake_score_step` (which
+runs while the host scores) and `policy_step`: one optimizer step of each network.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from rtdmd_jax import stage1
+from rtdmd_jax.algo import losses, subgrpo
+from rtdmd_jax.algo.advantages import group_advantages, signal_mask
+from rtdmd_jax.algo.rollout import LastStep, batched, sample_rollout
+from rtdmd_jax.algo.transitions import (
+  cps_gaussian_log_prob,
+  cps_log_prob,
+  cps_mean,
+  cps_std,
+  cps_step,
+  x0_from_v,
+)
+from rtdmd_jax.optim import guarded_update
+from rtdmd_jax.roles import role_variables, role_velocity
+from rtdmd_jax.stage1 import Batch, DMDConfig, Metrics, Roles
+from rtdmd_jax.state import Frozen, TrainState
+
+Tree = Any
+
+
+class PolicyConfig(NamedTuple):
+  """SubGRPO, the last-step terms and how a batch is cut for memory."""
+
+  num_train_steps: int = 2
+  range_start: int = 0
+  range_end: int = 2
+  clip_low: float = 1e-5
+  clip_high: float = 1e-5
+  advantage_limit: float = 5.0
+  kl_weight: float = 0.0
+  subset_factor: bool = False
+  gaussian_log_prob: bool = False
+  per_prompt: bool = True
+  global_std: bool = True
+  weight_advantages: bool = True
+  policy_weight: float = 1.0
+  dm_weight: float = 1e-3
+  reward_weight: float = 1e-4
+  reward_margin: float = 3.0
+  micro_batches: int = 1
+
+
+class Scoring(NamedTuple):
+  """Rewards that live on the device, and the decoder that feeds them.
+
+  `decode` maps (vae params, latents [B, h, w, c]) to images [B, H, W, 3] in [0, 1]; a device reward
+  maps (its params, images, its features of the prompts [B, ...]) to [B]. `weights` covers every
+  reward that trains, `differentiable` those that are also back-propagated.
+  """
+
+  decode: Callable[[Tree, jax.Array], jax.Array]
+  device: dict[str, Callable[[Tree, jax.Array, jax.Array], jax.Array]]
+  weights: dict[str, float]
+  differentiable: tuple[str, ...]
+
+
+@flax.struct.dataclass
+class Rollout:
+  """One epoch's samples; `x[0]` is the initial noise and `x[K]` the clean latents."""
+
+  x: jax.Array  # [K + 1, N, h, w, c]
+  log_prob: jax.Array  # [K, N]
+  chosen: jax.Array  # [M] indices of the steps that train
+  rewards: dict[str, jax.Array]  # [N] each, of the device rewards
+  images: jax.Array  # [N, H, W, 3] uint8, for the host's rewards
+
+
+def _micro(tree: Tree, rows: jax.Array) -> Tree:
+  """The rows [n] of every array [N, ...]."""
+  return jax.tree.map(lambda a: a[rows], tree)
+
+
+def rollout(
+  state: TrainState,
+  frozen: Frozen,
+  batch: Batch,
+  key: jax.Array,
+  *,
+  roles: Roles,
+  config: DMDConfig,
+  policy: PolicyConfig,
+  scoring: Scoring,
+) -> Rollout:
+  """K steps of the generator for every sample, decoded and scored, in micro-batches.
+
+  Steps that do not train share their noise among the repeats of a prompt (SubGRPO).
+  """
+  start_key, step_key, choice_key = jax.random.split(key, 3)
+  chosen = subgrpo.choose_steps(
+    choice_key,
+    num_train_steps=policy.num_train_steps,
+    range_start=policy.range_start,
+    range_end=policy.range_end,
+  )
+  steps = roles.sigmas.shape[0] - 1
+
+  def micro(rows: jax.Array) -> tuple:
+    sample, prompt = batch.sample_index[rows], batch.prompt_index[rows]
+    velocity = stage1.generator_velocity(
+      roles, frozen, state.generator, batch.conditioning.take(prompt)
+    )
+    noise = subgrpo.sample_noise(start_key, sample, roles.latent_shape)
+    step_noise = subgrpo.step_noise(
+      step_key, sample, prompt, chosen, steps=steps, shape=roles.latent_shape
+    )
+    path = sample_rollout(velocity, noise, roles.sigmas, step_noise, eta=config.eta)
+    x = jnp.concatenate([path.x, path.x_next[-1:]])
+    images = scoring.decode(frozen.vae, x[-1])
+    rewards = {
+      name: score(frozen.rewards[name], images, batch.reward_text[name][prompt])
+      for name, score in scoring.device.items()
+    }
+    pixels = jnp.round(255.0 * images).astype(jnp.uint8)
+    return jnp.moveaxis(x, 0, 1), path.log_prob.T, rewards, pixels
+
+  count = batch.sample_index.shape[0]
+  rows = jnp.arange(count).reshape(policy.micro_batches, -1)
+  parts = jax.lax.map(micro, rows)
+  x, log_prob, rewards, pixels = jax.tree.map(lambda a: a.reshape(count, *a.shape[2:]), parts)
+  return Rollout(jnp.moveaxis(x, 1, 0), log_prob.T, chosen, rewards, pixels)
+
+
+def fake_score_step(
+  state: TrainState,
+  frozen: Frozen,
+  batch: Batch,
+  samples: Rollout,
+  key: jax.Array,
+  *,
+  roles: Roles,
+  config: DMDConfig,
+  policy: PolicyConfig,
+  optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, Metrics]:
+  """One update of the fake score on all final samples, gradients accumulated by scan."""
+  count = batch.sample_index.shape[0]
+  rows = jnp.arange(count).reshape(policy.micro_batches, -1)
+  sigma_s = roles.sigmas[-1]
+
+  def loss_fn(adapters: Tree, row: jax.Array) -> tuple[jax.Array, Metrics]:
+    conditioning = batch.conditioning.take(batch.prompt_index[row])
+    velocity = stage1.fake_score_velocity(roles, frozen, adapters, conditioning)
+    return stage1.fake_score_loss(
+      velocity, config, roles.sigmas, samples.x[-1][row], sigma_s, batch.sample_index[row], key
+    )
+
+  def accumulate(grads: Tree, row: jax.Array) -> tuple[Tree, Metrics]:
+    new, parts = jax.grad(loss_fn, has_aux=True)(state.fake_score, row)
+    return jax.tree.map(jnp.add, grads, new), parts
+
+  zeros = jax.tree.map(jnp.zeros_like, state.fake_score)
+  grads, parts = jax.lax.scan(accumulate, zeros, rows)
+  grads = jax.tree.map(lambda g: g / policy.micro_batches, grads)
+  adapters, opt_state, info = guarded_update(
+    optimizer, grads, state.fake_score_opt, state.fake_score
+  )
+  metrics = {f"loss/{name}": jnp.mean(value) for name, value in parts.items()}
+  metrics |= {f"fake_score/{name}": value for name, value in info.items()}
+  return state.replace(fake_score=adapters, fake_score_opt=opt_state), metrics
+
+
+def policy_loss(
+  velocity: jax.Array,
+  reference: jax.Array | None,
+  x: jax.Array,
+  x_next: jax.Array,
+  sigma: jax.Array,
+  next_sigma: jax.Array,
+  old_log_prob: jax.Array,
+  advantage: jax.Array,
+  weights: jax.Array,
+  config: DMDConfig,
+  policy: PolicyConfig,
+  steps: int,
+) -> tuple[jax.Array, Metrics]:
+  """SubGRPO's loss of one chosen step for a micro-batch [n].
+
+  The update is on-policy, so its ratio is exactly 1; the ratio to the rollout's own log-probability
+  is only reported, as the rounding drift between the two compiled programs.
+  """
+  mean = cps_mean(x, velocity, sigma, next_sigma, config.eta)
+  std = cps_std(next_sigma, config.eta)
+  if policy.gaussian_log_prob:
+    log_prob = cps_gaussian_log_prob(x_next, mean, std)
+  else:
+    log_prob = cps_log_prob(x_next, mean)
+  loss = losses.clipped_policy_loss(
+    log_prob,
+    jax.lax.stop_gradient(log_prob),
+    advantage,
+    clip_low=policy.clip_low,
+    clip_high=policy.clip_high,
+    limit=policy.advantage_limit,
+    weights=weights,
+  )
+  if policy.subset_factor:
+    loss *= subgrpo.subset_factor(steps, policy.num_train_steps)
+  metrics = {"loss/policy": loss}
+  if reference is not None:
+    mean_ref = cps_mean(x, reference, sigma, next_sigma, config.eta)
+    kl = losses.kl_to_reference(mean, mean_ref, std, weights=weights)
+    loss += policy.kl_weight * kl
+    metrics["loss/kl"] = kl
+  ratio = jnp.exp(jax.lax.stop_gradient(cps_log_prob(x_next, mean)) - old_log_prob)
+  outside = (ratio < 1 - policy.clip_low) | (ratio > 1 + policy.clip_high)
+  metrics["ratio/drift"] = jnp.max(jnp.abs(ratio - 1.0))
+  metrics["ratio/outside_clip"] = jnp.mean(outside.astype(jnp.float32))
+  return loss, metrics
+
+
+def reward_loss(
+  x0: jax.Array,
+  prompt: jax.Array,
+  weights: jax.Array,
+  frozen: Frozen,
+  batch: Batch,
+  policy: PolicyConfig,
+  scoring: Scoring,
+) -> jax.Array:
+  """Hinge of the differentiable rewards of clean latents [n, h, w, c], through the decoder."""
+  images = scoring.decode(frozen.vae, x0)
+  total = sum(
+    scoring.weights[name]
+    * scoring.device[name](frozen.rewards[name], images, batch.reward_text[name][prompt])
+    for name in scoring.differentiable
+  )
+  return losses.reward_hinge(total, policy.reward_margin, weights=weights)
+
+
+def policy_step(
+  state: TrainState,
+  frozen: Frozen,
+  batch: Batch,
+  samples: Rollout,
+  rewards: dict[str, jax.Array],
+  key: jax.Array,
+  *,
+  roles: Roles,
+  config: DMDConfig,
+  policy: PolicyConfig,
+  scoring: Scoring,
+  optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, Metrics]:
+  """One update of the generator by the hybrid policy gradient.
+
+  Samples whose group shows no spread in any reward carry no signal: they are sorted to the end, get
+  weight 0, and micro-batches of nothing else are not computed.
+
+  Args:
+    state: adapters and optimizer states.
+    frozen: bases, decoder, reward models.
+    batch: prompts and sample indices [N].
+    samples: from `rollout`.
+    rewards: [N] each, every reward of `scoring.weights`; NaN marks a sample that failed.
+    key: the epoch's key.
+    roles: how to compute the roles.
+    config: distribution matching.
+    policy: policy gradient.
+    scoring: rewards.
+    optimizer: of the generator.
+  """
+  level_key, guidance_key = jax.random.split(key)
+  count = batch.sample_index.shape[0]
+  last_index = roles.sigmas.shape[0] - 2
+  advantages = group_advantages(
+    rewards,
+    batch.prompt_index,
+    scoring.weights,
+    per_prompt=policy.per_prompt,
+    global_std=policy.global_std,
+    weight_advantages=policy.weight_advantages,
+  )
+  keep = signal_mask(rewards, batch.prompt_index, scoring.weights)
+  weight = keep * (count / jnp.maximum(jnp.sum(keep), 1))
+  rows = jnp.argsort(~keep, stable=True).reshape(policy.micro_batches, -1)
+  terms = policy.num_train_steps + 1
+  indices = jnp.concatenate([samples.chosen, jnp.array([last_index])])
+
+  def loss_fn(adapters: Tree, row: jax.Array) -> tuple[jax.Array, Metrics]:
+    n, prompt, w = row.shape[0], batch.prompt_index[row], weight[row]
+    conditioning = batch.conditioning.take(prompt)
+    # All trained steps of the micro-batch go through the network in one call.
+    x = samples.x[indices][:, row].reshape(terms * n, *roles.latent_shape)
+    sigma = jnp.repeat(roles.sigmas[indices], n)
+    tiled = jax.tree.map(lambda a: jnp.tile(a, (terms, *[1] * (a.ndim - 1))), conditioning)
+    velocity = stage1.generator_velocity(roles, frozen, adapters, tiled)
+    v = velocity(x, sigma).reshape(terms, n, *roles.latent_shape)
+    x = x.reshape(v.shape)
+    reference = None
+    if policy.kl_weight:
+      base = role_variables(frozen.bases[roles.generator], frozen.generator)
+      reference = jax.lax.stop_gradient(
+        role_velocity(roles.apply, base, tiled, embedded_guidance=roles.embedded_guidance)(
+          x.reshape(terms * n, *roles.latent_shape), sigma
+        )
+      ).reshape(v.shape)
+    total, parts = 0.0, []
+    for j in range(policy.num_train_steps):
+      i = samples.chosen[j]
+      loss, metrics = policy_loss(
+        v[j],
+        None if reference is None else reference[j],
+        x[j],
+        samples.x[i + 1][row],
+        roles.sigmas[i],
+        roles.sigmas[i + 1],
+        samples.log_prob[i][row],
+        advantages[row],
+        w,
+        config,
+        policy,
+        last_index + 1,
+      )
+      total += policy.policy_weight * loss
+      parts.append(metrics)
+    metrics = jax.tree.map(lambda *a: jnp.mean(jnp.stack(a)), *parts)
+    last, more = _last_step_loss(v[-1], x[-1], row, conditioning, w)
+    return (total + last) / terms, metrics | more
+
+  def _last_step_loss(v, x, row, conditioning, w) -> tuple[jax.Array, Metrics]:
+    sigma, next_sigma = roles.sigmas[last_index], roles.sigmas[last_index + 1]
+    start_key, noise_key = jax.random.split(level_key)
+    x0 = x0_from_v(x, v, sigma)
+    loss, metrics = jnp.zeros(()), {}
+    if policy.dm_weight:
+      x_next = cps_step(x, v, sigma, next_sigma, config.eta, jnp.zeros_like(x))
+      last = LastStep(x, v, x_next, x0, sigma, next_sigma)
+      index = batch.sample_index[row]
+      x_s, sigma_s = stage1.start_of_interval(last, roles, config, index, start_key)
+      dm = stage1.generator_loss(
+        x_s,
+        sigma_s,
+        stage1.teacher_velocity(
+          roles, frozen, config, conditioning, batch.unconditional, guidance_key
+        ),
+        stage1.fake_score_velocity(roles, frozen, state.fake_score, conditioning),
+        config,
+        index,
+        noise_key,
+        weights=w,
+      )
+      loss += policy.dm_weight * dm
+      metrics["loss/generator"] = dm
+    if policy.reward_weight and scoring.differentiable:
+      hinge = reward_loss(x0, batch.prompt_index[row], w, frozen, batch, policy, scoring)
+      loss += policy.reward_weight * hinge
+      metrics["loss/reward_backprop"] = hinge
+    return loss, metrics
+
+  grad_fn = jax.grad(loss_fn, has_aux=True)
+  shapes = jax.eval_shape(grad_fn, state.generator, rows[0])
+  empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+  def accumulate(carry: Tree, row: jax.Array) -> tuple[Tree, None]:
+    new = jax.lax.cond(
+      jnp.any(keep[row]), lambda: grad_fn(state.generator, row), lambda: empty
+    )
+    return jax.tree.map(jnp.add, carry, new), None
+
+  total, _ = jax.lax.scan(accumulate, empty, rows)
+  grads, metrics = jax.tree.map(lambda a: a / policy.micro_batches, total)
+  adapters, opt_state, info = guarded_update(optimizer, grads, state.generator_opt, state.generator)
+  metrics |= {f"generator/{name}": value for name, value in info.items()}
+  metrics |= {"samples/kept": jnp.mean(keep.astype(jnp.float32))}
+  metrics |= {"advantage/abs_mean": jnp.mean(jnp.abs(advantages))}
+  for name, value in rewards.items():
+    metrics[f"reward/{name}"] = jnp.nanmean(value)
+    metrics[f"reward_std/{name}"] = jnp.nanstd(value)
+  return state.replace(generator=adapters, generator_opt=opt_state), metrics
+
+
+__all__ = [
+  "PolicyConfig",
+  "Rollout",
+  "Scoring",
+  "batched",
+  "fake_score_step",
+  "policy_loss",
+  "policy_step",
+  "reward_loss",
+  "rollout",
+]
