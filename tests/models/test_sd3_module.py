@@ -138,6 +138,7 @@ def test_the_position_table_is_not_trained(base):
   assert got["proj"]["kernel"].all()
 
 
+@pytest.mark.slow
 def test_fresh_network_predicts_zero(base):
   transformer, _ = base
   params = transformer.init(jax.random.key(0))

@@ -66,6 +66,7 @@ def run_reference(model, latents, sigma, tokens, pooled):
   return out.permute(0, 2, 3, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SD3, SD35, MIXED], ids=["sd3", "sd35", "mixed"])
 @pytest.mark.parametrize("shard_size", ["10GB", "40KB"])
 def test_velocity_and_gradient_match_diffusers(tmp_path, config, shard_size):
