@@ -3,15 +3,25 @@
 import jax
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-  """softmax(q k^T / sqrt(D)) v for every head; the softmax is float32 whatever the inputs are.
+def attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array | None = None,
+  *,
+  bias: jax.Array | None = None,
+  scale: float | None = None,
+) -> jax.Array:
+  """softmax(scale q k^T + bias) v for every head, float32 inside whatever the inputs are.
 
   Args:
     q: [B, Lq, H, D].
     k, v: [B, Lk, H, D].
     mask: bool, broadcastable to [B, H, Lq, Lk] with four axes; False hides a key.
+    bias: broadcastable likewise.
+    scale: None takes 1 / sqrt(D).
 
   Returns:
     [B, Lq, H, D] in the type of `v`.
   """
-  return jax.nn.dot_product_attention(q, k, v, mask=mask)
+  return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale)

@@ -75,6 +75,7 @@ class AutoencoderKL(nn.Module):
   dtype: Any = jnp.float32
 
   def setup(self):
+    """Names the parts as the checkpoint does."""
     c = self.config
     self.encoder = Encoder(c, self.dtype)
     self.decoder = Decoder(c, self.dtype)
@@ -109,17 +110,37 @@ def scale_latents(z: jax.Array, config: VAEConfig) -> jax.Array:
   return (z - (config.shift_factor or 0.0)) * config.scaling_factor
 
 
-def decode_images(vae: AutoencoderKL, params: Any, latents: jax.Array) -> jax.Array:
-  """Decodes the transformer's latents [B, h, w, C] to images [B, H, W, 3] clamped to [0, 1]."""
+def decode_images(
+  vae: AutoencoderKL, params: Any, latents: jax.Array, *, clamp: bool = True
+) -> jax.Array:
+  """Decodes the transformer's latents [B, h, w, C] to images [B, H, W, 3], black 0 and white 1.
+
+  Args:
+    vae: the autoencoder.
+    params: its parameters.
+    latents: as `scale_latents` gives them.
+    clamp: keep values in [0, 1]; a clamped value has no gradient.
+  """
   z = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-  images = vae.apply({"params": params}, z, method=AutoencoderKL.decode)
-  return jnp.clip(0.5 * images + 0.5, 0.0, 1.0)
+  images = 0.5 * vae.apply({"params": params}, z, method=AutoencoderKL.decode) + 0.5
+  return jnp.clip(images, 0.0, 1.0) if clamp else images
 
 
-def encode_images(vae: AutoencoderKL, params: Any, images: jax.Array) -> jax.Array:
-  """Images [B, H, W, 3] in [0, 1] to the transformer's latents [B, h, w, C], the mean's."""
-  mean, _ = vae.apply({"params": params}, 2.0 * images - 1.0, method=AutoencoderKL.encode)
-  return scale_latents(mean, vae.config)
+def encode_images(
+  vae: AutoencoderKL, params: Any, images: jax.Array, *, noise: jax.Array | None = None
+) -> jax.Array:
+  """Encodes images [B, H, W, 3] in [0, 1] to the transformer's latents [B, h, w, C].
+
+  Args:
+    vae: the autoencoder.
+    params: its parameters.
+    images: sides divisible by `vae.config.factor`.
+    noise: standard normal [B, h, w, C] for a sample of the posterior; None takes its mean.
+  """
+  z, log_variance = vae.apply({"params": params}, 2.0 * images - 1.0, method=AutoencoderKL.encode)
+  if noise is not None:
+    z += jnp.exp(0.5 * log_variance) * noise
+  return scale_latents(z, vae.config)
 
 
 def _conv(features: int, size: int, dtype: Any, **kwargs) -> nn.Conv:

@@ -90,6 +90,19 @@ def save_params(
   partial.replace(path)
 
 
+def checkpoint_keys(path: str | os.PathLike) -> frozenset[str]:
+  """The keys of a checkpoint, for families that several key tables describe.
+
+  Args:
+    path: a `.safetensors` file or a directory, as for `load_params`.
+
+  Raises:
+    UserError: missing or broken file, or a duplicate key.
+  """
+  with _open_files(_checkpoint_files(Path(path))) as tensors:
+    return frozenset(tensors)
+
+
 def read_config(directory: str | os.PathLike, name: str = "config.json") -> dict[str, Any]:
   """Reads a JSON file, `config.json` unless named, of a model directory.
 

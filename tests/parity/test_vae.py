@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rtdmd_jax.models.vae import TABLE, AutoencoderKL, VAEConfig, decode_images
+from rtdmd_jax.models.vae import TABLE, AutoencoderKL, VAEConfig, decode_images, encode_images
 from rtdmd_jax.weights.safetensors import load_params, read_config, save_params
 
 torch = pytest.importorskip("torch")
@@ -61,6 +61,35 @@ def test_encode_and_decode_equal_diffusers(tmp_path, changes):
   np.testing.assert_allclose(log_variance, expected, atol=TOLERANCE)
   expected = (0.5 * decoded.numpy().transpose(0, 2, 3, 1) + 0.5).clip(0, 1)
   np.testing.assert_allclose(decode_images(vae, params, jnp.array(z)), expected, atol=TOLERANCE)
+
+
+def test_latents_are_the_scaled_mean_or_a_sample(tmp_path):
+  reference = _reference()
+  vae, params = _load(tmp_path, reference)
+  rng = np.random.default_rng(1)
+  images = rng.uniform(0, 1, (2, 16, 24, 3)).astype(np.float32)
+  noise = rng.normal(size=(2, 4, 6, 4)).astype(np.float32)
+  with torch.no_grad():
+    posterior = reference.encode(2 * torch.tensor(images.transpose(0, 3, 1, 2)) - 1).latent_dist
+  std, mean = (a.numpy().transpose(0, 2, 3, 1) for a in (posterior.std, posterior.mean))
+  got = encode_images(vae, params, images)
+  np.testing.assert_allclose(got, 1.5 * (mean - 0.06), atol=TOLERANCE)
+  got = encode_images(vae, params, images, noise=noise)
+  np.testing.assert_allclose(got, 1.5 * (mean + std * noise - 0.06), atol=2 * TOLERANCE)
+
+
+def test_gradient_of_unclamped_images_equals_diffusers(tmp_path):
+  import jax
+
+  reference = _reference()
+  vae, params = _load(tmp_path, reference)
+  z = np.random.default_rng(2).normal(size=(1, 4, 6, 4)).astype(np.float32)
+  leaf = torch.tensor(z.transpose(0, 3, 1, 2), requires_grad=True)
+  images = 0.5 * reference.decode(leaf / 1.5 + 0.06).sample + 0.5
+  images.square().sum().backward()
+  gradient = jax.grad(lambda x: jnp.square(decode_images(vae, params, x, clamp=False)).sum())(z)
+  expected = leaf.grad.numpy().transpose(0, 2, 3, 1)
+  np.testing.assert_allclose(gradient, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_written_weights_load_in_diffusers(tmp_path):
