@@ -15,6 +15,7 @@ from rtdmd_jax.pretrain.autoencoder import train_autoencoder
 from rtdmd_jax.pretrain.contrastive import train_contrastive
 from rtdmd_jax.pretrain.data import draw_scenes
 from rtdmd_jax.pretrain.teacher import cache_latents, train_teacher
+from rtdmd_jax.pretrain.tokenizers import train_clip_tokenizer, train_t5_tokenizer
 
 PARTS = {
   "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
