@@ -103,16 +103,16 @@ def checkpoint_keys(path: str | os.PathLike) -> frozenset[str]:
     return frozenset(tensors)
 
 
-def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-  """Reads `config.json` of a model directory.
+def read_config(directory: str | os.PathLike, name: str = "config.json") -> dict[str, Any]:
+  """Reads `config.json`, or another JSON file, of a model directory.
 
   Raises:
     UserError: no such directory or file, or the file is not a JSON object.
   """
   directory = Path(directory)
   if not directory.is_dir():
-    raise UserError(f"{directory} is not a directory; give a model directory with a config.json.")
-  return _read_json(directory / "config.json")
+    raise UserError(f"{directory} is not a directory; give a model directory with a {name}.")
+  return _read_json(directory / name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
