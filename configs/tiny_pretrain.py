@@ -31,7 +31,7 @@ def get_config() -> config_dict.ConfigDict:
   )
 
   c.clip = config_dict.ConfigDict()
-  c.clip.steps = 800
+  c.clip.steps = 700
   c.clip.batch_size = 128
   c.clip.learning_rate = 1e-3
   c.clip.projection_dim = 64
@@ -51,11 +51,11 @@ def get_config() -> config_dict.ConfigDict:
     num_hidden_layers=4,
     num_attention_heads=4,
     image_size=64,
-    patch_size=8,
+    patch_size=16,
   )
 
   c.teacher = config_dict.ConfigDict()
-  c.teacher.steps = 2500
+  c.teacher.steps = 1500
   c.teacher.batch_size = 128
   c.teacher.learning_rate = 1e-3
   c.teacher.caption_dropout = 0.1

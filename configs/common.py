@@ -1,0 +1,140 @@
+"""What every stage-1 and stage-2 config starts from; the published values where one exists."""
+
+from ml_collections import config_dict
+
+
+def base() -> config_dict.ConfigDict:
+  c = config_dict.ConfigDict()
+  c.stage = ""
+  c.seed = 42
+
+  c.model = config_dict.ConfigDict()
+  c.model.pretrained = ""  # a diffusers directory
+  c.model.image_size = 512
+  c.model.dtype = "bfloat16"  # of the frozen networks; adapters are always float32
+
+  c.lora = config_dict.ConfigDict()
+  c.lora.rank = 32
+  c.lora.alpha = 64.0
+  c.lora.init = "gaussian"  # a ~ N(0, 1/rank); "normal" is the published re-initialisation
+  c.lora.targets = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+  )  # fmt: skip
+
+  # Adapters of an earlier stage (PEFT directories), kept frozen below the ones in training.
+  c.load = config_dict.ConfigDict()
+  c.load.generator = ""
+  c.load.fake_score = ""
+
+  c.data = config_dict.ConfigDict()
+  c.data.prompts = ""
+  c.data.held_out = ""
+
+  c.dmd = config_dict.ConfigDict()
+  c.dmd.steps = (1000, 750, 500, 250)
+  c.dmd.objective = "ac_dmd"  # or "dmd"
+  c.dmd.eta = 0.9
+  c.dmd.guidance_low = 4.5
+  c.dmd.guidance_high = 4.5
+  c.dmd.start_mode = "next_sigma"  # or "fixed_boundary"
+  c.dmd.boundary_index = 2
+  c.dmd.offset = 10.0
+  c.dmd.end = 1000.0
+  c.dmd.min_step = 20.0
+  c.dmd.max_step = 980.0
+  c.dmd.inside = False  # True: no point mass of renoise levels at max_step
+  c.dmd.normalize = True
+  c.dmd.scale_out = True
+  c.dmd.weight_low = 0.0
+  c.dmd.weight_high = 10.0
+  c.dmd.consistency = config_dict.ConfigDict()
+  c.dmd.consistency.weight = 0.01
+  c.dmd.consistency.max_steps_back = 200
+  c.dmd.consistency.moves = 1
+  c.dmd.consistency.two_sample = True
+  c.dmd.consistency.stop_transitions = True
+  c.dmd.consistency.adjacent = False  # True: the paper's adjacent schedule points
+
+  c.generator = _optimizer(3e-5)
+  c.fake_score = _optimizer(3e-5)
+
+  c.ema = config_dict.ConfigDict()
+  c.ema.decay = 0.99
+  c.ema.every = 1
+
+  c.batch = config_dict.ConfigDict()
+  c.batch.prompts = 72
+  c.batch.repeats = 1
+
+  c.train = config_dict.ConfigDict()
+  c.train.steps = 15_000
+  c.train.fake_update_ratio = 10
+  c.train.log_every = 10
+  c.train.save_every = 1000
+  c.train.keep = 3
+
+  c.eval = config_dict.ConfigDict()
+  c.eval.every = 1000  # steps between scores of held-out prompts during training
+  c.eval.prompts = 64  # held-out prompts scored then
+  c.eval.final_prompts = 1000  # at the end; fewer if there are fewer
+  c.eval.chunk = 16  # images sampled at once
+  c.eval.teacher_steps = 50
+  c.eval.teacher_guidance = 4.5
+  c.eval.seed = 42
+  c.eval.preview = 12  # prompts of the preview grid and of the report's images
+
+  c.rewards = config_dict.ConfigDict()
+  return c
+
+
+def stage2() -> config_dict.ConfigDict:
+  c = base()
+  c.stage = "stage2"
+  c.generator.learning_rate = 3e-6
+  c.generator.weight_decay = 1e-4
+  # The published loop's effective rule: once per 8 optimizer steps, 0.9 applied 16 times.
+  c.ema.decay = 0.9**16
+  c.ema.every = 8
+  c.batch.prompts = 48
+  c.batch.repeats = 24
+  c.train.steps = 1000
+  c.eval.every = 50
+
+  c.policy = config_dict.ConfigDict()
+  c.policy.num_train_steps = 2
+  c.policy.range_start = 0
+  c.policy.range_end = 2
+  c.policy.clip_low = 1e-5
+  c.policy.clip_high = 1e-5
+  c.policy.advantage_limit = 5.0
+  c.policy.kl_weight = 0.0
+  c.policy.subset_factor = False  # True: the paper's (K - 1) / M
+  c.policy.gaussian_log_prob = False  # True: the paper's log-probability
+  c.policy.per_prompt = True
+  c.policy.global_std = True
+  c.policy.weight_advantages = True
+  c.policy.policy_weight = 1.0
+  c.policy.dm_weight = 1e-3
+  c.policy.reward_weight = 1e-4
+  c.policy.reward_margin = 3.0
+  c.policy.micro_batches = 16
+  return c
+
+
+def stage1() -> config_dict.ConfigDict:
+  c = base()
+  c.stage = "stage1"
+  return c
+
+
+def _optimizer(learning_rate: float) -> config_dict.ConfigDict:
+  c = config_dict.ConfigDict()
+  c.learning_rate = learning_rate
+  c.warmup_steps = 0
+  c.b1 = 0.9
+  c.b2 = 0.999
+  c.eps = 1e-8
+  c.weight_decay = 0.0
+  c.clip_norm = 1.0
+  return c

@@ -1,0 +1,177 @@
+"""From a configuration to networks, parameters, rewards and prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rtdmd_jax import sampling
+from rtdmd_jax.data import PromptCache
+from rtdmd_jax.errors import UserError
+from rtdmd_jax.models.lora import build_adapters, fold_scale
+from rtdmd_jax.models.vae import decode_images
+from rtdmd_jax.optim import OptimizerConfig
+from rtdmd_jax.pipeline import Pipeline
+from rtdmd_jax.prompts import Prompt, load_prompts
+from rtdmd_jax.rewards.clipscore import ClipScore
+from rtdmd_jax.rewards.multi import MultiReward, make
+from rtdmd_jax.stage1 import Consistency, DMDConfig, Roles
+from rtdmd_jax.stage2 import PolicyConfig, Scoring
+from rtdmd_jax.state import Conditioning, Frozen
+from rtdmd_jax.weights.peft import load_peft
+
+Tree = Any
+# Rewards that are computed on the device, and can be back-propagated.
+DEVICE_REWARDS = {"clipscore": ClipScore}
+
+
+@dataclass(frozen=True)
+class Setup:
+  """Everything a run reads.
+
+  Attributes:
+    pipeline: the pretrained networks.
+    roles: how teacher, generator and fake score are computed.
+    frozen: their parameters, the decoder's and the rewards'.
+    scoring: rewards on the device, and the decoder.
+    host_rewards: rewards that need pixels on the host; None if there are none.
+    cache: encodings of prompts.
+    unconditional: encoding of the empty prompt.
+    prompts: to train on.
+    held_out: to evaluate on.
+  """
+
+  pipeline: Pipeline
+  roles: Roles
+  frozen: Frozen
+  scoring: Scoring
+  host_rewards: MultiReward | None
+  cache: PromptCache
+  unconditional: Conditioning
+  prompts: list[Prompt]
+  held_out: list[Prompt]
+
+
+def build(config: Any) -> Setup:
+  """Loads everything that `config` names.
+
+  Raises:
+    UserError: a missing or broken file, or values that do not fit together.
+  """
+  pipeline = Pipeline.from_pretrained(config.model.pretrained, dtype=jnp.dtype(config.model.dtype))
+  sigmas = sampling.few_step_sigmas(config.dmd.steps, shift=pipeline.shift)
+  roles = Roles(
+    apply=pipeline.transformer.apply,
+    generator="base",
+    fake_score="base",
+    teacher="base",
+    adapter_scale=config.lora.alpha / config.lora.rank,
+    sigmas=jnp.asarray(sigmas),
+    latent_shape=pipeline.latent_shape(config.model.image_size),
+  )
+  models = {name: _device_reward(name, config) for name in config.rewards if name in DEVICE_REWARDS}
+  weights = {name: float(reward.weight) for name, reward in config.rewards.items()}
+  host = {name: weight for name, weight in weights.items() if name not in DEVICE_REWARDS}
+  options = {
+    name: {k: v for k, v in reward.items() if k not in ("weight", "backpropagate")}
+    for name, reward in config.rewards.items()
+  }
+  scoring = Scoring(
+    decode=lambda params, latents: decode_images(pipeline.vae, params, latents),
+    device={name: model.score for name, model in models.items()},
+    weights=weights,
+    differentiable=tuple(n for n in models if config.rewards[n].get("backpropagate", False)),
+  )
+  frozen = Frozen(
+    bases={"base": pipeline.params},
+    generator=_stage_one(config.load.generator, pipeline),
+    fake_score=_stage_one(config.load.fake_score, pipeline),
+    vae=pipeline.vae_params,
+    rewards={name: model.params for name, model in models.items()},
+  )
+  return Setup(
+    pipeline,
+    roles,
+    frozen,
+    scoring,
+    make(host, options=options) if host else None,
+    PromptCache(_encoder(pipeline, models)),
+    jax.tree.map(jnp.asarray, pipeline.encode([""])),
+    load_prompts(config.data.prompts, split="train", metadata=True),
+    load_prompts(config.data.held_out, split="test", metadata=True),
+  )
+
+
+def _device_reward(name: str, config: Any) -> Any:
+  return DEVICE_REWARDS[name].from_pretrained(config.rewards[name].directory)
+
+
+def _stage_one(path: str, pipeline: Pipeline) -> Tree:
+  """Adapters of an earlier stage with their scale folded in; empty without a path."""
+  if not path:
+    return {}
+  transformer = pipeline.transformer
+  adapters, alpha = load_peft(Path(path), transformer.init_abstract(), transformer.table)
+  return fold_scale(adapters, alpha)
+
+
+def _encoder(pipeline: Pipeline, models: dict[str, Any]):
+  features = {name: jax.jit(model.text_features) for name, model in models.items()}
+
+  def encode(prompts: Sequence[str]) -> Tree:
+    text = {
+      name: features[name](model.params, model.tokenize(prompts)) for name, model in models.items()
+    }
+    return {"conditioning": pipeline.encode(prompts), "reward_text": text}
+
+  return encode
+
+
+def new_adapters(config: Any, pipeline: Pipeline, key: jax.Array) -> Tree:
+  """Fresh adapters of the configured rank and targets."""
+  transformer = pipeline.transformer
+  return build_adapters(
+    transformer.init_abstract(),
+    transformer.table,
+    config.lora.targets,
+    rank=config.lora.rank,
+    key=key,
+    init=config.lora.init,
+  )
+
+
+def dmd_config(config: Any, pipeline: Pipeline) -> DMDConfig:
+  """The typed form of `config.dmd`."""
+  values = {k: v for k, v in config.dmd.items() if k not in ("steps", "consistency")}
+  consistency = Consistency(**config.dmd.consistency)
+  return DMDConfig(**values, shift=pipeline.shift, consistency=consistency)
+
+
+def optimizer_config(section: Any) -> OptimizerConfig:
+  """The typed form of `config.generator` or `config.fake_score`."""
+  return OptimizerConfig(**section)
+
+
+def policy_config(config: Any) -> PolicyConfig:
+  """The typed form of `config.policy`.
+
+  Raises:
+    UserError: the batch does not divide into micro-batches, or too few steps to choose from.
+  """
+  policy = PolicyConfig(**config.policy)
+  count = config.batch.prompts * config.batch.repeats
+  if count % policy.micro_batches:
+    raise UserError(
+      f"policy.micro_batches is {policy.micro_batches}, which does not divide the batch of"
+      f" {count} images (batch.prompts x batch.repeats)."
+    )
+  last = len(config.dmd.steps) - 2
+  if not 0 <= policy.range_start <= policy.range_end <= last:
+    raise UserError(
+      f"policy.range_start..range_end is {policy.range_start}..{policy.range_end}; stochastic"
+      f" steps are 0..{last}."
+    )
+  return policy
