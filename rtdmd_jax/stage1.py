@@ -3,7 +3,6 @@
 A batch is `Batch` below; a step is a pure function `(state, frozen, batch, key) -> (state, metrics)`.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -60,13 +59,15 @@ class Batch:
   """Encoded prompts and the global indices of the samples.
 
   `conditioning` holds each distinct prompt once; `prompt_index` [N] says which one a sample uses;
-  `sample_index` [N] makes every sample's noise independent of where it is computed.
+  `sample_index` [N] makes every sample's noise independent of where it is computed. `reward_text`
+  has the distinct prompts' features for each reward on the device.
   """
 
   conditioning: Conditioning
   prompt_index: jax.Array
   sample_index: jax.Array
   unconditional: Conditioning | None
+  reward_text: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
 class Roles(NamedTuple):
@@ -191,6 +192,7 @@ def fake_score_loss(
   batch, shape = x_s.shape[0], x_s.shape[1:]
   noise = sample_noise(noise_key, sample_index, shape)
   if config.objective == "dmd":
+    # Plain DMD trains the fake score at SD3's own density of levels.
     sigma = timesteps.logit_normal_sigma(level_key, batch, shift=config.shift)
     x0 = jax.lax.stop_gradient(x_s)
     level = sigma.reshape(-1, *[1] * len(shape))
@@ -233,15 +235,16 @@ def generator_loss(
   config: DMDConfig,
   sample_index: jax.Array,
   key: jax.Array,
+  weights: jax.Array | None = None,
 ) -> jax.Array:
-  """The generator's distribution-matching loss on `x_s` [B, ...]."""
+  """The generator's distribution-matching loss on `x_s` [B, ...], weights [B] or None."""
   level_key, noise_key, transition_key = jax.random.split(key, 3)
   shape = x_s.shape[1:]
   sigma_t = renoise_level(config, sigma_s, x_s.shape[0], level_key)
   noise = sample_noise(noise_key, sample_index, shape)
   if config.objective == "dmd":
     return losses.plain_generator_loss(
-      x_s, sigma_t, noise, teacher, fake, normalize=config.normalize
+      x_s, sigma_t, noise, teacher, fake, normalize=config.normalize, weights=weights
     )
   return losses.generator_loss(
     x_s,
@@ -253,6 +256,7 @@ def generator_loss(
     fake,
     eta=config.eta,
     normalize=config.normalize,
+    weights=weights,
   )
 
 
@@ -302,9 +306,7 @@ def generator_step(
   rollout_key, start_key, loss_key, guidance_key = jax.random.split(key, 4)
   conditioning = batch.conditioning.take(batch.prompt_index)
   fake = fake_score_velocity(roles, frozen, state.fake_score, conditioning)
-  teacher = teacher_velocity(
-    roles, frozen, config, conditioning, batch.unconditional, guidance_key
-  )
+  teacher = teacher_velocity(roles, frozen, config, conditioning, batch.unconditional, guidance_key)
 
   def loss_fn(adapters: Tree) -> jax.Array:
     velocity = generator_velocity(roles, frozen, adapters, conditioning)
@@ -317,6 +319,3 @@ def generator_step(
   metrics = {"loss/generator": loss}
   metrics |= {f"generator/{name}": value for name, value in info.items()}
   return state.replace(generator=adapters, generator_opt=opt_state), metrics
-
-
-Step = Callable[..., tuple[TrainState, Metrics]]

@@ -15,13 +15,13 @@ import optax
 from rtdmd_jax import stage1
 from rtdmd_jax.algo import losses, subgrpo
 from rtdmd_jax.algo.advantages import group_advantages, signal_mask
-from rtdmd_jax.algo.rollout import LastStep, batched, sample_rollout
+from rtdmd_jax.algo.rollout import LastStep, sample_rollout
 from rtdmd_jax.algo.transitions import (
-  cps_gaussian_log_prob,
   cps_log_prob,
   cps_mean,
   cps_std,
   cps_step,
+  gaussian_log_prob,
   x0_from_v,
 )
 from rtdmd_jax.optim import guarded_update
@@ -195,7 +195,7 @@ def policy_loss(
   mean = cps_mean(x, velocity, sigma, next_sigma, config.eta)
   std = cps_std(next_sigma, config.eta)
   if policy.gaussian_log_prob:
-    log_prob = cps_gaussian_log_prob(x_next, mean, std)
+    log_prob = gaussian_log_prob(x_next, mean, std)
   else:
     log_prob = cps_log_prob(x_next, mean)
   loss = losses.clipped_policy_loss(
@@ -366,9 +366,7 @@ def policy_step(
   empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
   def accumulate(carry: Tree, row: jax.Array) -> tuple[Tree, None]:
-    new = jax.lax.cond(
-      jnp.any(keep[row]), lambda: grad_fn(state.generator, row), lambda: empty
-    )
+    new = jax.lax.cond(jnp.any(keep[row]), lambda: grad_fn(state.generator, row), lambda: empty)
     return jax.tree.map(jnp.add, carry, new), None
 
   total, _ = jax.lax.scan(accumulate, empty, rows)
@@ -381,16 +379,3 @@ def policy_step(
     metrics[f"reward/{name}"] = jnp.nanmean(value)
     metrics[f"reward_std/{name}"] = jnp.nanstd(value)
   return state.replace(generator=adapters, generator_opt=opt_state), metrics
-
-
-__all__ = [
-  "PolicyConfig",
-  "Rollout",
-  "Scoring",
-  "batched",
-  "fake_score_step",
-  "policy_loss",
-  "policy_step",
-  "reward_loss",
-  "rollout",
-]

@@ -29,7 +29,7 @@ class Transformer:
   def init(self, key: jax.Array) -> Any:
     """Fresh float32 parameters."""
     inputs = jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), self.example)
-    return self.module.init(key, *inputs)["params"]
+    return jax.jit(self.module.init)(key, *inputs)["params"]
 
   def init_abstract(self) -> Any:
     """Shapes of the parameters; allocates nothing."""

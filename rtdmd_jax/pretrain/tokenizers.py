@@ -6,8 +6,8 @@ import string
 from collections import Counter
 from pathlib import Path
 
-from tokenizers import models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models, pre_tokenizers, trainers
 
 ASCII = [chr(code) for code in range(33, 127)]
 ASCII_LOWER = string.ascii_lowercase

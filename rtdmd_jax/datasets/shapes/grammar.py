@@ -10,7 +10,8 @@ import hashlib
 import json
 from itertools import permutations
 
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+from rtdmd_jax.rewards.geneval import TAGS as TAGS
+
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 # GenEval's colours without orange, brown and white, which a blurred edge of another colour or the
 # light background imitates.

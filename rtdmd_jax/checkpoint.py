@@ -1,0 +1,301 @@
+"""Checkpoints of the training state with Orbax, and the configuration kept beside them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from rtdmd_jax.config import flatten
+from rtdmd_jax.errors import UserError
+
+_ABSENT = object()
+
+
+class Checkpoints:
+  """Numbered checkpoints `directory/<step>` of one run, written in the background.
+
+  A checkpoint holds the state's leaves by name and a JSON value; it appears under its final name
+  only when complete. Typed PRNG keys are stored as their data and wrapped again on restore.
+  """
+
+  def __init__(
+    self,
+    directory: str | Path,
+    *,
+    keep: int | None = None,
+    keep_every: int | None = None,
+    read_only: bool = False,
+  ):
+    """Open or create `directory`, a local path or a `gs://` one.
+
+    Args:
+      directory: where the checkpoints lie.
+      keep: how many of the newest stay; None keeps all.
+      keep_every: steps divisible by this stay in any case.
+      read_only: open an existing directory without writing to it.
+
+    Raises:
+      UserError: the directory cannot be written, or does not exist (`read_only`).
+    """
+    self._directory = epath.Path(directory)
+    if read_only:
+      if not self._directory.is_dir():
+        raise UserError(f"checkpoint directory {directory} does not exist")
+    else:
+      _check_writable(self._directory)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, keep_period=keep_every, read_only=read_only, create=False
+    )
+    self._manager = ocp.CheckpointManager(
+      self._directory.absolute() if "://" not in str(directory) else self._directory,
+      options=options,
+      # Without handlers a fresh process finds no description of a stored state.
+      item_handlers={
+        "state": ocp.StandardCheckpointHandler(),
+        "extra": ocp.JsonCheckpointHandler(),
+      },
+    )
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
+
+  @property
+  def latest_step(self) -> int | None:
+    """Step of the newest complete checkpoint, None if there is none."""
+    return self._manager.latest_step()
+
+  @property
+  def all_steps(self) -> list[int]:
+    """Steps of all complete checkpoints, ascending."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, step: int, state: Any, extra: Any) -> bool:
+    """Copy `state` to the host and write it in the background.
+
+    Waits for the previous save first. The arrays of `state` may be donated once this returns.
+
+    Args:
+      step: number of the checkpoint.
+      state: a pytree of arrays; typed PRNG keys are allowed.
+      extra: a JSON object (data cursor, versions, ...).
+
+    Returns:
+      False if the newest checkpoint already has this step (nothing is written), else True.
+
+    Raises:
+      ValueError: a newer checkpoint exists (see `discard_after`).
+    """
+    self._manager.wait_until_finished()
+    latest = self.latest_step
+    if latest == step:
+      return False
+    if latest is not None and latest > step:
+      raise ValueError(f"checkpoint {step} would be older than {latest}; call discard_after first")
+    leaves = {name: _to_data(leaf) for name, leaf in _named_leaves(state).items()}
+    return self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(leaves), extra=ocp.args.JsonSave({"value": extra})
+      ),
+    )
+
+  def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, Any]:
+    """Read a checkpoint into the structure, dtypes and shardings of `abstract_state`.
+
+    Args:
+      abstract_state: a pytree of arrays or `jax.ShapeDtypeStruct`, with shardings on several
+        devices; without one, leaves go to the first local device.
+      step: which checkpoint; the newest by default.
+
+    Returns:
+      The state and the JSON value saved with it.
+
+    Raises:
+      UserError: no such checkpoint, an unreadable one, or one of another structure (the leaf is
+        named).
+    """
+    self._manager.wait_until_finished()
+    steps = self.all_steps
+    step = self.latest_step if step is None else step
+    if step is None:
+      raise UserError(f"{self._directory} holds no checkpoint")
+    if step not in steps:
+      found = ", ".join(map(str, steps)) or "none"
+      raise UserError(f"{self._directory} has no checkpoint {step}; it has {found}")
+    wanted = _named_leaves(abstract_state)
+    abstract = {name: _abstract_data(leaf) for name, leaf in wanted.items()}
+    try:
+      # Orbax casts and slices silently, so the stored shapes are compared before reading.
+      _check_leaves(
+        f"checkpoint {self._directory / str(step)}", self._stored_leaves(step), abstract
+      )
+      items = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore()
+        ),
+      )
+    except (ValueError, OSError, KeyError, TypeError) as error:
+      reason = str(error).strip().partition("\n")[0][:200]
+      raise UserError(
+        f"checkpoint {self._directory / str(step)} cannot be read ({reason}); "
+        "delete that folder to resume from an earlier one"
+      ) from error
+    leaves = [_from_data(items["state"][name], leaf) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), items["extra"]["value"]
+
+  def discard_after(self, step: int) -> None:
+    """Delete the checkpoints newer than `step`, to train on from an older one."""
+    self._manager.wait_until_finished()
+    for newer in [s for s in self.all_steps if s > step]:
+      self._manager.delete(newer)
+
+  def wait(self) -> None:
+    """Block until the checkpoint being written is complete; raises what went wrong."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Finish the checkpoint being written and release the directory."""
+    self._manager.close()
+
+  def _stored_leaves(self, step: int) -> dict[str, Any]:
+    stored = self._manager.item_metadata(step)["state"]
+    if stored is None:
+      raise ValueError("its description of the state is missing")
+    return dict(stored.tree)
+
+
+def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+  """Changed keys of two nested dicts as sorted lines `a.b: old -> new`.
+
+  Values are compared as JSON, so a tuple equals the same list. A key of one side only is `absent`
+  on the other.
+  """
+  old_values, new_values = (dict(flatten(json.loads(json.dumps(tree)))) for tree in (old, new))
+  lines = []
+  for key in sorted(old_values | new_values):
+    before, after = old_values.get(key, _ABSENT), new_values.get(key, _ABSENT)
+    if before != after:
+      lines.append(f"{key}: {_show(before)} -> {_show(after)}")
+  return lines
+
+
+def check_resume(path: Path, config: dict[str, Any], fixed: Sequence[str]) -> list[str]:
+  """Compare the configuration of a run with the one it resumes with.
+
+  Args:
+    path: the `config.json` stored by `store_config`.
+    config: the new configuration as nested dicts.
+    fixed: sections or keys (`"lora"`, `"lora.rank"`) that define the run's objective, backbone or
+      adapter shapes and therefore must not change.
+
+  Returns:
+    Lines of `config_diff` for the permitted changes.
+
+  Raises:
+    UserError: the file is missing or broken, or a fixed key changed; all such changes are listed.
+  """
+  try:
+    old = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise UserError(f"cannot resume: {path} is missing or not JSON ({error})") from error
+  changes = config_diff(old, config)
+  refused = [
+    line for line in changes if any(f"{line.partition(':')[0]}.".startswith(f"{f}.") for f in fixed)
+  ]
+  if refused:
+    raise UserError(
+      f"cannot resume {path.parent} with another objective or model ({'; '.join(refused)}); "
+      "restore these keys or start in a new workdir"
+    )
+  return changes
+
+
+def store_config(path: Path, config: dict[str, Any]) -> None:
+  """Write `config` as JSON, replacing `path` in one step."""
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+  temporary.replace(path)
+
+
+def _show(value: Any) -> str:
+  return "absent" if value is _ABSENT else json.dumps(value)
+
+
+def _check_writable(directory: epath.Path) -> None:
+  probe = directory / f".writable.{jax.process_index()}"
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    probe.write_text("")
+    probe.unlink()
+  except OSError as error:
+    raise UserError(f"checkpoint directory {directory} cannot be written: {error}") from error
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+  """Leaves by path, in the order of the tree."""
+  leaves = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if name in leaves:
+      raise ValueError(f"two leaves of the state have the name {name}")
+    leaves[name] = leaf
+  return leaves
+
+
+def _is_key(leaf: Any) -> bool:
+  return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _to_data(leaf: Any) -> Any:
+  if _is_key(leaf):
+    return jax.random.key_data(leaf)
+  if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+    raise ValueError(f"leaves of the state must be arrays, got {type(leaf).__name__}")
+  if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+    raise ValueError(f"jax would restore a {leaf.dtype} leaf with another dtype; convert it first")
+  return leaf
+
+
+def _from_data(data: jax.Array, like: Any) -> jax.Array:
+  if not _is_key(like):
+    return data
+  implementation = []  # key_impl accepts arrays and tracers, not a ShapeDtypeStruct
+  jax.eval_shape(lambda key: implementation.append(jax.random.key_impl(key)), like)
+  return jax.random.wrap_key_data(data, impl=implementation[0])
+
+
+def _abstract_data(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = getattr(leaf, "sharding", None)
+  if sharding is None:
+    if jax.process_count() > 1:
+      raise ValueError("restoring on several hosts needs a sharding on every leaf")
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  if _is_key(leaf):
+    leaf = jax.eval_shape(jax.random.key_data, leaf)
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _check_leaves(
+  checkpoint: str, stored: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]
+) -> None:
+  for name in sorted(stored.keys() | wanted.keys()):
+    if name not in wanted:
+      raise UserError(f"{checkpoint} has a leaf {name} that this configuration does not have")
+    if name not in stored:
+      raise UserError(f"{checkpoint} lacks the leaf {name} that this configuration has")
+    found, want = stored[name], wanted[name]
+    if tuple(found.shape) != want.shape or found.dtype != want.dtype:
+      raise UserError(
+        f"{checkpoint}: leaf {name} is {found.dtype}{list(found.shape)}, "
+        f"this configuration has {want.dtype}{list(want.shape)}"
+      )

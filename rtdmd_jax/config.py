@@ -1,0 +1,170 @@
+"""Configurations: Python files that return a locked `ConfigDict`, with typed overrides."""
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rtdmd_jax.errors import UserError
+
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
+  """Load `path.py[:arg]`, apply `a.b=value` overrides in order and lock the result.
+
+  The file defines `get_config()` or `get_config(arg)`. It runs with its own folder importable, as a
+  script would, so that configurations can share code.
+
+  Args:
+    spec: path of the file, optionally followed by `:` and the argument of `get_config`.
+    overrides: strings `dotted.key=value`; the value is read with the type of the key's default.
+
+  Returns:
+    A locked `ConfigDict`.
+
+  Raises:
+    UserError: the file is missing, broken or returns no `ConfigDict`; an override names an unknown
+      key or has the wrong type.
+  """
+  path, arg = _split_spec(spec)
+  get_config = _load_get_config(path)
+  takes_arg = bool(inspect.signature(get_config).parameters)
+  if arg is not None and not takes_arg:
+    raise UserError(
+      f"{path}: get_config() takes no argument, but --config={spec} gives it {arg!r}; drop ':{arg}'"
+    )
+  config = get_config(arg) if arg is not None else get_config()
+  if not isinstance(config, ConfigDict):
+    raise UserError(
+      f"{path}: get_config must return a ml_collections.ConfigDict, not {type(config).__name__}"
+    )
+  for override in overrides:
+    apply_override(config, override)
+  return config.lock()
+
+
+def apply_override(config: ConfigDict, override: str) -> None:
+  """Set one key of `config` in place from `dotted.key=value`.
+
+  Booleans are `true`, `false`, `1` or `0`; tuples are written `1,2` or `(1, 2)` and keep the type
+  of their elements; a key whose default is None takes any Python literal, or else the text itself.
+
+  Raises:
+    UserError: no `=`, an unknown key (the nearest name is given), a section, or the wrong type.
+  """
+  key, separator, text = override.partition("=")
+  if not separator:
+    raise UserError(f"--config.{override} has no value; write --config.{override}=VALUE")
+  section = config
+  *parents, name = key.split(".")
+  for depth, parent in enumerate(parents):
+    if parent not in section or not isinstance(section[parent], ConfigDict):
+      raise _unknown_key(config, key, ".".join(parents[: depth + 1]))
+    section = section[parent]
+  if name not in section:
+    raise _unknown_key(config, key, key)
+  current = section[name]
+  if isinstance(current, ConfigDict):
+    keys = ", ".join(sorted(current)) or "none"
+    raise UserError(f"--config.{key} is a section; set one of its keys: {keys}")
+  value_type = section.get_type(name) if current is None else type(current)
+  with section.unlocked():
+    section[name] = _parse(key, text, current, value_type)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """Yield `(dotted.key, value)` of nested dicts, depth first in the order of the dicts."""
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      yield from flatten(value, f"{prefix}{key}.")
+    else:
+      yield f"{prefix}{key}", value
+
+
+def to_json(config: ConfigDict) -> str:
+  """`config` as indented JSON with sorted keys (tuples become lists)."""
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def _split_spec(spec: str) -> tuple[Path, str | None]:
+  head, separator, arg = spec.partition(".py:")
+  path = Path(head + ".py" if separator else spec)
+  if path.suffix != ".py":
+    raise UserError(f"--config={spec} must name a .py file, optionally followed by ':ARGUMENT'")
+  if not path.is_file():
+    nearest = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
+    hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
+    raise UserError(f"configuration file {path} does not exist{hint}")
+  return path, arg if separator else None
+
+
+def _load_get_config(path: Path):
+  folder = str(path.resolve().parent)
+  before = set(sys.modules)
+  sys.path.insert(0, folder)
+  try:
+    module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+  except (SyntaxError, ImportError, NameError) as error:
+    line = f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
+    raise UserError(f"configuration file {path}{line} does not load: {error}") from error
+  finally:
+    sys.path.remove(folder)
+    # Siblings imported by this file must not shadow those of a configuration in another folder.
+    for name in set(sys.modules) - before:
+      if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == Path(folder):
+        del sys.modules[name]
+  if not callable(getattr(module, "get_config", None)):
+    raise UserError(f"configuration file {path} defines no function get_config")
+  return module.get_config
+
+
+def _unknown_key(config: ConfigDict, key: str, unknown: str) -> UserError:
+  names = [name for name, _ in flatten(config.to_dict())]
+  nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+  if not nearest:  # the right name in the wrong section
+    nearest = [name for name in names if name.split(".")[-1] == key.split(".")[-1]][:1]
+  hint = f"did you mean {nearest[0]}?" if nearest else f"sections: {', '.join(sorted(config))}"
+  return UserError(f"--config.{key}: the configuration has no key {unknown}; {hint}")
+
+
+def _parse(key: str, text: str, current: Any, value_type: type) -> Any:
+  """`text` as a value of the type of `current`."""
+  if value_type is bool:
+    if text.lower() not in _BOOLEANS:
+      raise UserError(f"--config.{key}={text} must be true or false")
+    return _BOOLEANS[text.lower()]
+  if value_type in (int, float):
+    try:
+      return value_type(text)
+    except ValueError:
+      raise UserError(f"--config.{key}={text} must be {_NAMES[value_type]}") from None
+  if value_type is str:
+    return text
+  if value_type in (tuple, list):
+    return value_type(_parse_sequence(key, text, tuple(current or ())))
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def _parse_sequence(key: str, text: str, current: tuple) -> tuple:
+  stripped = text.strip().removeprefix("(").removesuffix(")").removeprefix("[").removesuffix("]")
+  items = [item.strip().strip("'\"") for item in stripped.split(",") if item.strip()]
+  if current and any(isinstance(value, (tuple, list, dict)) for value in current):
+    raise UserError(f"--config.{key} holds nested values; change it in the configuration file")
+  value_type = type(current[0]) if current else type(None)
+  return tuple(_parse(key, item, None, value_type) for item in items)
+
+
+_NAMES = {int: "a whole number", float: "a number"}

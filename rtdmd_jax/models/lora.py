@@ -1,0 +1,150 @@
+"""Low-rank adapters as trees beside the parameters.
+
+An adapter tree mirrors the parameter tree down to the module: at a dense layer's path it has
+`{"a": [in, r], "b": [r, out]}`, both with a leading axis of layers inside a stack. The layer adds
+`(x @ a) @ b`, so the scale alpha / r must be folded into `b` first (`fold_scale`).
+"""
+
+import zlib
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from rtdmd_jax.errors import UserError
+from rtdmd_jax.weights.maps import Entry, KeyTable
+
+# Standard deviation of `a` at the start, given the rank; `b` starts at 0.
+INITS = {"gaussian": lambda rank: rank**-0.5, "normal": lambda rank: 1.0}
+
+
+def matches(module: str, target: str) -> bool:
+  """PEFT's rule: a target is a dotted module name or a whole-component suffix of one."""
+  return module == target or module.endswith("." + target)
+
+
+def module_names(entry: Entry) -> tuple[str, ...]:
+  """The checkpoint's module names of a weight's entry, one a layer inside a stack."""
+  return tuple(key.removesuffix(".weight") for key in entry.keys)
+
+
+def dense_entries(abstract_params: Any, table: KeyTable) -> list[Entry]:
+  """The kernels that can carry an adapter: [in, out], or [layers, in, out] in a stack."""
+  entries = table.entries(abstract_params)
+  return [e for e in entries if e.path[-1] == "kernel" and len(e.shape) == 2]
+
+
+def target_entries(abstract_params: Any, table: KeyTable, targets: Sequence[str]) -> list[Entry]:
+  """The kernels that a list of targets chooses.
+
+  Raises:
+    UserError: a target matches no dense layer (the nearest names are given), or the targets
+      choose some but not all layers of a stack.
+  """
+  entries = dense_entries(abstract_params, table)
+  names = [name for entry in entries for name in module_names(entry)]
+  for target in targets:
+    if not any(matches(name, target) for name in names):
+      raise UserError(f"lora target {target!r} matches no dense layer{_nearest(target, names)}.")
+  chosen = []
+  for entry in entries:
+    hits = [any(matches(name, t) for t in targets) for name in module_names(entry)]
+    if any(hits) and not all(hits):
+      left_out = module_names(entry)[hits.index(False)]
+      raise UserError(f"lora targets choose some layers of a stack but not {left_out}; add it.")
+    if all(hits):
+      chosen.append(entry)
+  return chosen
+
+
+def _nearest(target: str, names: Sequence[str]) -> str:
+  suffixes = {
+    ".".join(parts[i:]) for parts in (name.split(".") for name in names) for i in range(len(parts))
+  }
+  near = get_close_matches(target, sorted(suffixes), n=3)
+  return f"; the nearest names are {', '.join(near)}" if near else ""
+
+
+def build_adapters(
+  abstract_params: Any,
+  table: KeyTable,
+  targets: Sequence[str],
+  *,
+  rank: int,
+  key: jax.Array,
+  init: str = "gaussian",
+) -> dict[str, Any]:
+  """Fresh float32 adapters: `a` normal, `b` zero, so that nothing changes at the start.
+
+  Args:
+    abstract_params: nested dicts of leaves with a shape.
+    table: the family's key table; targets are checkpoint names.
+    targets: dense layers by PEFT's rule, for instance `attn.to_q` (not `attn2.to_q`) or
+      `attn.to_out.0`.
+    rank: r, at least 1.
+    key: each layer's draw depends on it and on the layer's path only.
+    init: "gaussian" draws `a` from N(0, 1/r) as PEFT does, "normal" from N(0, 1).
+
+  Returns:
+    The adapter tree.
+
+  Raises:
+    UserError: as `target_entries`, a rank below 1, no targets, or an unknown init.
+  """
+  if rank < 1:
+    raise UserError(f"lora.rank is {rank}; adapters need at least 1.")
+  if not targets:
+    raise UserError("lora.targets is empty; name at least one dense layer.")
+  if init not in INITS:
+    raise UserError(f"lora.init is {init!r}; choose one of {', '.join(INITS)}.")
+  flat = {}
+  for entry in target_entries(abstract_params, table, targets):
+    out_features, in_features = entry.shape
+    stack = (len(entry.keys),) if entry.stacked else ()
+    module = entry.path[:-1]
+    own_key = jax.random.fold_in(key, zlib.crc32(".".join(module).encode()))
+    a = INITS[init](rank) * jax.random.normal(own_key, (*stack, in_features, rank))
+    flat[(*module, "a")] = a
+    flat[(*module, "b")] = jnp.zeros((*stack, rank, out_features), jnp.float32)
+  return unflatten_dict(flat)
+
+
+def fold_scale(adapters: dict[str, Any], alpha: float) -> dict[str, Any]:
+  """Multiplies every `b` by alpha / r; the result is what models take as a collection."""
+  flat = flatten_dict(adapters)
+  return unflatten_dict(
+    {path: x * (alpha / x.shape[-2]) if path[-1] == "b" else x for path, x in flat.items()}
+  )
+
+
+def merge(params: dict[str, Any], adapters: dict[str, Any], alpha: float) -> dict[str, Any]:
+  """Adds adapters to their kernels: `kernel + (alpha / r) a b`.
+
+  Product and sum are float32 with one rounding to the kernel's type at the end (the published code
+  rounds the product first). The other leaves are shared with `params`.
+
+  Raises:
+    ValueError: an adapter without a kernel, or of another shape.
+  """
+  flat, parts = flatten_dict(params), flatten_dict(adapters)
+  for path in [p for p in parts if p[-1] == "a"]:
+    module = path[:-1]
+    a, b = parts[path], parts[(*module, "b")]
+    kernel = flat.get((*module, "kernel"))
+    shape = (*a.shape[:-1], b.shape[-1])
+    if kernel is None or kernel.shape != shape:
+      raise ValueError(f"adapter {'.'.join(module)} has no kernel of shape {shape}")
+    delta = jnp.matmul(
+      a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+    merged = kernel.astype(jnp.float32) + (alpha / a.shape[-1]) * delta
+    flat[(*module, "kernel")] = merged.astype(kernel.dtype)
+  return unflatten_dict(flat)
+
+
+def count_parameters(adapters: dict[str, Any]) -> int:
+  """Number of scalars in an adapter tree (or any tree of arrays)."""
+  return sum(leaf.size for leaf in jax.tree.leaves(adapters))

@@ -1,0 +1,105 @@
+"""Text encoders of the pipelines: prompts in, the transformer's conditioning out."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rtdmd_jax.errors import UserError
+from rtdmd_jax.models import t5
+from rtdmd_jax.models.clip import TEXT_TABLE, CLIPText, TowerConfig
+from rtdmd_jax.state import Conditioning
+from rtdmd_jax.weights.safetensors import load_params, read_config
+
+# RTDMD's length of T5's sequence for SD3; a tokenizer that says less is taken at its word.
+SD3_T5_LENGTH = 128
+
+
+class TextEncoder(NamedTuple):
+  """A family's text encoders.
+
+  `tokenize` maps prompts to a tree of ids [B, L] on the host; `encode` maps (params, ids) to the
+  conditioning and may be jitted.
+  """
+
+  params: Any
+  tokenize: Callable[[Sequence[str]], dict[str, np.ndarray]]
+  encode: Callable[[Any, dict[str, jax.Array]], Conditioning]
+
+
+def sd3_conditioning(clip: jax.Array, pooled: jax.Array, t5_states: jax.Array) -> Conditioning:
+  """SD3's conditioning: CLIP tokens, zero-padded to T5's width, then T5's tokens.
+
+  Args:
+    clip: [B, L1, D1 + D2], penultimate states of both CLIP towers side by side.
+    pooled: [B, P], their pooled projections side by side.
+    t5_states: [B, L2, D], D at least D1 + D2.
+  """
+  padded = jnp.pad(clip, ((0, 0), (0, 0), (0, t5_states.shape[-1] - clip.shape[-1])))
+  return Conditioning(jnp.concatenate([padded, t5_states.astype(padded.dtype)], axis=1), pooled)
+
+
+def load_tokenizer(directory: Path) -> Any:
+  """A tokenizer directory of transformers.
+
+  Raises:
+    UserError: the directory is missing or not a tokenizer's.
+  """
+  from transformers import AutoTokenizer
+
+  if not directory.is_dir():
+    raise UserError(f"{directory} is missing; a pipeline directory needs its tokenizers.")
+  try:
+    return AutoTokenizer.from_pretrained(str(directory))
+  except (OSError, ValueError) as error:
+    raise UserError(f"{directory} holds no usable tokenizer ({error}).") from error
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> np.ndarray:
+  """Ids [B, length], padded and truncated."""
+  rows = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
+  return np.array(rows.input_ids, np.int32)
+
+
+def load_sd3_text(directory: Path, *, dtype: Any) -> TextEncoder:
+  """The two CLIP towers and T5 of a Stable Diffusion 3 directory.
+
+  Raises:
+    UserError: missing or broken files.
+  """
+  towers, tokenizers, params = {}, {}, {}
+  for suffix in ("", "_2"):
+    name = f"text_encoder{suffix}"
+    towers[name] = CLIPText(TowerConfig.from_dict(read_config(directory / name)), dtype)
+    tokenizers[name] = load_tokenizer(directory / f"tokenizer{suffix}")
+    params[name] = _load(towers[name], directory / name, TEXT_TABLE, dtype)
+  encoder = t5.T5Encoder(t5.T5Config.from_dict(read_config(directory / "text_encoder_3")), dtype)
+  t5_tokenizer = load_tokenizer(directory / "tokenizer_3")
+  params["text_encoder_3"] = _load(
+    encoder, directory / "text_encoder_3", t5.TABLE, dtype, ignore=t5.IGNORED_KEYS
+  )
+  clip_length = tokenizers["text_encoder"].model_max_length
+  t5_length = min(SD3_T5_LENGTH, t5_tokenizer.model_max_length)
+
+  def tokenize_all(prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    ids = {name: tokenize(tok, prompts, clip_length) for name, tok in tokenizers.items()}
+    return ids | {"text_encoder_3": tokenize(t5_tokenizer, prompts, t5_length)}
+
+  def encode(params: Any, ids: dict[str, jax.Array]) -> Conditioning:
+    states, pooled = zip(
+      *(tower.apply({"params": params[name]}, ids[name]) for name, tower in towers.items()),
+      strict=True,
+    )
+    t5_states = encoder.apply({"params": params["text_encoder_3"]}, ids["text_encoder_3"])
+    return sd3_conditioning(jnp.concatenate(states, -1), jnp.concatenate(pooled, -1), t5_states)
+
+  return TextEncoder(params, tokenize_all, encode)
+
+
+def _load(module: Any, directory: Path, table: Any, dtype: Any, ignore: Sequence[str] = ()) -> Any:
+  example = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), example)["params"]
+  return load_params(directory, shapes, table, dtype=dtype, ignore=ignore)

@@ -1,0 +1,167 @@
+"""A pretrained text-to-image pipeline from a diffusers-layout directory."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rtdmd_jax import sampling
+from rtdmd_jax.errors import UserError
+from rtdmd_jax.models import Transformer, build_transformer
+from rtdmd_jax.models.text import TextEncoder, load_sd3_text
+from rtdmd_jax.models.vae import TABLE as VAE_TABLE
+from rtdmd_jax.models.vae import AutoencoderKL, VAEConfig, decode_images
+from rtdmd_jax.roles import role_variables, role_velocity
+from rtdmd_jax.state import Conditioning
+from rtdmd_jax.weights.safetensors import load_params, read_config
+
+_TEXT: dict[str, Callable[..., TextEncoder]] = {"StableDiffusion3Pipeline": load_sd3_text}
+FEW_STEPS = (1000, 750, 500, 250)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+  """Networks and parameters of one directory.
+
+  Attributes:
+    transformer: the velocity network.
+    params: its parameters.
+    vae: the autoencoder.
+    vae_params: its parameters.
+    text: the text encoders.
+    shift: of the scheduler's sigmas.
+  """
+
+  transformer: Transformer
+  params: Any
+  vae: AutoencoderKL
+  vae_params: Any
+  text: TextEncoder
+  shift: float
+
+  @classmethod
+  def from_pretrained(
+    cls, directory: str | os.PathLike, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
+  ) -> "Pipeline":
+    """Loads a directory with `model_index.json`.
+
+    Args:
+      directory: transformer/, vae/, text encoders, tokenizers and scheduler/ in diffusers' layout.
+      dtype: of parameters and computation.
+      mesh: places every parameter on all devices of the mesh; one device otherwise.
+
+    Raises:
+      UserError: a missing or broken file, or a pipeline class that is not supported.
+    """
+    directory = Path(directory)
+    kind = read_config(directory, "model_index.json").get("_class_name")
+    if kind not in _TEXT:
+      raise UserError(
+        f"{directory / 'model_index.json'}: _class_name is {kind!r}; supported are"
+        f" {', '.join(_TEXT)}."
+      )
+    sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    transformer = build_transformer(read_config(directory / "transformer"), dtype=dtype)
+    vae = AutoencoderKL(VAEConfig.from_dict(read_config(directory / "vae")), dtype)
+    side = vae.config.factor
+    image = jax.ShapeDtypeStruct((1, side, side, vae.config.in_channels), jnp.float32)
+    vae_shapes = jax.eval_shape(vae.init, jax.random.key(0), image)["params"]
+    load = partial(load_params, dtype=dtype, sharding=sharding)
+    return cls(
+      transformer,
+      load(directory / "transformer", transformer.init_abstract(), transformer.table),
+      vae,
+      load(directory / "vae", vae_shapes, VAE_TABLE),
+      _TEXT[kind](directory, dtype=dtype),
+      float(read_config(directory / "scheduler", "scheduler_config.json").get("shift", 1.0)),
+    )
+
+  def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+    """Shape [h, w, C] of a square image's latents.
+
+    Raises:
+      UserError: the size does not divide into the transformer's patches.
+    """
+    c = self.transformer.config
+    multiple = self.vae.config.factor * c.patch_size
+    if image_size % multiple:
+      raise UserError(f"image_size is {image_size}; use a multiple of {multiple}.")
+    side = image_size // self.vae.config.factor
+    return side, side, c.in_channels
+
+  def encode(self, prompts: Sequence[str]) -> Conditioning:
+    """Conditioning of prompts, tokens [B, L, D] and pooled [B, P]."""
+    return jax.jit(self.text.encode)(self.text.params, self.text.tokenize(prompts))
+
+  def velocity(
+    self,
+    params: Any,
+    latents: jax.Array,
+    sigma: jax.Array,
+    conditioning: Conditioning,
+    *,
+    guidance: jax.Array | None = None,
+  ) -> jax.Array:
+    """Velocity [B, H, W, C] of latents [B, H, W, C] at sigma [B]; `guidance` [B] where embedded."""
+    return self.transformer.velocity(
+      params, latents, sigma, conditioning.tokens, conditioning.pooled, guidance
+    )
+
+  def decode(self, latents: jax.Array) -> jax.Array:
+    """Images [B, H, W, 3] in [0, 1] of latents [B, h, w, C]."""
+    return decode_images(self.vae, self.vae_params, latents)
+
+  def sample(
+    self,
+    prompts: Sequence[str],
+    key: jax.Array,
+    *,
+    image_size: int,
+    steps: int | Sequence[float] = FEW_STEPS,
+    guidance: float = 1.0,
+    eta: float = 0.9,
+    adapters: Any = None,
+    index: np.ndarray | None = None,
+  ) -> jax.Array:
+    """Images [B, H, W, 3] in [0, 1], each a function of `key` and its index alone.
+
+    Args:
+      prompts: B prompts.
+      key: of the noise.
+      image_size: side in pixels.
+      steps: a number of Euler steps, or the few steps (in 1000ths) of the stochastic sampler.
+      guidance: classifier-free guidance scale, off at 1.
+      eta: stochasticity of the few steps.
+      adapters: adapter tree with its scale folded in.
+      index: [B] image indices, 0 .. B - 1 by default.
+    """
+    conditioning = self.encode(prompts)
+    unconditional = self.encode([""]) if guidance > 1 else None
+    if isinstance(steps, int):
+      sigmas, eta = sampling.euler_sigmas(steps, shift=self.shift), 0.0
+    else:
+      sigmas = sampling.few_step_sigmas(steps, shift=self.shift)
+    index = jnp.arange(len(prompts)) if index is None else jnp.asarray(index)
+    variables = role_variables(self.params, adapters=adapters)
+    shape = self.latent_shape(image_size)
+
+    @jax.jit
+    def run(variables, vae_params, conditioning, unconditional):
+      velocity = role_velocity(
+        self.transformer.apply,
+        variables,
+        conditioning,
+        unconditional=unconditional,
+        guidance=guidance,
+      )
+      latents = sampling.sample(velocity, key, index, shape, sigmas, eta=eta)
+      return decode_images(self.vae, vae_params, latents)
+
+    return run(variables, self.vae_params, conditioning, unconditional)

@@ -1,0 +1,29 @@
+"""Drawn images for training from scratch."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from rtdmd_jax.datasets.shapes.draw import SIZE, draw
+from rtdmd_jax.datasets.shapes.grammar import TAGS, all_records, split
+
+
+class Scenes(NamedTuple):
+  """Captioned images: `images` [N, 64, 64, 3] uint8, `caption` [N] an index into `captions`."""
+
+  images: np.ndarray
+  caption: np.ndarray
+  captions: list[str]
+
+
+def draw_scenes(count: int, seed: int) -> Scenes:
+  """Draws `count` scenes of the training records, the six tags equally often."""
+  records, _ = split(all_records())
+  by_tag = [[i for i, record in enumerate(records) if record["tag"] == tag] for tag in TAGS]
+  rng = np.random.default_rng(seed)
+  images = np.empty((count, SIZE, SIZE, 3), np.uint8)
+  caption = np.empty(count, np.int32)
+  for n in range(count):
+    caption[n] = rng.choice(by_tag[n % len(by_tag)])
+    images[n], _ = draw(records[caption[n]], rng)
+  return Scenes(images, caption, [record["prompt"] for record in records])

@@ -1,0 +1,71 @@
+"""The plain training loop of the networks that are trained from scratch."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Tree = Any
+LossFn = Callable[[Tree, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def train(
+  name: str,
+  loss_fn: LossFn,
+  params: Tree,
+  next_batch: Callable[[np.random.Generator], dict[str, np.ndarray]],
+  *,
+  steps: int,
+  learning_rate: float,
+  ema_decay: float,
+  seed: int,
+  warmup: int = 100,
+  log_every: int = 50,
+) -> Tree:
+  """AdamW with warm-up and cosine decay; returns the moving average of the parameters.
+
+  Args:
+    name: for the log lines.
+    loss_fn: `(params, batch, key) -> (loss, metrics)`.
+    params: float32 start.
+    next_batch: host function from a generator to a batch of arrays.
+    steps: number of updates.
+    learning_rate: peak.
+    ema_decay: of the average, warmed up as `(1 + n) / (10 + n)`.
+    seed: of the batches and of the loss's keys.
+    warmup: updates of linear warm-up.
+    log_every: updates between log lines.
+  """
+  schedule = optax.schedules.warmup_cosine_decay_schedule(
+    0.0, learning_rate, min(warmup, steps // 10), steps, 0.01 * learning_rate
+  )
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(schedule, 0.9, 0.99, weight_decay=1e-4)
+  )
+
+  def update(params, opt_state, average, batch, step):
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
+    average = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, average, params)
+    return params, opt_state, average, metrics | {"loss": loss}
+
+  update = jax.jit(update, donate_argnums=(0, 1, 2))
+  average = jax.tree.map(jnp.copy, params)
+  opt_state = optimizer.init(params)
+  rng = np.random.default_rng(seed)
+  start = time.time()
+  for step in range(steps):
+    params, opt_state, average, metrics = update(
+      params, opt_state, average, next_batch(rng), jnp.int32(step)
+    )
+    if (step + 1) % log_every == 0 or step + 1 == steps:
+      values = "  ".join(f"{k} {float(v):.5f}" for k, v in metrics.items())
+      print(f"{name} {step + 1}/{steps}  {values}  {time.time() - start:.0f} s", flush=True)
+  return average

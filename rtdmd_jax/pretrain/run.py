@@ -1,0 +1,122 @@
+"""Stage 0: trains a whole pipeline from scratch and writes it as a diffusers directory."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rtdmd_jax.models.clip import TEXT_TABLE, CLIPText, TowerConfig
+from rtdmd_jax.models.vae import TABLE as VAE_TABLE
+from rtdmd_jax.models.vae import AutoencoderKL, VAEConfig
+from rtdmd_jax.pretrain.autoencoder import train_autoencoder
+from rtdmd_jax.pretrain.contrastive import train_contrastive
+from rtdmd_jax.pretrain.data import Scenes, draw_scenes
+from rtdmd_jax.pretrain.teacher import cache_latents, train_teacher
+from rtdmd_jax.pretrain.tokenizers import train_clip_tokenizer, train_t5_tokenizer
+from rtdmd_jax.weights.safetensors import load_params, read_config
+
+PARTS = {
+  "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+  "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+  "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+  "text_encoder_3": ("transformers", "T5EncoderModel"),
+  "tokenizer": ("transformers", "CLIPTokenizer"),
+  "tokenizer_2": ("transformers", "CLIPTokenizer"),
+  "tokenizer_3": ("transformers", "T5TokenizerFast"),
+  "transformer": ("diffusers", "SD3Transformer2DModel"),
+  "vae": ("diffusers", "AutoencoderKL"),
+  "image_encoder": (None, None),
+  "feature_extractor": (None, None),
+}
+
+
+def run(config: Any, workdir: Path) -> Path:
+  """Runs the phases whose output is missing; returns the pipeline's directory.
+
+  Args:
+    config: see `configs/tiny_pretrain.py`.
+    workdir: gets `pipeline/`.
+  """
+  directory = workdir / "pipeline"
+  directory.mkdir(parents=True, exist_ok=True)
+  scenes = draw_scenes(config.images, config.seed)
+  clip_ids, t5_ids, special = _tokenize(scenes.captions, directory, config.max_length)
+  if "vae" in config.phases and not (directory / "vae").exists():
+    train_autoencoder(config.vae, scenes, directory / "vae", config.seed)
+  if "clip" in config.phases and not (directory / "text_encoder_2").exists():
+    train_contrastive(config.clip, scenes, clip_ids[:-1], special, directory, config.seed)
+  if "teacher" in config.phases and not (directory / "text_encoder_3").exists():
+    latents = _latents(scenes, directory)
+    states = _clip_states(clip_ids, directory)
+    vocab_size = len(_tokenizer(directory / "tokenizer_3"))
+    train_teacher(
+      config.teacher, latents, scenes, states, t5_ids, vocab_size, directory, config.seed
+    )
+  _write_index(directory)
+  return directory
+
+
+def _tokenizer(directory: Path) -> Any:
+  from transformers import AutoTokenizer
+
+  return AutoTokenizer.from_pretrained(str(directory))
+
+
+def _tokenize(captions: list[str], directory: Path, length: int):
+  """Writes the tokenizers; returns CLIP ids, T5 ids (both end with the empty prompt) and tokens."""
+  size = train_clip_tokenizer(captions, directory / "tokenizer", max_length=length)
+  shutil.copytree(directory / "tokenizer", directory / "tokenizer_2", dirs_exist_ok=True)
+  shutil.copytree(directory / "tokenizer", directory / "clip", dirs_exist_ok=True)
+  train_t5_tokenizer(captions, directory / "tokenizer_3", max_length=length)
+  ids = []
+  for name in ("tokenizer", "tokenizer_3"):
+    encode = _tokenizer(directory / name)
+    rows = encode([*captions, ""], padding="max_length", max_length=length, truncation=True)
+    ids.append(np.array(rows.input_ids, np.int32))
+  clip = _tokenizer(directory / "tokenizer")
+  special = {
+    "vocab_size": size,
+    "bos_token_id": clip.bos_token_id,
+    "eos_token_id": clip.eos_token_id,
+    "pad_token_id": clip.pad_token_id,
+    "max_position_embeddings": length,
+  }
+  return *ids, special
+
+
+def _latents(scenes: Scenes, directory: Path) -> np.ndarray:
+  vae = AutoencoderKL(VAEConfig.from_dict(read_config(directory / "vae")))
+  image = jax.ShapeDtypeStruct((1, *scenes.images.shape[1:]), jnp.float32)
+  shapes = jax.eval_shape(vae.init, jax.random.key(0), image)["params"]
+  params = load_params(directory / "vae", shapes, VAE_TABLE, dtype=jnp.float32)
+  return cache_latents(vae, params, scenes.images)
+
+
+def _clip_states(ids: np.ndarray, directory: Path) -> tuple[np.ndarray, np.ndarray]:
+  """Token states and pooled projections of both CLIP text towers, side by side."""
+  states, pooled = [], []
+  for name in ("text_encoder", "text_encoder_2"):
+    tower = CLIPText(TowerConfig.from_dict(read_config(directory / name)))
+    example = jax.ShapeDtypeStruct((1, ids.shape[1]), jnp.int32)
+    shapes = jax.eval_shape(tower.init, jax.random.key(0), example)["params"]
+    params = load_params(directory / name, shapes, TEXT_TABLE, dtype=jnp.float32)
+    hidden, projected = jax.jit(tower.apply)({"params": params}, ids)
+    states.append(np.asarray(hidden))
+    pooled.append(np.asarray(projected))
+  return np.concatenate(states, axis=-1), np.concatenate(pooled, axis=-1)
+
+
+def _write_index(directory: Path) -> None:
+  index = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.35.0", **PARTS}
+  (directory / "model_index.json").write_text(json.dumps(index, indent=2))
+  (directory / "scheduler").mkdir(exist_ok=True)
+  scheduler = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+  }
+  (directory / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler, indent=2))

@@ -1,0 +1,113 @@
+"""Trains the flow-matching teacher of a pipeline, together with its T5 encoder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rtdmd_jax.algo.losses import flow_matching_loss
+from rtdmd_jax.algo.timesteps import logit_normal_sigma
+from rtdmd_jax.algo.transitions import add_noise
+from rtdmd_jax.models import build_transformer, t5
+from rtdmd_jax.models.text import sd3_conditioning
+from rtdmd_jax.models.vae import AutoencoderKL, encode_images
+from rtdmd_jax.pretrain.data import Scenes
+from rtdmd_jax.pretrain.loop import train
+from rtdmd_jax.weights.safetensors import save_params
+
+
+def cache_latents(vae: AutoencoderKL, params: Any, images: np.ndarray, chunk: int = 80):
+  """Latents [N, h, w, C] float16 of uint8 images [N, H, W, 3], as the transformer sees them."""
+  encode = jax.jit(lambda x: encode_images(vae, params, x.astype(jnp.float32) / 255.0))
+  parts = [np.asarray(encode(c), np.float16) for c in np.split(images, len(images) // chunk)]
+  return np.concatenate(parts)
+
+
+def train_teacher(
+  config: Any,
+  latents: np.ndarray,
+  scenes: Scenes,
+  clip_states: tuple[np.ndarray, np.ndarray],
+  ids: np.ndarray,
+  vocab_size: int,
+  directory: Path,
+  seed: int,
+) -> None:
+  """Flow matching with logit-normal levels and dropped captions; writes two directories.
+
+  Args:
+    config: `model` and `t5` config fields and the training settings.
+    latents: [N, h, w, C].
+    scenes: their captions.
+    clip_states: (token states [captions + 1, L, D], pooled [captions + 1, P]) of the two CLIP
+      towers; the last row is the empty prompt's.
+    ids: [captions + 1, L] T5 token ids, the last row the empty prompt's.
+    vocab_size: of the T5 tokenizer.
+    directory: of the pipeline; gets `transformer/` and `text_encoder_3/`.
+    seed: of initialisation and batches.
+  """
+  model = config.model.to_dict()
+  t5_config = config.t5.to_dict() | {"vocab_size": vocab_size}
+  transformer = build_transformer(model)
+  encoder = t5.T5Encoder(t5.T5Config.from_dict(t5_config))
+  keys = jax.random.split(jax.random.key(seed), 2)
+  params = {
+    "transformer": transformer.init(keys[0]),
+    "t5": encoder.init(keys[1], jnp.array(ids[:1]))["params"],
+  }
+  states, pooled = (jnp.asarray(a) for a in clip_states)
+  ids, empty = jnp.asarray(ids), len(ids) - 1
+
+  def loss_fn(params, batch, key):
+    level_key, noise_key, drop_key = jax.random.split(key, 3)
+    x0 = batch["latents"].astype(jnp.float32)
+    count = x0.shape[0]
+    sigma = logit_normal_sigma(level_key, count, shift=config.shift)
+    noise = jax.random.normal(noise_key, x0.shape)
+    drop = jax.random.uniform(drop_key, (count,)) < config.caption_dropout
+    caption = jnp.where(drop, empty, batch["caption"])
+    t5_states = encoder.apply({"params": params["t5"]}, ids[caption])
+    conditioning = sd3_conditioning(states[caption], pooled[caption], t5_states)
+    v = transformer.velocity(
+      params["transformer"],
+      add_noise(x0, noise, sigma),
+      sigma,
+      conditioning.tokens,
+      conditioning.pooled,
+    )
+    return flow_matching_loss(v, x0, noise), {}
+
+  def next_batch(rng):
+    index = rng.integers(len(latents), size=config.batch_size)
+    return {"latents": latents[index], "caption": scenes.caption[index]}
+
+  params = train(
+    "teacher",
+    loss_fn,
+    params,
+    next_batch,
+    steps=config.steps,
+    learning_rate=config.learning_rate,
+    ema_decay=0.999,
+    seed=seed,
+  )
+  _write(directory / "transformer", model)
+  save_params(
+    directory / "transformer/diffusion_pytorch_model.safetensors",
+    params["transformer"],
+    transformer.table,
+    dtype=jnp.float16,
+  )
+  kind = {"architectures": ["T5EncoderModel"], "model_type": "t5", "is_encoder_decoder": False}
+  _write(directory / "text_encoder_3", kind | t5_config)
+  save_params(
+    directory / "text_encoder_3/model.safetensors", params["t5"], t5.TABLE, dtype=jnp.float16
+  )
+
+
+def _write(directory: Path, config: dict) -> None:
+  directory.mkdir(parents=True, exist_ok=True)
+  (directory / "config.json").write_text(json.dumps(config, indent=2))

@@ -1,0 +1,153 @@
+"""Progress of a run: a live display on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Self, TextIO
+
+import jax
+import psutil
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+_GIB = 2**30
+
+
+class Rate:
+  """Steps and samples a second, averaged over the recent past."""
+
+  def __init__(self, start_step: int, window: int = 50):
+    """`window` is the number of updates averaged over."""
+    self._window = window
+    self._marks: list[tuple[float, int, int]] = []
+    self._samples = 0
+    self._start_step = start_step
+
+  def update(self, now: float, step: int, samples: int) -> None:
+    """Record that `step` finished at `now` (seconds) with `samples` more samples.
+
+    The time before the first update is compilation and counts for nothing.
+    """
+    if step <= (self._marks[-1][1] if self._marks else self._start_step):
+      raise ValueError(f"step {step} does not follow the last one")
+    self._samples += samples
+    self._marks.append((now, step, self._samples))
+    del self._marks[: -self._window - 1]
+
+  def per_second(self) -> tuple[float, float] | None:
+    """Steps and samples a second; None before the second update."""
+    if len(self._marks) < 2:
+      return None
+    (t0, step0, samples0), (t1, step1, samples1) = self._marks[0], self._marks[-1]
+    seconds = max(t1 - t0, 1e-9)
+    return (step1 - step0) / seconds, (samples1 - samples0) / seconds
+
+
+class Progress:
+  """Shows step, time left, throughput, current metrics and memory.
+
+  On a terminal a bar and a table are redrawn in place; otherwise one line is printed every
+  `every_seconds`, and for the first and last update.
+  """
+
+  def __init__(
+    self,
+    total_steps: int,
+    *,
+    start_step: int = 0,
+    unit: str = "images",
+    every_seconds: float = 30.0,
+    stream: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    """Count from `start_step` to `total_steps`, in samples called `unit`; `clock` is in seconds."""
+    self._total, self._unit, self._every, self._clock = total_steps, unit, every_seconds, clock
+    self._stream = stream or sys.stdout
+    self._rate = Rate(start_step)
+    self._last_line: float | None = None
+    self._live: Live | None = None
+    if self._stream.isatty():
+      self._bar = Bar(
+        TextColumn("[bold]step"),
+        MofNCompleteColumn(),
+        BarColumn(None),
+        TextColumn("{task.fields[eta]}"),
+      )
+      self._task = self._bar.add_task("", total=total_steps, completed=start_step, eta="compiling")
+      console = Console(file=self._stream)
+      self._live = Live(self._bar, console=console, refresh_per_second=4)
+
+  def __enter__(self) -> Self:
+    if self._live:
+      self._live.start()
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    if self._live:
+      self._live.stop()
+
+  def update(self, step: int, samples: int, metrics: Mapping[str, float]) -> None:
+    """Report a finished step.
+
+    Args:
+      step: its number, above the one reported before.
+      samples: images made or seen since then, over all hosts.
+      metrics: current losses, rewards and the like, as Python floats.
+    """
+    now = self._clock()
+    self._rate.update(now, step, samples)
+    rate = self._rate.per_second()
+    left = "" if rate is None else f"{format_seconds((self._total - step) / rate[0])} left"
+    facts = dict(memory())
+    if rate is not None:
+      facts = {"steps/s": f"{rate[0]:.3g}", f"{self._unit}/s": f"{rate[1]:.4g}", **facts}
+    if self._live:
+      self._bar.update(self._task, completed=step, eta=left)
+      self._live.update(Group(self._bar, _table(metrics, facts)))
+    elif self._last_line is None or step >= self._total or now - self._last_line >= self._every:
+      self._last_line = now
+      numbers = [f"{name} {value:.4g}" for name, value in metrics.items()]
+      words = [f"step {step}/{self._total}", *([left] if left else []), *numbers]
+      words += [f"{name} {value}" for name, value in facts.items()]
+      print(" | ".join(words), file=self._stream, flush=True)
+
+
+def memory() -> dict[str, str]:
+  """Resident memory of the process and, where the backend tells, of the first local device."""
+  found = {"host memory": f"{psutil.Process().memory_info().rss / _GIB:.2f} GiB"}
+  stats: dict[str, Any] = jax.local_devices()[0].memory_stats() or {}
+  if "bytes_in_use" in stats:
+    used = f"{stats['bytes_in_use'] / _GIB:.2f}"
+    if "peak_bytes_in_use" in stats:
+      used += f" (peak {stats['peak_bytes_in_use'] / _GIB:.2f})"
+    if "bytes_limit" in stats:
+      used += f" of {stats['bytes_limit'] / _GIB:.2f}"
+    found["device memory"] = f"{used} GiB"
+  return found
+
+
+def format_seconds(seconds: float) -> str:
+  """`seconds` as `1d 02h`, `3h 04m`, `5m 06s` or `7s`."""
+  whole = max(round(seconds), 0)
+  days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+  if days:
+    return f"{days}d {hours:02d}h"
+  if hours:
+    return f"{hours}h {minutes:02d}m"
+  return f"{minutes}m {whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def _table(metrics: Mapping[str, float], facts: Mapping[str, str]) -> Table:
+  """Two pairs of columns: metrics on the left, throughput and memory on the right."""
+  left = [(name, f"{value:.4g}") for name, value in metrics.items()]
+  right = list(facts.items())
+  table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
+  for style in ("dim", "bold", "dim", ""):
+    table.add_column(style=style)
+  for row in range(max(len(left), len(right))):
+    pairs = [side[row] if row < len(side) else ("", "") for side in (left, right)]
+    table.add_row(*pairs[0], *pairs[1])
+  return table

@@ -1,0 +1,107 @@
+"""A tool for the tests."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from rtdmd_jax import cli
+from rtdmd_jax.errors import UserError
+
+CONFIG = (
+  "from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({'a': {'b': 1}})"
+)
+
+
+@pytest.fixture
+def config_file(tmp_path):
+  path = tmp_path / "c.py"
+  path.write_text(CONFIG)
+  return str(path)
+
+
+def define(values):
+  flags.DEFINE_integer("count", 3, "How many.", flag_values=values)
+
+
+def call(*argv, requires=(), main=None):
+  seen = []
+  code = cli.run(main or seen.append, ["tool", *argv], define_flags=define, requires=requires)
+  return code, seen
+
+
+def test_everything_reaches_main(config_file, tmp_path):
+  code, (got,) = call(
+    f"--config={config_file}", "--config.a.b=5", f"--workdir={tmp_path}", "--count=4", "x", "y"
+  )
+  assert code == 0
+  assert (got.config.a.b, got.workdir, got.flags.count, got.args) == (5, tmp_path, 4, ("x", "y"))
+
+
+def test_override_with_a_space_and_double_dash(config_file):
+  _, (got,) = call("--config", config_file, "--config.a.b", "9", "--", "--config.a.b=1")
+  assert got.config.a.b == 9 and got.args == ("--config.a.b=1",)
+
+
+@pytest.mark.parametrize(
+  "argv, requires, message",
+  [
+    (["--cuont=1"], (), "Unknown command line flag 'cuont'. Did you mean: count"),
+    (["--count=x"], (), "flag --count=x"),
+    ([], ("workdir",), "--workdir is required: Folder of the run"),
+    (["--config=missing.py"], (), "missing.py does not exist"),
+    (["--config.a.b=1"], (), "--config.a.b=1 needs --config=FILE.py"),
+  ],
+)
+def test_mistakes_are_one_sentence(capsys, argv, requires, message):
+  code, seen = call(*argv, requires=requires)
+  out, err = capsys.readouterr()
+  assert code == 2 and not seen and out == ""
+  assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_errors_of_main(capsys):
+  def user_error(_):
+    raise UserError("two\nlines")
+
+  def interrupt(_):
+    raise KeyboardInterrupt
+
+  def defect(_):
+    raise ValueError("a defect")
+
+  assert call(main=user_error)[0] == 2
+  assert capsys.readouterr().err == "error: two lines\n"
+  assert call(main=interrupt)[0] == 130
+  with pytest.raises(ValueError, match="a defect"):
+    call(main=defect)
+
+
+def test_help(capsys):
+  def main(_):
+    raise AssertionError("help must not start the tool")
+
+  assert call("--help", main=main)[0] == 0
+  out = capsys.readouterr().out
+  assert out.startswith("A tool for the tests.") and "--count: How many. (default: '3')" in out
+
+
+def test_process(tmp_path):
+  tool = tmp_path / "tool.py"
+  tool.write_text(
+    '"""Tool."""\nimport sys\nfrom rtdmd_jax import cli\n'
+    "def main(call):\n  pass\n"
+    "code = cli.run(main, requires=('config',))\n"
+    "assert not {'jax', 'tensorflow', 'torch'} & set(sys.modules)\nsys.exit(code)\n"
+  )
+  environment = dict(os.environ, PYTHONPATH=str(Path(cli.__file__).parents[1]))
+  for argv, code in ([], 2), (["--help"], 0):
+    done = subprocess.run(
+      [sys.executable, tool, *argv], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+  assert "--config.KEY=VALUE" in done.stdout

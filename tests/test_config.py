@@ -1,0 +1,121 @@
+import json
+
+import pytest
+from ml_collections import ConfigDict, config_dict
+
+from rtdmd_jax.config import apply_override, load_config, to_json
+from rtdmd_jax.errors import UserError
+
+SOURCE = """
+from ml_collections import ConfigDict
+def get_config(arg="small"):
+  return ConfigDict({
+    "seed": 1, "name": arg, "optim": {"lr": 1e-4, "betas": (0.9, 0.99)},
+    "ema": True, "resume": None, "sizes": (1, 2),
+  })
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+  (tmp_path / "tiny.py").write_text(SOURCE)
+  return str(tmp_path / "tiny.py")
+
+
+def test_overrides_keep_the_type_of_the_default(path):
+  config = load_config(
+    path + ":big",
+    ["seed=7", "optim.lr=3", "optim.betas=0.5,1", "ema=False", "resume=a/b", "sizes=(4, 5, 6)"],
+  )
+  assert config.to_dict() == {
+    "seed": 7,
+    "name": "big",
+    "optim": {"lr": 3.0, "betas": (0.5, 1.0)},
+    "ema": False,
+    "resume": "a/b",
+    "sizes": (4, 5, 6),
+  }
+  assert isinstance(config.optim.lr, float) and isinstance(config.optim.betas[1], float)
+
+
+def test_locked_and_arguments(path):
+  config = load_config(path)
+  assert config.is_locked and config.name == "small"
+  with pytest.raises(AttributeError):
+    config.optim.unknown = 1
+
+
+def test_placeholder_has_a_type():
+  config = ConfigDict({"steps": config_dict.placeholder(int)})
+  apply_override(config, "steps=5")
+  assert config.steps == 5
+  config = ConfigDict({"steps": config_dict.placeholder(int)})
+  with pytest.raises(UserError, match="steps=x must be a whole number"):
+    apply_override(config, "steps=x")
+
+
+@pytest.mark.parametrize(
+  "override, message",
+  [
+    ("optim.lrr=1", r"no key optim.lrr; did you mean optim.lr\?"),
+    ("optin.lr=1", r"no key optin; did you mean optim.lr\?"),
+    ("model.betas=1", r"did you mean optim.betas\?"),
+    ("qqqqqqqq=1", "sections: ema, name, optim, resume, seed, sizes"),
+    ("optim=1", "is a section; set one of its keys: betas, lr"),
+    ("optim.lr.x=1", "no key optim.lr"),
+    ("seed=1.5", "seed=1.5 must be a whole number"),
+    ("optim.lr=fast", "optim.lr=fast must be a number"),
+    ("ema=maybe", "must be true or false"),
+    ("sizes=1,b", "sizes=b must be a whole number"),
+    ("seed", "has no value"),
+  ],
+)
+def test_bad_overrides(path, override, message):
+  with pytest.raises(UserError, match=message):
+    load_config(path, [override])
+
+
+@pytest.mark.parametrize(
+  "source, message",
+  [
+    ("def get_config(:\n", "line 1 does not load"),
+    ("import nothing_of_this_name\n", "does not load: No module named 'nothing_of_this_name'"),
+    ("x = 1\n", "defines no function get_config"),
+    ("def get_config():\n  return {}\n", "must return a ml_collections.ConfigDict, not dict"),
+  ],
+)
+def test_bad_files(tmp_path, source, message):
+  path = tmp_path / "bad.py"
+  path.write_text(source)
+  with pytest.raises(UserError, match=message):
+    load_config(str(path))
+
+
+def test_missing_file_wrong_suffix_and_unwanted_argument(tmp_path, path):
+  with pytest.raises(UserError, match=r"tinny.py does not exist; did you mean .*tiny.py\?"):
+    load_config(str(tmp_path / "tinny.py"))
+  with pytest.raises(UserError, match="must name a .py file"):
+    load_config("config.yaml")
+  plain = tmp_path / "plain.py"
+  plain.write_text(
+    "from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict()"
+  )
+  with pytest.raises(UserError, match="takes no argument"):
+    load_config(f"{plain}:x")
+
+
+def test_siblings_of_two_folders_do_not_mix(tmp_path):
+  for name, value in (("a", 1), ("b", 2)):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "base_of_test.py").write_text(f"VALUE = {value}\n")
+    (folder / "top.py").write_text(
+      "from ml_collections import ConfigDict\nimport base_of_test\n"
+      "def get_config():\n  return ConfigDict({'value': base_of_test.VALUE})\n"
+    )
+  assert load_config(str(tmp_path / "a/top.py")).value == 1
+  assert load_config(str(tmp_path / "b/top.py")).value == 2
+
+
+def test_to_json(path):
+  assert json.loads(to_json(load_config(path)))["optim"] == {"lr": 1e-4, "betas": [0.9, 0.99]}

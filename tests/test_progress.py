@@ -1,0 +1,65 @@
+import io
+import re
+
+import pytest
+
+from rtdmd_jax import progress
+from rtdmd_jax.progress import Progress, Rate, format_seconds
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def clock(times):
+  return iter(times).__next__
+
+
+def test_plain_lines_are_periodic():
+  stream = io.StringIO()
+  times = [100, 102, 104, 131, 133, 135]
+  with Progress(6, stream=stream, every_seconds=30, clock=clock(times)) as shown:
+    for step in range(1, 7):
+      shown.update(step, 8, {"loss": step / 3, "reward/clip": 0.25})
+  lines = stream.getvalue().splitlines()
+  assert [line.split(" | ")[0] for line in lines] == ["step 1/6", "step 4/6", "step 6/6"]
+  assert "left" not in lines[0] and "steps/s" not in lines[0]  # compilation says nothing of speed
+  assert "21s left | loss 1.333 | reward/clip 0.25" in lines[1]
+  assert "steps/s 0.143 | images/s 1.143" in lines[2]
+  assert re.search(r"host memory \d+\.\d\d GiB", lines[0])
+
+
+def test_terminal_shows_bar_metrics_and_time():
+  stream = Terminal()
+  with Progress(40, start_step=10, stream=stream, clock=clock([0.0, 2.0])) as shown:
+    shown.update(11, 4, {"loss": 0.125})
+    shown.update(12, 4, {"loss": 0.0625})
+  text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+  for part in ("12/40", "56s left", "0.0625", "images/s", "host memory"):
+    assert part in text
+
+
+def test_rate_forgets_the_distant_past():
+  rate = Rate(0, window=2)
+  for now, step in ((0, 1), (100, 2), (101, 3), (102, 5)):
+    rate.update(now, step, 10)
+  assert rate.per_second() == (1.5, 10.0)
+  with pytest.raises(ValueError, match="does not follow"):
+    rate.update(103, 5, 1)
+
+
+def test_device_memory(monkeypatch):
+  class Device:
+    def memory_stats(self):
+      return {"bytes_in_use": 2**30, "peak_bytes_in_use": 3 * 2**30, "bytes_limit": 2**33}
+
+  monkeypatch.setattr("jax.local_devices", lambda: [Device()])
+  assert progress.memory()["device memory"] == "1.00 (peak 3.00) of 8.00 GiB"
+
+
+@pytest.mark.parametrize(
+  "seconds, text", [(7.4, "7s"), (306, "5m 06s"), (11040, "3h 04m"), (93700, "1d 02h"), (-1, "0s")]
+)
+def test_format_seconds(seconds, text):
+  assert format_seconds(seconds) == text
