@@ -47,7 +47,10 @@ def guarded_update(
   safe = jax.tree.map(lambda g: jnp.where(finite, g, jnp.zeros_like(g)), grads)
   updates, new_opt_state = optimizer.update(safe, opt_state, params)
   new_params = optax.apply_updates(params, updates)
-  keep = lambda new, old: jnp.where(finite, new, old)
+
+  def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where(finite, new, old)
+
   return (
     jax.tree.map(keep, new_params, params),
     jax.tree.map(keep, new_opt_state, opt_state),

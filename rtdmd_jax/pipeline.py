@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rtdmd_jax import sampling
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import Transformer, build_transformer
+from rtdmd_jax.models.encoders import load_vae
 from rtdmd_jax.models.text import TextEncoder, load_sd3_text
-from rtdmd_jax.models.vae import TABLE as VAE_TABLE
-from rtdmd_jax.models.vae import AutoencoderKL, VAEConfig, decode_images
+from rtdmd_jax.models.vae import AutoencoderKL, decode_images
 from rtdmd_jax.roles import role_variables, role_velocity
 from rtdmd_jax.state import Conditioning
 from rtdmd_jax.weights.safetensors import load_params, read_config
@@ -69,16 +68,21 @@ class Pipeline:
       )
     sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     transformer = build_transformer(read_config(directory / "transformer"), dtype=dtype)
-    vae = AutoencoderKL(VAEConfig.from_dict(read_config(directory / "vae")), dtype)
-    side = vae.config.factor
-    image = jax.ShapeDtypeStruct((1, side, side, vae.config.in_channels), jnp.float32)
-    vae_shapes = jax.eval_shape(vae.init, jax.random.key(0), image)["params"]
-    load = partial(load_params, dtype=dtype, sharding=sharding)
+    params = load_params(
+      directory / "transformer",
+      transformer.init_abstract(),
+      transformer.table,
+      dtype=dtype,
+      sharding=sharding,
+    )
+    vae, vae_params = load_vae(directory / "vae", dtype=dtype)
+    if sharding is not None:
+      vae_params = jax.device_put(vae_params, sharding)
     return cls(
       transformer,
-      load(directory / "transformer", transformer.init_abstract(), transformer.table),
+      params,
       vae,
-      load(directory / "vae", vae_shapes, VAE_TABLE),
+      vae_params,
       _TEXT[kind](directory, dtype=dtype),
       float(read_config(directory / "scheduler", "scheduler_config.json").get("shift", 1.0)),
     )

@@ -1,6 +1,7 @@
 """Stage 1, AC-DMD: the two steps of the cold start (arXiv 2605.26108, section 3.1).
 
-A batch is `Batch` below; a step is a pure function `(state, frozen, batch, key) -> (state, metrics)`.
+A batch is `Batch` below; a step is a pure function of (state, frozen, batch, key) that returns the
+new state and metrics.
 """
 
 from typing import Any, NamedTuple
@@ -160,16 +161,18 @@ def start_of_interval(
   )
 
 
-def renoise_level(config: DMDConfig, sigma_s: jax.Array, batch: int, key: jax.Array) -> jax.Array:
+def renoise_level(
+  config: DMDConfig, sigma_s: jax.Array, sample_index: jax.Array, key: jax.Array
+) -> jax.Array:
   """Levels [B] at which teacher and fake score are compared."""
   if config.objective == "dmd":
     return timesteps.uniform_sigma(
-      key, batch, low=config.min_step, high=config.max_step, shift=config.shift
+      key, sample_index, low=config.min_step, high=config.max_step, shift=config.shift
     )
   return timesteps.renoise_sigma(
     key,
     sigma_s,
-    batch,
+    sample_index,
     offset=config.offset,
     end=config.end,
     low=config.min_step,
@@ -189,23 +192,25 @@ def fake_score_loss(
 ) -> tuple[jax.Array, Metrics]:
   """The fake-score loss on samples `x_s` [B, ...] of the generator (equations of section 3.1)."""
   level_key, noise_key, back_key, path_key = jax.random.split(key, 4)
-  batch, shape = x_s.shape[0], x_s.shape[1:]
+  shape = x_s.shape[1:]
   noise = sample_noise(noise_key, sample_index, shape)
   if config.objective == "dmd":
     # Plain DMD trains the fake score at SD3's own density of levels.
-    sigma = timesteps.logit_normal_sigma(level_key, batch, shift=config.shift)
+    sigma = timesteps.logit_normal_sigma(level_key, sample_index, shift=config.shift)
     x0 = jax.lax.stop_gradient(x_s)
     level = sigma.reshape(-1, *[1] * len(shape))
     loss = losses.flow_matching_loss(velocity((1 - level) * x0 + level * noise, sigma), x0, noise)
     return loss, {"fake_score": loss}
-  sigma_t = renoise_level(config, sigma_s, batch, level_key)
+  sigma_t = renoise_level(config, sigma_s, sample_index, level_key)
   c = config.consistency
   steps_back = transition_noise = None
   if c.weight:
     if c.adjacent:
       steps_back = timesteps.adjacent_steps(sigma_t, sigmas, c.moves)
     else:
-      steps_back = timesteps.consistency_steps(back_key, c.moves, batch, epsilon=c.max_steps_back)
+      steps_back = timesteps.consistency_steps(
+        back_key, c.moves, sample_index, epsilon=c.max_steps_back
+      )
     paths = 2 if c.two_sample else 1
     transition_noise = sample_noise(path_key, sample_index, (paths, c.moves, *shape))
     transition_noise = jnp.moveaxis(transition_noise, 0, 2)
@@ -240,7 +245,7 @@ def generator_loss(
   """The generator's distribution-matching loss on `x_s` [B, ...], weights [B] or None."""
   level_key, noise_key, transition_key = jax.random.split(key, 3)
   shape = x_s.shape[1:]
-  sigma_t = renoise_level(config, sigma_s, x_s.shape[0], level_key)
+  sigma_t = renoise_level(config, sigma_s, sample_index, level_key)
   noise = sample_noise(noise_key, sample_index, shape)
   if config.objective == "dmd":
     return losses.plain_generator_loss(

@@ -1,7 +1,7 @@
 """Stage 2, RTDMD: rollout, fake-score step and policy step (arXiv 2605.26108, section 3.2).
 
-An epoch is `rollout`, scoring by the rewards that live on the host (if any), `fake_score_step` (which
-runs while the host scores) and `policy_step`: one optimizer step of each network.
+An epoch is `rollout`, scoring by the rewards that live on the host (if any), `fake_score_step`
+(which runs while the host scores) and `policy_step`: one optimizer step of each network.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from rtdmd_jax.algo import losses, subgrpo
 from rtdmd_jax.algo.advantages import group_advantages, signal_mask
 from rtdmd_jax.algo.rollout import LastStep, sample_rollout
 from rtdmd_jax.algo.transitions import (
+  cps_gaussian_log_prob,
   cps_log_prob,
   cps_mean,
   cps_std,
   cps_step,
-  gaussian_log_prob,
   x0_from_v,
 )
 from rtdmd_jax.optim import guarded_update
@@ -195,7 +195,7 @@ def policy_loss(
   mean = cps_mean(x, velocity, sigma, next_sigma, config.eta)
   std = cps_std(next_sigma, config.eta)
   if policy.gaussian_log_prob:
-    log_prob = gaussian_log_prob(x_next, mean, std)
+    log_prob = cps_gaussian_log_prob(x_next, mean, std)
   else:
     log_prob = cps_log_prob(x_next, mean)
   loss = losses.clipped_policy_loss(

@@ -9,10 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.models import t5
-from rtdmd_jax.models.clip import TEXT_TABLE, CLIPText, TowerConfig
+from rtdmd_jax.models.encoders import load_clip_text, load_t5
 from rtdmd_jax.state import Conditioning
-from rtdmd_jax.weights.safetensors import load_params, read_config
 
 # RTDMD's length of T5's sequence for SD3; a tokenizer that says less is taken at its word.
 SD3_T5_LENGTH = 128
@@ -73,14 +71,10 @@ def load_sd3_text(directory: Path, *, dtype: Any) -> TextEncoder:
   towers, tokenizers, params = {}, {}, {}
   for suffix in ("", "_2"):
     name = f"text_encoder{suffix}"
-    towers[name] = CLIPText(TowerConfig.from_dict(read_config(directory / name)), dtype)
+    towers[name], params[name] = load_clip_text(directory / name, dtype=dtype)
     tokenizers[name] = load_tokenizer(directory / f"tokenizer{suffix}")
-    params[name] = _load(towers[name], directory / name, TEXT_TABLE, dtype)
-  encoder = t5.T5Encoder(t5.T5Config.from_dict(read_config(directory / "text_encoder_3")), dtype)
   t5_tokenizer = load_tokenizer(directory / "tokenizer_3")
-  params["text_encoder_3"] = _load(
-    encoder, directory / "text_encoder_3", t5.TABLE, dtype, ignore=t5.IGNORED_KEYS
-  )
+  encoder, params["text_encoder_3"] = load_t5(directory / "text_encoder_3", dtype=dtype)
   clip_length = tokenizers["text_encoder"].model_max_length
   t5_length = min(SD3_T5_LENGTH, t5_tokenizer.model_max_length)
 
@@ -89,17 +83,13 @@ def load_sd3_text(directory: Path, *, dtype: Any) -> TextEncoder:
     return ids | {"text_encoder_3": tokenize(t5_tokenizer, prompts, t5_length)}
 
   def encode(params: Any, ids: dict[str, jax.Array]) -> Conditioning:
-    states, pooled = zip(
-      *(tower.apply({"params": params[name]}, ids[name]) for name, tower in towers.items()),
-      strict=True,
-    )
+    out = [
+      tower.apply({"params": params[name]}, ids[name], hidden=True)
+      for name, tower in towers.items()
+    ]
+    states = jnp.concatenate([o.hidden[-2] for o in out], axis=-1)
+    pooled = jnp.concatenate([o.projected for o in out], axis=-1)
     t5_states = encoder.apply({"params": params["text_encoder_3"]}, ids["text_encoder_3"])
-    return sd3_conditioning(jnp.concatenate(states, -1), jnp.concatenate(pooled, -1), t5_states)
+    return sd3_conditioning(states, pooled, t5_states)
 
   return TextEncoder(params, tokenize_all, encode)
-
-
-def _load(module: Any, directory: Path, table: Any, dtype: Any, ignore: Sequence[str] = ()) -> Any:
-  example = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-  shapes = jax.eval_shape(module.init, jax.random.key(0), example)["params"]
-  return load_params(directory, shapes, table, dtype=dtype, ignore=ignore)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax.models.clip import CLIP, CLIP_TABLE, TEXT_TABLE, CLIPConfig, CLIPText, TowerConfig
+from rtdmd_jax.models.clip import CLIP, TABLE, CLIPText
+from rtdmd_jax.models.clip_config import CLIPConfig, TextConfig
 from rtdmd_jax.pretrain.data import Scenes
 from rtdmd_jax.pretrain.loop import train
 from rtdmd_jax.weights.safetensors import save_params
@@ -18,7 +19,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def contrastive_loss(text: jax.Array, image: jax.Array, scale: jax.Array, same: jax.Array):
-  """Symmetric cross-entropy of unit vectors [B, P]; equal captions (`same` [B, B]) share the mass."""
+  """Symmetric cross-entropy of unit vectors [B, P]; equal captions (`same`) share the mass."""
   logits = scale * text @ image.T
   target = same / jnp.sum(same, axis=1, keepdims=True)
   rows = -jnp.sum(target * jax.nn.log_softmax(logits, axis=1), axis=1)
@@ -36,7 +37,7 @@ def train_contrastive(
     config: `text`, `text_2`, `vision` tower fields, `projection_dim`, and the training settings.
     scenes: captioned images.
     ids: [captions, L] token ids of `scenes.captions`.
-    special: `vocab_size`, `bos_token_id`, `eos_token_id`, `pad_token_id`, `max_position_embeddings`.
+    special: the tokenizer's fields of a text config (`vocab_size`, `eos_token_id`, ...).
     directory: of the pipeline.
     seed: of initialisation and batches.
   """
@@ -48,8 +49,8 @@ def train_contrastive(
     "vision_config": vision,
     "projection_dim": config.projection_dim,
   }
-  model = CLIP(CLIPConfig.from_dict(both))
-  second = CLIPText(TowerConfig.from_dict(text_2))
+  model = CLIP(CLIPConfig.from_dict(both), scan=False)
+  second = CLIPText(TextConfig.from_dict(text_2), projection=True, scan=False)
   keys = jax.random.split(jax.random.key(seed), 2)
   pixels = jnp.zeros((1, *scenes.images.shape[1:]))
   params = {
@@ -64,12 +65,10 @@ def train_contrastive(
     level_key, noise_key = jax.random.split(key)
     level = 0.06 * jax.random.uniform(level_key, (images.shape[0], 1, 1, 1))
     images = images + level * jax.random.normal(noise_key, images.shape)
-    text, image, scale = model.apply(
-      {"params": params["clip"]}, batch["ids"], (images - mean) / std
-    )
-    _, pooled = second.apply({"params": params["text_2"]}, batch["ids"])
-    other = pooled / jnp.linalg.norm(pooled, axis=-1, keepdims=True)
-    scale = jnp.minimum(scale, 100.0)
+    pixels = (images - mean) / std
+    text, image, scale = model.apply({"params": params["clip"]}, batch["ids"], pixels)
+    text, image, scale = _unit(text), _unit(image), jnp.minimum(jnp.exp(scale), 100.0)
+    other = _unit(second.apply({"params": params["text_2"]}, batch["ids"]).projected)
     same = (batch["caption"][:, None] == batch["caption"][None, :]).astype(jnp.float32)
     loss, accuracy = contrastive_loss(text, image, scale, same)
     loss_2, accuracy_2 = contrastive_loss(other, jax.lax.stop_gradient(image), scale, same)
@@ -93,7 +92,7 @@ def train_contrastive(
   clip = params["clip"]
   first = {"text_model": clip["text_model"], "text_projection": clip["text_projection"]}
   _write(directory / "clip", {"architectures": ["CLIPModel"], "model_type": "clip"} | both)
-  save_params(directory / "clip/model.safetensors", clip, CLIP_TABLE, dtype=jnp.float16)
+  save_params(directory / "clip/model.safetensors", clip, TABLE, dtype=jnp.float16)
   _write_preprocessor(directory / "clip", config.vision.image_size)
   for name, fields, tree in (
     ("text_encoder", text, first),
@@ -101,7 +100,11 @@ def train_contrastive(
   ):
     kind = {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model"}
     _write(directory / name, kind | fields)
-    save_params(directory / name / "model.safetensors", tree, TEXT_TABLE, dtype=jnp.float16)
+    save_params(directory / name / "model.safetensors", tree, TABLE, dtype=jnp.float16)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def _write(directory: Path, config: dict) -> None:

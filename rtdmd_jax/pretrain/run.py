@@ -2,22 +2,20 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax.models.clip import TEXT_TABLE, CLIPText, TowerConfig
-from rtdmd_jax.models.vae import TABLE as VAE_TABLE
-from rtdmd_jax.models.vae import AutoencoderKL, VAEConfig
+from rtdmd_jax.models.encoders import load_clip_text, load_vae
+from rtdmd_jax.models.text import load_tokenizer, tokenize
 from rtdmd_jax.pretrain.autoencoder import train_autoencoder
 from rtdmd_jax.pretrain.contrastive import train_contrastive
-from rtdmd_jax.pretrain.data import Scenes, draw_scenes
+from rtdmd_jax.pretrain.data import draw_scenes
 from rtdmd_jax.pretrain.teacher import cache_latents, train_teacher
 from rtdmd_jax.pretrain.tokenizers import train_clip_tokenizer, train_t5_tokenizer
-from rtdmd_jax.weights.safetensors import load_params, read_config
 
 PARTS = {
   "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
@@ -50,20 +48,14 @@ def run(config: Any, workdir: Path) -> Path:
   if "clip" in config.phases and not (directory / "text_encoder_2").exists():
     train_contrastive(config.clip, scenes, clip_ids[:-1], special, directory, config.seed)
   if "teacher" in config.phases and not (directory / "text_encoder_3").exists():
-    latents = _latents(scenes, directory)
+    latents = cache_latents(*load_vae(directory / "vae"), scenes.images)
     states = _clip_states(clip_ids, directory)
-    vocab_size = len(_tokenizer(directory / "tokenizer_3"))
+    vocab_size = len(load_tokenizer(directory / "tokenizer_3"))
     train_teacher(
       config.teacher, latents, scenes, states, t5_ids, vocab_size, directory, config.seed
     )
   _write_index(directory)
   return directory
-
-
-def _tokenizer(directory: Path) -> Any:
-  from transformers import AutoTokenizer
-
-  return AutoTokenizer.from_pretrained(str(directory))
 
 
 def _tokenize(captions: list[str], directory: Path, length: int):
@@ -74,10 +66,8 @@ def _tokenize(captions: list[str], directory: Path, length: int):
   train_t5_tokenizer(captions, directory / "tokenizer_3", max_length=length)
   ids = []
   for name in ("tokenizer", "tokenizer_3"):
-    encode = _tokenizer(directory / name)
-    rows = encode([*captions, ""], padding="max_length", max_length=length, truncation=True)
-    ids.append(np.array(rows.input_ids, np.int32))
-  clip = _tokenizer(directory / "tokenizer")
+    ids.append(tokenize(load_tokenizer(directory / name), [*captions, ""], length))
+  clip = load_tokenizer(directory / "tokenizer")
   special = {
     "vocab_size": size,
     "bos_token_id": clip.bos_token_id,
@@ -88,25 +78,14 @@ def _tokenize(captions: list[str], directory: Path, length: int):
   return *ids, special
 
 
-def _latents(scenes: Scenes, directory: Path) -> np.ndarray:
-  vae = AutoencoderKL(VAEConfig.from_dict(read_config(directory / "vae")))
-  image = jax.ShapeDtypeStruct((1, *scenes.images.shape[1:]), jnp.float32)
-  shapes = jax.eval_shape(vae.init, jax.random.key(0), image)["params"]
-  params = load_params(directory / "vae", shapes, VAE_TABLE, dtype=jnp.float32)
-  return cache_latents(vae, params, scenes.images)
-
-
 def _clip_states(ids: np.ndarray, directory: Path) -> tuple[np.ndarray, np.ndarray]:
   """Token states and pooled projections of both CLIP text towers, side by side."""
   states, pooled = [], []
   for name in ("text_encoder", "text_encoder_2"):
-    tower = CLIPText(TowerConfig.from_dict(read_config(directory / name)))
-    example = jax.ShapeDtypeStruct((1, ids.shape[1]), jnp.int32)
-    shapes = jax.eval_shape(tower.init, jax.random.key(0), example)["params"]
-    params = load_params(directory / name, shapes, TEXT_TABLE, dtype=jnp.float32)
-    hidden, projected = jax.jit(tower.apply)({"params": params}, ids)
-    states.append(np.asarray(hidden))
-    pooled.append(np.asarray(projected))
+    tower, params = load_clip_text(directory / name)
+    out = jax.jit(partial(tower.apply, hidden=True))({"params": params}, ids)
+    states.append(np.asarray(out.hidden[-2]))
+    pooled.append(np.asarray(out.projected))
   return np.concatenate(states, axis=-1), np.concatenate(pooled, axis=-1)
 
 

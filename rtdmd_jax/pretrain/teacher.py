@@ -51,7 +51,8 @@ def train_teacher(
   """
   model = config.model.to_dict()
   t5_config = config.t5.to_dict() | {"vocab_size": vocab_size}
-  transformer = build_transformer(model)
+  # Unrolled blocks train about twice as fast on a CPU.
+  transformer = build_transformer(model, scan=False)
   encoder = t5.T5Encoder(t5.T5Config.from_dict(t5_config))
   keys = jax.random.split(jax.random.key(seed), 2)
   params = {

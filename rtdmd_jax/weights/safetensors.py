@@ -104,7 +104,7 @@ def checkpoint_keys(path: str | os.PathLike) -> frozenset[str]:
 
 
 def read_config(directory: str | os.PathLike, name: str = "config.json") -> dict[str, Any]:
-  """Reads a JSON file, `config.json` unless named, of a model directory.
+  """Reads `config.json`, or another JSON file, of a model directory.
 
   Raises:
     UserError: no such directory or file, or the file is not a JSON object.
