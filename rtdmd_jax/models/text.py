@@ -48,10 +48,11 @@ def load_tokenizer(directory: Path) -> Any:
   """
   from transformers import AutoTokenizer
 
-  if not directory.is_dir():
-    raise UserError(f"{directory} is missing; a pipeline directory needs its tokenizers.")
+  # Without its files transformers would make a tokenizer that knows no word.
+  if not (directory / "tokenizer_config.json").is_file():
+    raise UserError(f"{directory} holds no tokenizer_config.json; give the model's tokenizer.")
   try:
-    return AutoTokenizer.from_pretrained(str(directory))
+    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
   except (OSError, ValueError) as error:
     raise UserError(f"{directory} holds no usable tokenizer ({error}).") from error
 

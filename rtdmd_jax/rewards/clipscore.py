@@ -3,6 +3,8 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ import numpy as np
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.clip import CLIP
 from rtdmd_jax.models.encoders import load_clip
-from rtdmd_jax.models.tokenizer import load_tokenizer
+from rtdmd_jax.models.text import load_tokenizer, tokenize
 from rtdmd_jax.rewards.preprocess import ClipTransform
 from rtdmd_jax.weights.safetensors import read_config
 
@@ -59,8 +61,9 @@ class ClipScore:
         f"crop_size in {directory}/preprocessor_config.json is {transform.crop}, but image_size in"
         f" config.json is {module.config.vision.image_size}."
       )
-    tokenize = load_tokenizer(directory, module.config.text.max_position_embeddings)
-    return cls(module, transform, tokenize, params)
+    length = module.config.text.max_position_embeddings
+    tokenizer = load_tokenizer(Path(directory))
+    return cls(module, transform, partial(tokenize, tokenizer, length=length), params)
 
   def text_features(self, params: Any, ids: jax.Array) -> jax.Array:
     """Maps token ids [B, L] to float32 features [B, P] of length 1."""

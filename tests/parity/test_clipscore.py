@@ -100,8 +100,9 @@ def test_bfloat16_stays_close(pretrained):
   scores = []
   for dtype in (jnp.float32, jnp.bfloat16):
     reward = ClipScore.from_pretrained(directory, dtype)
-    text = reward.text_features(reward.params, reward.tokenize(PROMPTS))
-    scores.append(reward.score(reward.params, images, text))
+    ids = reward.tokenize(PROMPTS)
+    run = jax.jit(lambda p, r=reward, i=ids: r.score(p, images, r.text_features(p, i)))
+    scores.append(run(reward.params))
   assert scores[1].dtype == jnp.float32
   np.testing.assert_allclose(scores[1], scores[0], atol=0.03)
   assert (scores[0] != scores[1]).any()

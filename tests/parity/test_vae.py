@@ -1,5 +1,6 @@
 """AutoencoderKL against diffusers in float32; 1e-4 leaves room for the order of summation only."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,8 +33,6 @@ def _reference(**changes):
 
 
 def _load(directory, reference):
-  import jax
-
   reference.save_pretrained(directory)
   vae = AutoencoderKL(VAEConfig.from_dict(read_config(directory)))
   shapes = jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
@@ -54,13 +53,15 @@ def test_encode_and_decode_equal_diffusers(tmp_path, changes):
     shift = reference.config.shift_factor or 0.0
     latents = torch.tensor(z.transpose(0, 3, 1, 2)) / reference.config.scaling_factor + shift
     decoded = reference.decode(latents).sample
-  mean, log_variance = vae.apply({"params": params}, images, method="encode")
+  encode = jax.jit(lambda p, x: vae.apply({"params": p}, x, method="encode"))
+  mean, log_variance = encode(params, images)
   expected = posterior.mean.numpy().transpose(0, 2, 3, 1)
   np.testing.assert_allclose(mean, expected, atol=TOLERANCE)
   expected = posterior.logvar.numpy().transpose(0, 2, 3, 1)
   np.testing.assert_allclose(log_variance, expected, atol=TOLERANCE)
   expected = (0.5 * decoded.numpy().transpose(0, 2, 3, 1) + 0.5).clip(0, 1)
-  np.testing.assert_allclose(decode_images(vae, params, jnp.array(z)), expected, atol=TOLERANCE)
+  got = jax.jit(lambda p, z: decode_images(vae, p, z))(params, z)
+  np.testing.assert_allclose(got, expected, atol=TOLERANCE)
 
 
 def test_latents_are_the_scaled_mean_or_a_sample(tmp_path):
@@ -72,22 +73,26 @@ def test_latents_are_the_scaled_mean_or_a_sample(tmp_path):
   with torch.no_grad():
     posterior = reference.encode(2 * torch.tensor(images.transpose(0, 3, 1, 2)) - 1).latent_dist
   std, mean = (a.numpy().transpose(0, 2, 3, 1) for a in (posterior.std, posterior.mean))
-  got = encode_images(vae, params, images)
+  run = jax.jit(lambda p, x, noise: encode_images(vae, p, x, noise=noise))
+  got = run(params, images, None)
   np.testing.assert_allclose(got, 1.5 * (mean - 0.06), atol=TOLERANCE)
-  got = encode_images(vae, params, images, noise=noise)
+  got = run(params, images, noise)
   np.testing.assert_allclose(got, 1.5 * (mean + std * noise - 0.06), atol=2 * TOLERANCE)
 
 
+@pytest.mark.slow
 def test_gradient_of_unclamped_images_equals_diffusers(tmp_path):
-  import jax
-
   reference = _reference()
   vae, params = _load(tmp_path, reference)
   z = np.random.default_rng(2).normal(size=(1, 4, 6, 4)).astype(np.float32)
   leaf = torch.tensor(z.transpose(0, 3, 1, 2), requires_grad=True)
   images = 0.5 * reference.decode(leaf / 1.5 + 0.06).sample + 0.5
   images.square().sum().backward()
-  gradient = jax.grad(lambda x: jnp.square(decode_images(vae, params, x, clamp=False)).sum())(z)
+
+  def energy(x):
+    return jnp.square(decode_images(vae, params, x, clamp=False)).sum()
+
+  gradient = jax.jit(jax.grad(energy))(z)
   expected = leaf.grad.numpy().transpose(0, 2, 3, 1)
   np.testing.assert_allclose(gradient, expected, atol=1e-3, rtol=1e-3)
 
