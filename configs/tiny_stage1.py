@@ -1,0 +1,37 @@
+"""AC-DMD on the shipped tiny pipeline: the teacher becomes a 4-step generator."""
+
+from pathlib import Path
+
+import common
+
+import rtdmd_jax
+
+TINY = Path(rtdmd_jax.__file__).parent / "assets/tiny"
+
+
+def tiny(c):
+  """What both tiny stages share."""
+  c.model.pretrained = str(TINY)
+  c.model.image_size = 64
+  c.model.dtype = "float32"
+  c.data.prompts = str(TINY / "prompts")
+  c.data.held_out = str(TINY / "prompts")
+  c.rewards.clipscore = dict(weight=1.0, directory=str(TINY / "clip"), backpropagate=True)
+  c.rewards.geneval = dict(weight=1.0, detector="shapes")
+  c.eval.chunk = 48
+  c.train.log_every = 5
+  return c
+
+
+def get_config():
+  c = tiny(common.stage1())
+  c.generator.learning_rate = 5e-4
+  c.fake_score.learning_rate = 1e-3
+  c.dmd.guidance_low = c.dmd.guidance_high = 4.0
+  c.eval.teacher_guidance = 4.0
+  c.batch.prompts = 48
+  c.train.steps = 1500
+  c.train.fake_update_ratio = 5
+  c.train.save_every = 250
+  c.eval.every = 250
+  return c

@@ -1,0 +1,154 @@
+"""Held-out scores of several systems on the same prompts and seeds."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from rtdmd_jax import sampling
+from rtdmd_jax.build import Setup
+from rtdmd_jax.models.lora import fold_scale
+from rtdmd_jax.prompts import Prompt
+from rtdmd_jax.roles import role_variables, role_velocity
+from rtdmd_jax.state import Conditioning
+
+Tree = Any
+
+
+class System(NamedTuple):
+  """A way to make images: Euler steps of the base with guidance, or the few-step generator."""
+
+  name: str
+  steps: int
+  guidance: float
+  sigmas: np.ndarray
+  eta: float
+  adapters: Tree  # {"lora_frozen": ..., "lora": ...}, either may be missing
+
+
+def teacher(setup: Setup, config: Any) -> System:
+  """The base with classifier-free guidance and many Euler steps."""
+  steps, guidance = config.eval.teacher_steps, config.eval.teacher_guidance
+  sigmas = sampling.euler_sigmas(steps, shift=setup.pipeline.shift)
+  return System("teacher", steps, guidance, sigmas, 0.0, {})
+
+
+def generator(setup: Setup, config: Any, name: str, adapters: Tree) -> System:
+  """The few-step generator with `adapters` on top of the earlier stage's."""
+  variables = {"lora_frozen": setup.frozen.generator} if setup.frozen.generator else {}
+  if adapters is not None:
+    variables["lora"] = fold_scale(adapters, config.lora.alpha)
+  sigmas = np.asarray(setup.roles.sigmas)
+  return System(name, len(sigmas) - 1, 1.0, sigmas, config.dmd.eta, variables)
+
+
+class Evaluator:
+  """Samples and scores; compiles one program a kind of system."""
+
+  def __init__(self, setup: Setup, config: Any):
+    self._setup, self._config = setup, config
+    self._programs: dict[tuple, Callable] = {}
+
+  def images(self, system: System, prompts: Sequence[Prompt]) -> np.ndarray:
+    """Images [P, H, W, 3] uint8; image i depends on the evaluation seed and i alone."""
+    program, chunk = self._program(system), self._config.eval.chunk
+    parts = []
+    for start in range(0, len(prompts), chunk):
+      index = np.minimum(np.arange(start, start + chunk), len(prompts) - 1).astype(np.uint32)
+      encoded = self._setup.cache([prompts[i].text for i in index])["conditioning"]
+      inputs = jax.device_put((encoded, index))
+      parts.append(jax.device_get(program(self._setup.frozen, system.adapters, *inputs)))
+    return np.concatenate(parts)[: len(prompts)]
+
+  def _program(self, system: System) -> Callable:
+    key = (system.steps, system.guidance, jax.tree.structure(system.adapters))
+    if key not in self._programs:
+      self._programs[key] = self._compile(system)
+    return self._programs[key]
+
+  def _compile(self, system: System) -> Callable:
+    setup = self._setup
+    guided = system.guidance > 1.0
+
+    def run(frozen, adapters, conditioning: Conditioning, index: jax.Array) -> jax.Array:
+      variables = role_variables(frozen.bases[setup.roles.generator]) | adapters
+      velocity = role_velocity(
+        setup.roles.apply,
+        variables,
+        conditioning,
+        unconditional=setup.unconditional if guided else None,
+        guidance=system.guidance,
+      )
+      key = jax.random.key(self._config.eval.seed)
+      latents = sampling.sample(
+        velocity, key, index, setup.roles.latent_shape, system.sigmas, eta=system.eta
+      )
+      images = setup.scoring.decode(frozen.vae, latents)
+      return jnp.round(255.0 * images).astype(jnp.uint8)
+
+    return jax.jit(run)
+
+  def scores(self, images: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+    """Every configured reward [P] of uint8 images."""
+    setup, chunk = self._setup, self._config.eval.chunk
+    texts = [p.text for p in prompts]
+    result = {}
+    for name, score in setup.scoring.device.items():
+      features = setup.cache(texts)["reward_text"][name]
+      program = jax.jit(lambda p, x, t, score=score: score(p, x.astype(jnp.float32) / 255.0, t))
+      parts = []
+      for start in range(0, len(prompts), chunk):
+        index = np.minimum(np.arange(start, start + chunk), len(prompts) - 1)
+        inputs = jax.device_put((images[index], features[index]))
+        parts.append(jax.device_get(program(setup.frozen.rewards[name], *inputs)))
+      result[name] = np.concatenate(parts)[: len(prompts)]
+    if setup.host_rewards is not None:
+      scored = setup.host_rewards(images, texts, [p.record for p in prompts])
+      result |= {name: scored[name] for name in setup.host_rewards.weights}
+    return result
+
+  def compare(self, systems: Sequence[System], prompts: Sequence[Prompt], workdir: Path) -> dict:
+    """Scores every system; writes `evaluation.json` and images, and returns the table."""
+    rows = []
+    for system in systems:
+      images = self.images(system, prompts)
+      rows.append(_row(system, self.scores(images, prompts), prompts))
+      directory = workdir / "evaluation" / system.name
+      directory.mkdir(parents=True, exist_ok=True)
+      for i in range(min(self._config.eval.preview, len(prompts))):
+        Image.fromarray(images[i]).save(directory / f"{i}.png")
+    shown = [p.text for p in prompts[: self._config.eval.preview]]
+    table = {"systems": rows, "prompts": shown}
+    (workdir / "evaluation.json").write_text(json.dumps(table, indent=2))
+    return table
+
+
+def _row(system: System, scores: dict[str, np.ndarray], prompts: Sequence[Prompt]) -> dict:
+  tags = np.array([(p.record or {}).get("tag", "") for p in prompts])
+  per_tag = {
+    str(tag): {name: _summary(values[tags == tag]) for name, values in scores.items()}
+    for tag in dict.fromkeys(tags)
+    if tag
+  }
+  return {
+    "name": system.name,
+    "steps": system.steps,
+    "guidance": system.guidance,
+    "scores": {name: _summary(values) for name, values in scores.items()},
+    "per_tag": per_tag,
+  }
+
+
+def _summary(values: np.ndarray) -> dict:
+  """Mean of the finite values, half width of its 95 % interval, and their number."""
+  values = values[np.isfinite(values)].astype(np.float64)
+  if not len(values):
+    return {"mean": None, "ci95": None, "n": 0}
+  ci = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
+  return {"mean": float(values.mean()), "ci95": ci, "n": len(values)}

@@ -1,0 +1,296 @@
+"""The training loop, one for both stages: build, restore, step, log, evaluate, save."""
+
+import json
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rtdmd_jax import evaluation, stage1, stage2
+from rtdmd_jax.build import (
+  Setup,
+  build,
+  dmd_config,
+  new_adapters,
+  optimizer_config,
+  policy_config,
+)
+from rtdmd_jax.checkpoint import Checkpoints, check_resume, store_config
+from rtdmd_jax.data import make_batch
+from rtdmd_jax.errors import UserError
+from rtdmd_jax.export import export_adapters
+from rtdmd_jax.grids import grid, save_png
+from rtdmd_jax.metrics import MetricWriter
+from rtdmd_jax.optim import ema_update, make_optimizer
+from rtdmd_jax.progress import Progress
+from rtdmd_jax.prompts import Prompt
+from rtdmd_jax.report import write_report
+from rtdmd_jax.stage1 import Batch, Metrics
+from rtdmd_jax.state import TrainState
+
+# A resumed run must agree with itself in these sections.
+FIXED = ("stage", "seed", "model", "lora", "load", "data", "dmd", "batch", "rewards")
+
+# (state, batch, prompts, step) -> (state, metrics); metrics stay on the device.
+StepFn = Callable[[TrainState, Batch, list[Prompt], int], tuple[TrainState, Metrics]]
+
+
+class Optimizers(NamedTuple):
+  """One optimizer a trained network."""
+
+  generator: Any
+  fake_score: Any
+
+
+def initial_state(config: Any, setup: Setup, optimizers: Optimizers) -> TrainState:
+  """Fresh adapters, which change nothing, and empty optimizer states."""
+  keys = jax.random.split(jax.random.key(config.seed), 2)
+  generator = new_adapters(config, setup.pipeline, keys[0])
+  fake_score = new_adapters(config, setup.pipeline, keys[1])
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    generator=generator,
+    fake_score=fake_score,
+    ema=jax.tree.map(jnp.copy, generator),
+    generator_opt=optimizers.generator.init(generator),
+    fake_score_opt=optimizers.fake_score.init(fake_score),
+  )
+
+
+def _keyed(step: Callable, seed: int, stream: int) -> Callable:
+  """Derives the step's key from the seed and `state.step` inside the compiled program."""
+
+  def run(state: TrainState, frozen: Any, *args: Any) -> Any:
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), state.step)
+    return step(state, frozen, *args, key)
+
+  return run
+
+
+def _finish(config: Any) -> Callable[[TrainState], TrainState]:
+  """The end of a step: moving average and step count."""
+
+  def finish(state: TrainState) -> TrainState:
+    step = state.step + 1
+    ema = ema_update(state.ema, state.generator, config.ema.decay, step % config.ema.every == 0)
+    return state.replace(step=step, ema=ema)
+
+  return jax.jit(finish, donate_argnums=0)
+
+
+def stage1_step(config: Any, setup: Setup, optimizers: Optimizers) -> StepFn:
+  """A fake-score update every step, a generator update every `fake_update_ratio`-th."""
+  common = {"roles": setup.roles, "config": dmd_config(config, setup.pipeline)}
+
+  def fake(state, frozen, batch, key):
+    return stage1.fake_score_step(
+      state, frozen, batch, key, optimizer=optimizers.fake_score, **common
+    )
+
+  def generator(state, frozen, batch, key):
+    return stage1.generator_step(
+      state, frozen, batch, key, optimizer=optimizers.generator, **common
+    )
+
+  fake = jax.jit(_keyed(fake, config.seed, 1), donate_argnums=0)
+  generator = jax.jit(_keyed(generator, config.seed, 2), donate_argnums=0)
+  finish = _finish(config)
+
+  def step(state: TrainState, batch: Batch, prompts: list[Prompt], number: int):
+    state, metrics = fake(state, setup.frozen, batch)
+    if (number + 1) % config.train.fake_update_ratio == 0:
+      state, more = generator(state, setup.frozen, batch)
+      metrics |= more
+    return finish(state), metrics
+
+  return step
+
+
+def stage2_step(config: Any, setup: Setup, optimizers: Optimizers) -> StepFn:
+  """Rollout, fake-score update while the host scores, policy update."""
+  dmd, policy = dmd_config(config, setup.pipeline), policy_config(config)
+  common = {"roles": setup.roles, "config": dmd, "policy": policy}
+
+  def roll_out(state, frozen, batch, key):
+    return stage2.rollout(state, frozen, batch, key, scoring=setup.scoring, **common)
+
+  def fake(state, frozen, batch, samples, key):
+    return stage2.fake_score_step(
+      state, frozen, batch, samples, key, optimizer=optimizers.fake_score, **common
+    )
+
+  def update(state, frozen, batch, samples, rewards, key):
+    return stage2.policy_step(
+      state,
+      frozen,
+      batch,
+      samples,
+      rewards,
+      key,
+      scoring=setup.scoring,
+      optimizer=optimizers.generator,
+      **common,
+    )
+
+  roll_out = jax.jit(_keyed(roll_out, config.seed, 3))
+  fake = jax.jit(_keyed(fake, config.seed, 1), donate_argnums=0)
+  update = jax.jit(_keyed(update, config.seed, 2), donate_argnums=0)
+  finish = _finish(config)
+
+  def step(state: TrainState, batch: Batch, prompts: list[Prompt], number: int):
+    samples = roll_out(state, setup.frozen, batch)
+    state, metrics = fake(state, setup.frozen, batch, samples)
+    rewards = dict(samples.rewards)
+    if setup.host_rewards is not None:
+      images = jax.device_get(samples.images)
+      scores = setup.host_rewards(images, [p.text for p in prompts], [p.record for p in prompts])
+      host = {name: scores[name] for name in setup.host_rewards.weights}
+      rewards |= jax.device_put(host)
+    state, more = update(state, setup.frozen, batch, samples, rewards)
+    return finish(state), metrics | more
+
+  return step
+
+
+STAGES = {"stage1": stage1_step, "stage2": stage2_step}
+
+
+def train(config: Any, workdir: Path) -> None:
+  """Runs a stage to its end in `workdir`, from its last checkpoint if it has one.
+
+  Raises:
+    UserError: a bad configuration, a missing or broken file, or a workdir of another run.
+  """
+  if config.stage not in STAGES:
+    raise UserError(f"stage is {config.stage!r}; use one of {', '.join(STAGES)} or pretrain.")
+  workdir.mkdir(parents=True, exist_ok=True)
+  settings = json.loads(config.to_json_best_effort())
+  if (workdir / "config.json").exists():
+    for line in check_resume(workdir / "config.json", settings, FIXED):
+      print(f"changed since the last start: {line}")
+  setup = build(config)
+  store_config(workdir / "config.json", settings)
+  (workdir / "versions.json").write_text(json.dumps(versions(), indent=2))
+  optimizers = Optimizers(
+    *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
+  )
+  state = jax.jit(lambda: initial_state(config, setup, optimizers))()
+  with Checkpoints(workdir / "checkpoints", keep=config.train.keep, keep_every=None) as saved:
+    if saved.latest_step is not None:
+      state, _ = saved.restore(state)
+      print(f"resuming after step {int(state.step)}")
+    state = _loop(
+      config, setup, STAGES[config.stage](config, setup, optimizers), state, saved, workdir
+    )
+  evaluator = evaluation.Evaluator(setup, config)
+  _final_evaluation(config, setup, evaluator, state, workdir)
+  export_adapters(config, setup, state, workdir / "export")
+  print(f"report: {write_report(workdir)}")
+
+
+def _loop(
+  config: Any,
+  setup: Setup,
+  step_fn: StepFn,
+  state: TrainState,
+  saved: Checkpoints,
+  workdir: Path,
+) -> TrainState:
+  start = int(state.step)
+  evaluator = evaluation.Evaluator(setup, config)
+  writer = MetricWriter(workdir, resume_step=start if start else -1)
+  samples = config.batch.prompts * config.batch.repeats
+  with writer, Progress(config.train.steps, start_step=start) as progress:
+    if start == 0:
+      _evaluate(config, setup, evaluator, state, 0, writer, workdir)
+    for number in range(start, config.train.steps):
+      batch, prompts = make_batch(
+        setup.prompts,
+        setup.cache,
+        setup.unconditional,
+        seed=config.seed,
+        step=number,
+        prompts_per_batch=config.batch.prompts,
+        repeats=config.batch.repeats,
+      )
+      state, metrics = step_fn(state, batch, prompts, number)
+      done = number + 1
+      if done % config.train.log_every == 0 or done == config.train.steps:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        writer.scalars(done, values)
+        progress.update(done, done * samples, values)
+      if done % config.eval.every == 0:
+        _evaluate(config, setup, evaluator, state, done, writer, workdir)
+      if done % config.train.save_every == 0 or done == config.train.steps:
+        saved.save(done, state, {})
+  return state
+
+
+def _evaluate(
+  config: Any,
+  setup: Setup,
+  evaluator: evaluation.Evaluator,
+  state: TrainState,
+  step: int,
+  writer: MetricWriter,
+  workdir: Path,
+) -> None:
+  """Scores the averaged generator on a few held-out prompts and writes a preview grid."""
+  prompts = spread(setup.held_out, config.eval.prompts)
+  system = evaluation.generator(setup, config, "generator", state.ema)
+  images = evaluator.images(system, prompts)
+  scores = evaluator.scores(images, prompts)
+  writer.scalars(step, {f"eval/{name}": float(np.nanmean(v)) for name, v in scores.items()})
+  shown = min(config.eval.preview, len(prompts))
+  picture = grid(images[:shown], [p.text for p in prompts[:shown]])
+  (workdir / "previews").mkdir(exist_ok=True)
+  save_png(workdir / f"previews/step_{step:06d}.png", picture)
+  writer.image(step, "preview", np.asarray(picture))
+
+
+def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
+  """At most `count` prompts, evenly spread over the list and shuffled the same way every time."""
+  count = min(count, len(prompts))
+  chosen = [prompts[i * len(prompts) // count] for i in range(count)]
+  return [chosen[i] for i in np.random.default_rng(0).permutation(count)]
+
+
+def _final_evaluation(
+  config: Any,
+  setup: Setup,
+  evaluator: evaluation.Evaluator,
+  state: TrainState,
+  workdir: Path,
+) -> None:
+  prompts = spread(setup.held_out, config.eval.final_prompts)
+  start = "cold start" if setup.frozen.generator else "base"
+  systems = [
+    evaluation.teacher(setup, config),
+    evaluation.generator(setup, config, f"{start}, few steps", None),
+    evaluation.generator(setup, config, "result, few steps", state.ema),
+  ]
+  for row in evaluator.compare(systems, prompts, workdir)["systems"]:
+    scores = "  ".join(
+      f"{name} {s['mean']:.4f} ± {s['ci95']:.4f}" for name, s in row["scores"].items()
+    )
+    print(f"{row['name']:24s} {row['steps']:3d} steps  guidance {row['guidance']}  {scores}")
+
+
+def versions() -> dict[str, str]:
+  """Versions of what a result may depend on."""
+  names = ("rtdmd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+  found = {}
+  for name in names:
+    try:
+      found[name] = version(name)
+    except ImportError:
+      from rtdmd_jax import __version__
+
+      found[name] = __version__
+  device = jax.devices()[0]
+  return found | {"python": platform.python_version(), "device": device.device_kind}
