@@ -16,6 +16,8 @@ def tiny(c):
   c.model.dtype = "float32"
   c.data.prompts = str(TINY / "prompts")
   c.data.held_out = str(TINY / "prompts")
+  c.lora.rank = 16
+  c.lora.alpha = 32.0
   c.rewards.clipscore = dict(weight=1.0, directory=str(TINY / "clip"), backpropagate=True)
   c.rewards.geneval = dict(weight=1.0, detector="shapes")
   c.eval.chunk = 48

@@ -50,7 +50,8 @@ def train_teacher(
     seed: of initialisation and batches.
   """
   model = config.model.to_dict()
-  t5_config = config.t5.to_dict() | {"vocab_size": vocab_size}
+  kind = {"architectures": ["T5EncoderModel"], "model_type": "t5", "is_encoder_decoder": False}
+  t5_config = kind | config.t5.to_dict() | {"vocab_size": vocab_size}
   # Unrolled blocks train about twice as fast on a CPU.
   transformer = build_transformer(model, scan=False)
   encoder = t5.T5Encoder(t5.T5Config.from_dict(t5_config))
@@ -102,8 +103,7 @@ def train_teacher(
     transformer.table,
     dtype=jnp.float16,
   )
-  kind = {"architectures": ["T5EncoderModel"], "model_type": "t5", "is_encoder_decoder": False}
-  _write(directory / "text_encoder_3", kind | t5_config)
+  _write(directory / "text_encoder_3", t5_config)
   save_params(
     directory / "text_encoder_3/model.safetensors", params["t5"], t5.TABLE, dtype=jnp.float16
   )
