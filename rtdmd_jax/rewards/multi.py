@@ -1,0 +1,223 @@
+"""Several rewards as one scorer, with their weighted sum.
+
+A reward is a callable `(images, prompts, metadata) -> [B]`, or `-> {output: [B]}` with its own name
+among the outputs. It gets uint8 images `[B, H, W, 3]`, as every score of RTDMD is taken on 8-bit
+images, a list of prompts and a list of GenEval records or None. A sample it cannot score is NaN.
+"""
+
+import difflib
+import importlib
+import inspect
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from rtdmd_jax.errors import UserError
+
+MEAN = "mean"
+Reward = Callable[[np.ndarray, Sequence[str], Sequence[Mapping] | None], object]
+_logger = logging.getLogger(__name__)
+
+
+class _OptionError(UserError):
+  """Wrong options: a mistake in the configuration, never skipped as an unavailable reward."""
+
+
+def _clipscore(*, directory: str) -> Reward:
+  """CLIP cosine similarity; `directory` holds the checkpoint in Hugging Face layout."""
+  from rtdmd_jax.rewards.clipscore import ClipScore
+
+  score = ClipScore.from_pretrained(directory)
+  return lambda images, prompts, metadata: score(images.astype(np.float32) / 255, prompts)
+
+
+def _geneval(*, detector: str) -> Reward:
+  """GenEval; `detector` is "shapes" or the import path `pkg.mod:name` of a detector."""
+  from rtdmd_jax.rewards.geneval import GenEval
+
+  if detector == "shapes":
+    from rtdmd_jax.rewards.shapes_detector import detect_shapes
+
+    return GenEval(detect_shapes)
+  if ":" not in detector:
+    raise UserError(
+      f"reward 'geneval': unknown detector {detector!r}; use 'shapes' or a path pkg.mod:name"
+    )
+  return GenEval(_imported(detector))
+
+
+_FACTORIES: dict[str, Callable[..., Reward]] = {"clipscore": _clipscore, "geneval": _geneval}
+
+
+def _imported(path: str) -> Callable:
+  module, _, name = path.partition(":")
+  try:
+    found = getattr(importlib.import_module(module), name)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise UserError(f"cannot import {path!r} ({error}); write it as pkg.mod:Name") from error
+  if not callable(found):
+    raise UserError(f"{path!r} is not callable; name a class or a function")
+  return found
+
+
+def _check_known(name: str, where: str) -> None:
+  if name in _FACTORIES or ":" in name:
+    return
+  close = difflib.get_close_matches(name, _FACTORIES, n=1)
+  hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(_FACTORIES)}"
+  raise UserError(f"{where}: unknown reward {name!r}; {hint} (or an import path pkg.mod:Name)")
+
+
+def _check_weight(name: str, weight: object) -> float:
+  if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+    raise UserError(f"reward {name!r}: the weight must be a finite number, got {weight!r}")
+  return float(weight)
+
+
+def _build(name: str, options: Mapping) -> Reward:
+  """Builds one reward; a wrong option is a UserError, a missing file whatever the reward raises."""
+  factory = _FACTORIES[name] if name in _FACTORIES else _imported(name)
+  try:
+    inspect.signature(factory).bind(**options)
+  except TypeError as error:
+    raise _OptionError(f"reward {name!r}: {error} in its options {dict(options)!r}") from error
+  return factory(**options)
+
+
+class MultiReward:
+  """Scores images with every reward; made by `make`.
+
+  Attributes:
+    weights: weight of each reward in use.
+    unavailable: why each skipped reward could not be built, by name.
+  """
+
+  def __init__(
+    self,
+    rewards: Mapping[str, Reward],
+    weights: Mapping[str, float],
+    unavailable: Mapping[str, str],
+    *,
+    isolate_failures: bool,
+  ):
+    self._rewards = dict(rewards)
+    self._isolate_failures = isolate_failures
+    self.weights = dict(weights)
+    self.unavailable = dict(unavailable)
+
+  def __call__(
+    self, images: object, prompts: Sequence[str], metadata: Sequence[Mapping] | None = None
+  ) -> dict[str, np.ndarray]:
+    """Scores a batch.
+
+    Args:
+      images: `[B, H, W, 3]`, uint8 or floating point in [0, 1] (rounded to 8 bits, as published).
+      prompts: the prompt of each image.
+      metadata: the GenEval record of each image, for the rewards that need one.
+
+    Returns:
+      For each reward its scores `[B]` float32, the further outputs of a reward under their own
+      names, and "mean": the weighted sum (not divided by anything; the published name). A sample
+      with a pixel that is not finite, or that a reward failed on, is NaN there and in "mean".
+
+    Raises:
+      UserError: a reward's input is missing, such as records for geneval.
+      ValueError: shapes or lengths do not fit.
+    """
+    images, usable = _as_uint8(images)
+    if len(images) != len(prompts) or (metadata is not None and len(metadata) != len(images)):
+      records = "no" if metadata is None else len(metadata)
+      raise ValueError(f"{len(images)} images, {len(prompts)} prompts, {records} records")
+    scores: dict[str, np.ndarray] = {}
+    for name, reward in self._rewards.items():
+      for output, values in self._outputs(name, reward, images, prompts, metadata).items():
+        if output in scores or output == MEAN:
+          raise ValueError(f"two rewards return an output named {output!r}")
+        scores[output] = np.where(usable, values, np.float32(np.nan))
+    total = sum(self.weights[n] * scores[n] for n in self._rewards if self.weights[n])
+    scores[MEAN] = np.broadcast_to(np.asarray(total, np.float32), usable.shape).copy()
+    return scores
+
+  def _outputs(self, name, reward, images, prompts, metadata) -> dict[str, np.ndarray]:
+    """The checked outputs of one reward; after a failure, if isolated, its score as NaN."""
+    try:
+      result = reward(images, prompts, metadata)
+    except UserError:
+      raise
+    except Exception as error:
+      if not self._isolate_failures:
+        raise
+      _logger.warning("reward %s failed on a batch: %s: %s", name, type(error).__name__, error)
+      return {name: np.full(len(images), np.nan, np.float32)}
+    outputs = dict(result) if isinstance(result, Mapping) else {name: result}
+    if name not in outputs:
+      raise ValueError(f"reward {name!r} returns {sorted(outputs)} without its own name")
+    outputs = {key: np.asarray(values, np.float32) for key, values in outputs.items()}
+    for key, values in outputs.items():
+      if values.shape != (len(images),):
+        raise ValueError(f"reward {name!r}: {key!r} has shape {values.shape}, not [{len(images)}]")
+    return outputs
+
+
+def _as_uint8(images: object) -> tuple[np.ndarray, np.ndarray]:
+  """8-bit images, and which of them had finite pixels only, `[B]` bool."""
+  images = np.asarray(images)
+  if images.ndim != 4 or images.shape[-1] != 3:
+    raise ValueError(f"images must be [B, H, W, 3], got {images.shape}")
+  if images.dtype == np.uint8:
+    return images, np.ones(len(images), bool)
+  if np.issubdtype(images.dtype, np.integer) or images.dtype == bool:
+    raise ValueError(f"images must be uint8 or floating point in [0, 1], got {images.dtype}")
+  images = images.astype(np.float32)
+  usable = np.isfinite(images).all(axis=(1, 2, 3))
+  images = np.where(usable[:, None, None, None], images, 0.0)
+  return np.rint(np.clip(images, 0.0, 1.0) * 255).astype(np.uint8), usable
+
+
+def make(
+  names_and_weights: Mapping[str, float],
+  *,
+  options: Mapping[str, Mapping] | None = None,
+  allow_unavailable: bool = False,
+) -> MultiReward:
+  """Builds the scorer of `names_and_weights`.
+
+  Args:
+    names_and_weights: weight of each reward: `clipscore`, `geneval`, or the import path
+      `pkg.mod:Name` of a callable that takes its options and returns a reward.
+    options: keyword options of each reward, such as `{"geneval": {"detector": "shapes"}}`; entries
+      for known rewards that are not asked for are ignored.
+    allow_unavailable: for evaluation: a reward that cannot be built is left out with a warning and
+      listed in `.unavailable`, and one that fails on a batch scores NaN there. Without it, for
+      training, either ends the run.
+
+  Raises:
+    UserError: an unknown reward or option, a weight that is no finite number, a reward that cannot
+      be built, or none left.
+  """
+  options = options or {}
+  for name in names_and_weights:
+    _check_known(name, "rewards")
+  for name in options:
+    _check_known(name, "reward options")
+  weights = {name: _check_weight(name, weight) for name, weight in names_and_weights.items()}
+  rewards: dict[str, Reward] = {}
+  unavailable: dict[str, str] = {}
+  for name in weights:
+    try:
+      rewards[name] = _build(name, options.get(name, {}))
+    except _OptionError:
+      raise
+    except (UserError, ImportError, OSError, ValueError, RuntimeError) as error:
+      reason = f"{type(error).__name__}: {error}"
+      if not allow_unavailable:
+        raise UserError(f"reward {name!r} cannot be built: {reason}") from error
+      _logger.warning("reward %s is left out: %s", name, reason)
+      unavailable[name] = reason
+  if not rewards:
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in unavailable.items())
+    raise UserError(f"no reward is left to score with ({reasons or 'none is configured'})")
+  active = {name: weights[name] for name in rewards}
+  return MultiReward(rewards, active, unavailable, isolate_failures=allow_unavailable)
