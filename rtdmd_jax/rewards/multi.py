@@ -27,10 +27,21 @@ class _OptionError(UserError):
 
 def _clipscore(*, directory: str) -> Reward:
   """CLIP cosine similarity; `directory` holds the checkpoint in Hugging Face layout."""
+  import jax
+
   from rtdmd_jax.rewards.clipscore import ClipScore
 
-  score = ClipScore.from_pretrained(directory)
-  return lambda images, prompts, metadata: score(images.astype(np.float32) / 255, prompts)
+  model = ClipScore.from_pretrained(directory)
+
+  @jax.jit
+  def score(params, images, ids):
+    return model.score(params, images, model.text_features(params, ids))
+
+  def reward(images, prompts, metadata):
+    del metadata
+    return score(model.params, images.astype(np.float32) / 255, model.tokenize(prompts))
+
+  return reward
 
 
 def _geneval(*, detector: str) -> Reward:

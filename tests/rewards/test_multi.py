@@ -105,17 +105,32 @@ def test_geneval_with_a_detector_by_import_path():
   assert scorer(grey(1.0), [""], [all_records()[0]])["geneval"] == 0.0
 
 
-def test_clipscore_is_built_from_its_directory(monkeypatch):
-  class ClipScore:
-    @classmethod
-    def from_pretrained(cls, directory):
-      assert directory == "clip"
-      return lambda images, prompts: images.max(axis=(1, 2, 3))
+class FakeClip:
+  """The methods of ClipScore that the reward calls, with a score that shows its inputs."""
 
-  module = types.SimpleNamespace(ClipScore=ClipScore)
+  params = 10.0
+
+  @classmethod
+  def from_pretrained(cls, directory):
+    assert directory == "clip"
+    return cls()
+
+  def tokenize(self, prompts):
+    return np.array([[len(prompt)] for prompt in prompts])
+
+  def text_features(self, params, ids):
+    return ids * params
+
+  def score(self, params, images, text_features):
+    return images.max(axis=(1, 2, 3)) + text_features[:, 0]
+
+
+def test_clipscore_is_built_from_its_directory(monkeypatch):
+  module = types.SimpleNamespace(ClipScore=FakeClip)
   monkeypatch.setitem(sys.modules, "rtdmd_jax.rewards.clipscore", module)
   scorer = rewards.make({"clipscore": 1.0}, options={"clipscore": {"directory": "clip"}})
-  assert scorer(grey(1.0), ["a"])["clipscore"] == 1.0
+  scores = scorer(grey(1.0, 0.2), ["a", "bcd"])
+  np.testing.assert_allclose(scores["clipscore"], [1.0 + 10, 0.2 + 30], rtol=1e-6)
 
 
 @pytest.mark.parametrize("allow", [False, True])
