@@ -21,12 +21,27 @@ Reward = Callable[[np.ndarray, Sequence[str], Sequence[Mapping] | None], object]
 _logger = logging.getLogger(__name__)
 
 
+class _OptionError(UserError):
+  """Wrong options: a mistake in the configuration, never skipped as an unavailable reward."""
+
+
 def _clipscore(*, directory: str) -> Reward:
   """CLIP cosine similarity; `directory` holds the checkpoint in Hugging Face layout."""
+  import jax
+
   from rtdmd_jax.rewards.clipscore import ClipScore
 
-  score = ClipScore.from_pretrained(directory)
-  return lambda images, prompts, metadata: score(images.astype(np.float32) / 255, prompts)
+  model = ClipScore.from_pretrained(directory)
+
+  @jax.jit
+  def score(params, images, ids):
+    return model.score(params, images, model.text_features(params, ids))
+
+  def reward(images, prompts, metadata):
+    del metadata
+    return score(model.params, images.astype(np.float32) / 255, model.tokenize(prompts))
+
+  return reward
 
 
 def _geneval(*, detector: str) -> Reward:
@@ -39,7 +54,7 @@ def _geneval(*, detector: str) -> Reward:
     return GenEval(detect_shapes)
   if ":" not in detector:
     raise UserError(
-      f"reward 'geneval': unknown detector {detector!r}; use 'shapes' or an import path pkg.mod:name"
+      f"reward 'geneval': unknown detector {detector!r}; use 'shapes' or a path pkg.mod:name"
     )
   return GenEval(_imported(detector))
 
@@ -80,10 +95,6 @@ def _build(name: str, options: Mapping) -> Reward:
   except TypeError as error:
     raise _OptionError(f"reward {name!r}: {error} in its options {dict(options)!r}") from error
   return factory(**options)
-
-
-class _OptionError(UserError):
-  """Wrong options: a mistake in the configuration, never skipped as an unavailable reward."""
 
 
 class MultiReward:

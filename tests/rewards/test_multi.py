@@ -1,0 +1,209 @@
+import logging
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from rtdmd_jax import rewards
+from rtdmd_jax.datasets.shapes.draw import draw
+from rtdmd_jax.datasets.shapes.grammar import all_records
+from rtdmd_jax.errors import UserError
+
+HERE = __name__
+BRIGHT, LENGTH, BROKEN = (f"{HERE}:{name}" for name in ("Brightness", "Length", "Broken"))
+MISSING, UNNAMED, WRONG = (f"{HERE}:{name}" for name in ("Missing", "Unnamed", "WrongShape"))
+
+
+class Brightness:
+  """Mean pixel in [0, 1] times a gain; black images cannot be scored."""
+
+  def __init__(self, gain=1.0):
+    self.gain = gain
+
+  def __call__(self, images, prompts, metadata):
+    assert images.dtype == np.uint8
+    mean = images.mean(axis=(1, 2, 3)) / 255
+    return np.where(mean == 0, np.nan, self.gain * mean)
+
+
+def Length():
+  return lambda images, prompts, metadata: {
+    LENGTH: [float(len(p)) for p in prompts],
+    "words": [float(len(p.split())) for p in prompts],
+  }
+
+
+def Broken():
+  def fail(images, prompts, metadata):
+    raise RuntimeError("no memory")
+
+  return fail
+
+
+def Missing():
+  raise FileNotFoundError("weights.safetensors")
+
+
+def Unnamed():
+  return lambda images, prompts, metadata: {"other": np.zeros(len(images))}
+
+
+def WrongShape():
+  return lambda images, prompts, metadata: np.zeros((len(images), 2))
+
+
+def grey(*levels):
+  return np.stack([np.full((4, 4, 3), level, np.float32) for level in levels])
+
+
+def test_mean_is_the_weighted_sum():
+  scorer = rewards.make({BRIGHT: 2.0, LENGTH: 0.5}, options={BRIGHT: {"gain": 3.0}})
+  scores = scorer(grey(1.0, 0.2), ["ab", "a b c"])
+  np.testing.assert_allclose(scores[BRIGHT], [3.0, 0.6], rtol=1e-6)
+  np.testing.assert_allclose(scores["words"], [1.0, 3.0])
+  np.testing.assert_allclose(scores["mean"], [2 * 3.0 + 1.0, 2 * 0.6 + 2.5], rtol=1e-6)
+  assert all(v.dtype == np.float32 and v.shape == (2,) for v in scores.values())
+
+
+def test_float_images_are_rounded_to_8_bits():
+  scores = rewards.make({BRIGHT: 1.0})(grey(100.4 / 255, 100.6 / 255, 1.7), ["", "", ""])
+  np.testing.assert_allclose(scores[BRIGHT] * 255, [100.0, 101.0, 255.0], rtol=1e-6)
+
+
+def test_failed_samples_are_nan_and_others_keep_their_score():
+  scores = rewards.make({BRIGHT: 1.0, LENGTH: 1.0})(grey(0.0, 0.2, np.nan), ["ab", "cd", "ef"])
+  np.testing.assert_array_equal(np.isnan(scores[BRIGHT]), [True, False, True])
+  np.testing.assert_array_equal(np.isnan(scores[LENGTH]), [False, False, True])
+  np.testing.assert_array_equal(np.isnan(scores["mean"]), [True, False, True])
+
+
+def test_a_reward_of_weight_zero_is_reported_but_not_summed():
+  scores = rewards.make({BRIGHT: 0.0, LENGTH: 1.0})(grey(0.0), ["abc"])
+  assert np.isnan(scores[BRIGHT][0]) and scores["mean"][0] == 3.0
+
+
+def test_geneval_with_the_shapes_detector():
+  records = all_records()[::90]
+  rng = np.random.default_rng(0)
+  images = np.stack([draw(record, rng)[0] for record in records])
+  scorer = rewards.make({"geneval": 2.0}, options={"geneval": {"detector": "shapes"}})
+  scores = scorer(images, [r["prompt"] for r in records], records)
+  np.testing.assert_array_equal(scores["geneval"], 1.0)
+  np.testing.assert_array_equal(scores["mean"], 2.0)
+  assert set(scores["position_accuracy"]) == {1.0, -10.0}
+  with pytest.raises(UserError, match="geneval needs a record"):
+    scorer(images, [r["prompt"] for r in records])
+
+
+def Detector(images):
+  return [[] for _ in images]
+
+
+def test_geneval_with_a_detector_by_import_path():
+  scorer = rewards.make({"geneval": 1.0}, options={"geneval": {"detector": f"{HERE}:Detector"}})
+  assert scorer(grey(1.0), [""], [all_records()[0]])["geneval"] == 0.0
+
+
+class FakeClip:
+  """The methods of ClipScore that the reward calls, with a score that shows its inputs."""
+
+  params = 10.0
+
+  @classmethod
+  def from_pretrained(cls, directory):
+    assert directory == "clip"
+    return cls()
+
+  def tokenize(self, prompts):
+    return np.array([[len(prompt)] for prompt in prompts])
+
+  def text_features(self, params, ids):
+    return ids * params
+
+  def score(self, params, images, text_features):
+    return images.max(axis=(1, 2, 3)) + text_features[:, 0]
+
+
+def test_clipscore_is_built_from_its_directory(monkeypatch):
+  module = types.SimpleNamespace(ClipScore=FakeClip)
+  monkeypatch.setitem(sys.modules, "rtdmd_jax.rewards.clipscore", module)
+  scorer = rewards.make({"clipscore": 1.0}, options={"clipscore": {"directory": "clip"}})
+  scores = scorer(grey(1.0, 0.2), ["a", "bcd"])
+  np.testing.assert_allclose(scores["clipscore"], [1.0 + 10, 0.2 + 30], rtol=1e-6)
+
+
+@pytest.mark.parametrize("allow", [False, True])
+@pytest.mark.parametrize(
+  ("names", "options", "message"),
+  [
+    ({"genevl": 1.0}, {}, "did you mean 'geneval'"),
+    ({"quux": 1.0}, {}, "known: clipscore, geneval"),
+    ({"geneval": 1.0}, {"genevel": {}}, "reward options: unknown reward 'genevel'"),
+    ({"geneval": 1.0}, {}, "missing a required argument: 'detector'"),
+    ({"geneval": 1.0}, {"geneval": {"detectr": "shapes"}}, "'geneval'"),
+    ({BRIGHT: 1.0}, {BRIGHT: {"gian": 1}}, "unexpected keyword argument 'gian'"),
+    ({BRIGHT: float("nan")}, {}, "finite number"),
+    ({BRIGHT: "1"}, {}, "finite number"),
+    ({}, {}, "none is configured"),
+  ],
+)
+def test_mistakes_are_user_errors_also_in_evaluation(names, options, message, allow):
+  with pytest.raises(UserError, match=message):
+    rewards.make(names, options=options, allow_unavailable=allow)
+
+
+@pytest.mark.parametrize(
+  ("name", "options", "message"),
+  [
+    (MISSING, {}, "FileNotFoundError: weights.safetensors"),
+    ("no.such.module:Name", {}, "cannot import"),
+    (f"{HERE}:Absent", {}, "cannot import"),
+    (f"{HERE}:HERE", {}, "not callable"),
+    ("geneval", {"detector": "mask2former"}, "unknown detector 'mask2former'"),
+  ],
+)
+def test_unavailable_reward_ends_training_and_is_skipped_in_evaluation(
+  name, options, message, caplog
+):
+  with pytest.raises(UserError, match=message):
+    rewards.make({name: 1.0, LENGTH: 1.0}, options={name: options})
+  with caplog.at_level(logging.WARNING):
+    scorer = rewards.make({name: 1.0, LENGTH: 1.0}, options={name: options}, allow_unavailable=True)
+  assert message in scorer.unavailable[name] and message in caplog.text
+  assert scorer.weights == {LENGTH: 1.0}
+  assert scorer(grey(1.0), ["ab"])["mean"] == 2.0
+  with pytest.raises(UserError, match="no reward is left"):
+    rewards.make({name: 1.0}, options={name: options}, allow_unavailable=True)
+
+
+def test_a_failing_call_ends_training_and_is_nan_in_evaluation(caplog):
+  weights = {BROKEN: 1.0, LENGTH: 1.0}
+  with pytest.raises(RuntimeError, match="no memory"):
+    rewards.make(weights)(grey(1.0), ["ab"])
+  with caplog.at_level(logging.WARNING):
+    scores = rewards.make(weights, allow_unavailable=True)(grey(1.0), ["ab"])
+  assert np.isnan(scores[BROKEN][0]) and np.isnan(scores["mean"][0]) and scores[LENGTH][0] == 2.0
+  assert "no memory" in caplog.text
+
+
+@pytest.mark.parametrize(
+  ("name", "message"), [(UNNAMED, "without its own name"), (WRONG, r"not \[1\]")]
+)
+def test_malformed_outputs_are_refused(name, message):
+  with pytest.raises(ValueError, match=message):
+    rewards.make({name: 1.0})(grey(1.0), [""])
+
+
+@pytest.mark.parametrize(
+  ("images", "prompts", "metadata", "message"),
+  [
+    (np.zeros((4, 4, 3)), [""], None, "B, H, W, 3"),
+    (np.zeros((1, 4, 4, 3), np.int32), [""], None, "uint8 or floating"),
+    (np.zeros((1, 4, 4, 3)), ["", ""], None, "1 images, 2 prompts, no records"),
+    (np.zeros((1, 4, 4, 3)), [""], [], "0 records"),
+  ],
+)
+def test_malformed_input_is_refused(images, prompts, metadata, message):
+  with pytest.raises(ValueError, match=message):
+    rewards.make({LENGTH: 1.0})(images, prompts, metadata)

@@ -1,0 +1,142 @@
+"""The steps of the second stage on a backbone of one layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from rtdmd_jax import stage2
+from rtdmd_jax.stage1 import DMDConfig
+from rtdmd_jax.stage2 import PolicyConfig
+
+KEY = jax.random.key(3)
+ROLLOUT_KEY = jax.random.key(4)
+
+
+def _run(policy, rewards=None, scoring=None, state=None):
+  start, optimizer = toy.state()
+  state = start if state is None else state
+  scoring = toy.scoring() if scoring is None else scoring
+  batch, frozen = toy.batch(), toy.frozen()
+  common = dict(roles=toy.roles(), config=DMDConfig(), policy=policy)
+  samples = stage2.rollout(state, frozen, batch, ROLLOUT_KEY, scoring=scoring, **common)
+  if rewards is None:
+    rewards = samples.rewards | toy.host_rewards(12)
+  new, metrics = stage2.policy_step(
+    state, frozen, batch, samples, rewards, KEY, scoring=scoring, optimizer=optimizer, **common
+  )
+  faked, fake_metrics = stage2.fake_score_step(
+    state, frozen, batch, samples, KEY, optimizer=optimizer, **common
+  )
+  return state, samples, new, metrics | fake_metrics, faked
+
+
+def _same(one, two, tolerance):
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=0), one, two)
+
+
+def test_micro_batches_change_nothing():
+  results = [_run(PolicyConfig(micro_batches=m)) for m in (1, 3, 12)]
+  for other in results[1:]:
+    # Summation order only: Adam's first step turns relative rounding into at most that of lr.
+    _same(results[0][1].x, other[1].x, 1e-6)
+    _same(results[0][2].generator, other[2].generator, 1e-4)
+    _same(results[0][4].fake_score, other[4].fake_score, 1e-4)
+
+
+def test_rollout_shares_noise_of_steps_that_do_not_train():
+  _, samples, *_ = _run(PolicyConfig())
+  assert samples.x.shape == (5, 12, *toy.SHAPE)
+  assert samples.images.dtype == jnp.uint8
+  assert sorted(set(np.asarray(samples.chosen).tolist())) == np.asarray(samples.chosen).tolist()
+  starts = np.asarray(samples.x[0])
+  assert np.abs(starts[0] - starts[1]).min() > 0  # initial noise differs within a group
+
+
+def test_the_ratio_of_an_on_policy_update_is_one():
+  _, _, _, metrics, _ = _run(PolicyConfig())
+  assert float(metrics["ratio/drift"]) < 1e-6
+  # With ratio 1 the loss is minus the mean advantage, which group centring makes 0.
+  assert abs(float(metrics["loss/policy"])) < 1e-5
+
+
+def test_policy_gradient_raises_the_log_probability_of_the_better_sample():
+  policy = PolicyConfig(dm_weight=0.0, reward_weight=0.0)
+  rewards = {"bright": jnp.zeros(12), "host": jnp.tile(jnp.array([1.0, 0, 0, 0]), 3)}
+  state, samples, new, _, _ = _run(policy, rewards)
+
+  def log_prob(adapters):
+    from rtdmd_jax import stage1
+    from rtdmd_jax.algo.transitions import cps_log_prob, cps_mean
+
+    batch = toy.batch()
+    velocity = stage1.generator_velocity(
+      toy.roles(), toy.frozen(), adapters, batch.conditioning.take(batch.prompt_index)
+    )
+    total = 0
+    for i in np.asarray(samples.chosen):
+      sigma, after = toy.roles().sigmas[i], toy.roles().sigmas[i + 1]
+      mean = cps_mean(samples.x[i], velocity(samples.x[i], jnp.full(12, sigma)), sigma, after, 0.9)
+      total += cps_log_prob(samples.x[i + 1], mean)
+    return total
+
+  before, after = log_prob(state.generator), log_prob(new.generator)
+  gain = np.asarray(after - before).reshape(3, 4)
+  assert gain[:, 0].mean() > gain[:, 1:].mean()
+
+
+def test_groups_without_spread_have_no_weight_and_no_spread_at_all_no_gradient():
+  flat = {"bright": jnp.zeros(12), "host": jnp.zeros(12)}
+  state, _, new, metrics, _ = _run(PolicyConfig(), flat)
+  assert float(metrics["samples/kept"]) == 0
+  assert float(metrics["generator/grad_norm"]) == 0
+  _same(state.generator, new.generator, 0)
+  # One live group of three: its samples count three times as much, the others not at all.
+  live = flat | {"host": jnp.zeros(12).at[0].set(1.0)}
+  *_, metrics, _ = _run(PolicyConfig(), live)
+  assert float(metrics["samples/kept"]) == pytest.approx(1 / 3)
+
+
+def test_a_failed_sample_is_left_out():
+  rewards = {"bright": jnp.linspace(0, 1, 12), "host": jnp.linspace(1, 0, 12).at[2].set(jnp.nan)}
+  _, _, new, metrics, _ = _run(PolicyConfig(), rewards)
+  assert float(metrics["generator/skipped"]) == 0
+  assert np.isfinite(np.asarray(new.generator["b"])).all()
+  assert np.isfinite(float(metrics["reward/host"]))
+
+
+def test_reward_back_propagation_raises_the_reward():
+  policy = PolicyConfig(dm_weight=0.0, policy_weight=0.0, reward_weight=1.0)
+  state, samples, new, _, _ = _run(policy)
+  _, later, *_ = _run(policy, state=state.replace(generator=new.generator))
+  assert float(later.rewards["bright"].mean()) > float(samples.rewards["bright"].mean())
+
+
+def test_back_propagated_gradient_equals_finite_differences():
+  policy, scoring = PolicyConfig(reward_margin=3.0), toy.scoring()
+  batch, frozen = toy.batch(), toy.frozen()
+  x0 = jax.random.normal(KEY, (12, *toy.SHAPE))
+  loss = lambda x: stage2.reward_loss(  # noqa: E731
+    x, batch.prompt_index, jnp.ones(12), frozen, batch, policy, scoring
+  )
+  direction = jax.random.normal(jax.random.key(9), x0.shape)
+  with jax.enable_x64(True):
+    h = 1e-3
+    numeric = (loss(x0 + h * direction) - loss(x0 - h * direction)) / (2 * h)
+  analytic = jnp.sum(jax.grad(loss)(x0) * direction)
+  np.testing.assert_allclose(analytic, numeric, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{"kl_weight": 0.1}, {"gaussian_log_prob": True}, {"subset_factor": True}, {"global_std": False}],
+)
+def test_options_run_and_change_the_update(changes):
+  plain, changed = (_run(PolicyConfig(**c)) for c in ({}, changes))
+  difference = jax.tree.map(
+    lambda a, b: jnp.abs(a - b).max(), plain[2].generator, changed[2].generator
+  )
+  assert max(jax.tree.leaves(difference)) > 0
+  if "kl_weight" in changes:
+    assert float(changed[3]["loss/kl"]) > 0
