@@ -61,6 +61,9 @@ def build(config: Any) -> Setup:
   Raises:
     UserError: a missing or broken file, or values that do not fit together.
   """
+  # What fails fast comes first.
+  prompts = load_prompts(config.data.prompts, split="train", metadata=True)
+  held_out = load_prompts(config.data.held_out, split="test", metadata=True)
   pipeline = Pipeline.from_pretrained(config.model.pretrained, dtype=jnp.dtype(config.model.dtype))
   sigmas = sampling.few_step_sigmas(config.dmd.steps, shift=pipeline.shift)
   roles = Roles(
@@ -100,8 +103,8 @@ def build(config: Any) -> Setup:
     make(host, options=options) if host else None,
     PromptCache(_encoder(pipeline, models)),
     jax.tree.map(jnp.asarray, pipeline.encode([""])),
-    load_prompts(config.data.prompts, split="train", metadata=True),
-    load_prompts(config.data.held_out, split="test", metadata=True),
+    prompts,
+    held_out,
   )
 
 

@@ -1,5 +1,7 @@
 """The cold start's steps on a backbone of one layer."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +19,8 @@ def _steps(config, key=KEY, batch=None, frozen=None):
   batch = toy.batch() if batch is None else batch
   frozen = toy.frozen() if frozen is None else frozen
   common = dict(roles=toy.roles(), config=config, optimizer=optimizer)
-  fake = stage1.fake_score_step(state, frozen, batch, key, **common)
-  generator = stage1.generator_step(state, frozen, batch, key, **common)
+  fake = jax.jit(partial(stage1.fake_score_step, **common))(state, frozen, batch, key)
+  generator = jax.jit(partial(stage1.generator_step, **common))(state, frozen, batch, key)
   return state, fake, generator
 
 
@@ -50,9 +52,8 @@ def test_generator_stands_still_when_fake_score_equals_teacher():
   state, optimizer = toy.state()
   zero = jax.tree.map(jnp.zeros_like, state.fake_score)
   state = state.replace(fake_score=zero)
-  new, metrics = stage1.generator_step(
-    state, toy.frozen(), toy.batch(), KEY, roles=toy.roles(), config=config, optimizer=optimizer
-  )
+  step = partial(stage1.generator_step, roles=toy.roles(), config=config, optimizer=optimizer)
+  new, metrics = jax.jit(step)(state, toy.frozen(), toy.batch(), KEY)
   assert float(metrics["generator/grad_norm"]) == 0
   np.testing.assert_array_equal(new.generator["b"], state.generator["b"])
 

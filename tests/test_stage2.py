@@ -1,5 +1,7 @@
 """The steps of the second stage on a backbone of one layer."""
 
+from functools import cache, partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,21 +16,28 @@ KEY = jax.random.key(3)
 ROLLOUT_KEY = jax.random.key(4)
 
 
-def _run(policy, rewards=None, scoring=None, state=None):
-  start, optimizer = toy.state()
-  state = start if state is None else state
-  scoring = toy.scoring() if scoring is None else scoring
-  batch, frozen = toy.batch(), toy.frozen()
+@cache
+def _programs(policy, differentiable=("bright",)):
+  """The compiled steps; equal settings share them."""
+  _, optimizer = toy.state()
   common = dict(roles=toy.roles(), config=DMDConfig(), policy=policy)
-  samples = stage2.rollout(state, frozen, batch, ROLLOUT_KEY, scoring=scoring, **common)
+  scoring = toy.scoring(differentiable)
+  return (
+    jax.jit(partial(stage2.rollout, scoring=scoring, **common)),
+    jax.jit(partial(stage2.policy_step, scoring=scoring, optimizer=optimizer, **common)),
+    jax.jit(partial(stage2.fake_score_step, optimizer=optimizer, **common)),
+  )
+
+
+def _run(policy, rewards=None, state=None):
+  state = toy.state()[0] if state is None else state
+  batch, frozen = toy.batch(), toy.frozen()
+  rollout, update, fake = _programs(policy)
+  samples = rollout(state, frozen, batch, ROLLOUT_KEY)
   if rewards is None:
     rewards = samples.rewards | toy.host_rewards(12)
-  new, metrics = stage2.policy_step(
-    state, frozen, batch, samples, rewards, KEY, scoring=scoring, optimizer=optimizer, **common
-  )
-  faked, fake_metrics = stage2.fake_score_step(
-    state, frozen, batch, samples, KEY, optimizer=optimizer, **common
-  )
+  new, metrics = update(state, frozen, batch, samples, rewards, KEY)
+  faked, fake_metrics = fake(state, frozen, batch, samples, KEY)
   return state, samples, new, metrics | fake_metrics, faked
 
 

@@ -1,0 +1,167 @@
+"""The real entry point on the shipped tiny pipeline: bad input, resume, recompilation, transfers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rtdmd_jax import cli, main
+from rtdmd_jax.config import load_config
+from rtdmd_jax.weights.safetensors import read_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SMALL = [
+  "--config.batch.prompts=2",
+  "--config.batch.repeats=2",
+  "--config.policy.micro_batches=1",
+  "--config.eval.final_prompts=4",
+  "--config.eval.prompts=4",
+  "--config.eval.chunk=4",
+  "--config.eval.preview=2",
+  "--config.eval.teacher_steps=2",
+  "--config.train.log_every=1",
+]
+
+
+def _run(workdir, *overrides, config="tiny_stage2.py"):
+  argv = ["main", f"--config={CONFIGS / config}", f"--workdir={workdir}", *overrides]
+  return cli.run(main.main, argv, requires=("config", "workdir"))
+
+
+def _tiny():
+  return Path(load_config(str(CONFIGS / "tiny_stage2.py")).model.pretrained)
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+  """A copy of the shipped pipeline that a test may break."""
+  return shutil.copytree(_tiny(), tmp_path / "pipeline")
+
+
+def _expect(capsys, code, *words):
+  error = capsys.readouterr().err
+  assert code == 2
+  assert error.startswith("error: ") and error.count("\n") == 1, error
+  for word in words:
+    assert word in error, error
+
+
+def test_a_missing_pipeline_directory(tmp_path, capsys):
+  code = _run(tmp_path, "--config.model.pretrained=nowhere")
+  _expect(capsys, code, "nowhere")
+
+
+def test_an_unknown_config_key(tmp_path, capsys):
+  code = _run(tmp_path, "--config.dmd.etta=0.5")
+  _expect(capsys, code, "etta", "eta")
+
+
+def test_a_broken_prompt_line(tmp_path, capsys):
+  prompts = tmp_path / "prompts.jsonl"
+  prompts.write_text('{"prompt": "a photo of a circle"}\n{"prompt": \n')
+  code = _run(tmp_path / "run", f"--config.data.prompts={prompts}")
+  _expect(capsys, code, "prompts.jsonl", "2")
+
+
+def test_a_checkpoint_with_a_missing_tensor(tmp_path, pipeline, capsys):
+  _rewrite(pipeline / "transformer/diffusion_pytorch_model.safetensors", drop="proj_out.bias")
+  code = _run(tmp_path / "run", f"--config.model.pretrained={pipeline}")
+  _expect(capsys, code, "proj_out.bias")
+
+
+def test_a_checkpoint_with_a_misshaped_tensor(tmp_path, pipeline, capsys):
+  _rewrite(pipeline / "transformer/diffusion_pytorch_model.safetensors", cut="proj_out.bias")
+  code = _run(tmp_path / "run", f"--config.model.pretrained={pipeline}")
+  _expect(capsys, code, "proj_out.bias", "shape")
+
+
+def test_micro_batches_that_do_not_divide(tmp_path, capsys):
+  code = _run(tmp_path, *SMALL, "--config.policy.micro_batches=3")
+  _expect(capsys, code, "micro_batches", "4")
+
+
+def _rewrite(file, drop=None, cut=None):
+  from safetensors.numpy import load_file, save_file
+
+  tensors = load_file(file)
+  if drop:
+    del tensors[drop]
+  if cut:
+    tensors[cut] = np.ascontiguousarray(tensors[cut][:-1])
+  save_file(tensors, file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["tiny_stage1.py", "tiny_stage2.py"])
+def test_an_interrupted_run_resumes_bit_for_bit_and_leaves_everything(tmp_path, config):
+  overrides = [o for o in SMALL if config == "tiny_stage2.py" or "policy" not in o]
+  overrides += ["--config.train.save_every=1", "--config.train.fake_update_ratio=2"]
+  assert _run(tmp_path / "whole", *overrides, "--config.train.steps=4", config=config) == 0
+  assert _run(tmp_path / "parts", *overrides, "--config.train.steps=2", config=config) == 0
+  assert _run(tmp_path / "parts", *overrides, "--config.train.steps=4", config=config) == 0
+  for name in ("generator", "fake_score"):
+    one, two = (
+      (tmp_path / run / "export" / name / "adapter_model.safetensors").read_bytes()
+      for run in ("whole", "parts")
+    )
+    assert one == two
+  work = tmp_path / "parts"
+  steps = [json.loads(line)["step"] for line in (work / "metrics.jsonl").read_text().splitlines()]
+  assert sorted(set(steps)) == [0, 1, 2, 3, 4]
+  report = (work / "report.html").read_text()
+  assert "teacher" in report and "<svg" in report
+  systems = json.loads((work / "evaluation.json").read_text())["systems"]
+  assert {"clipscore", "geneval"} <= systems[-1]["scores"].keys()
+  assert list((work / "previews").glob("*.png")) and list((work / "tensorboard").iterdir())
+  assert read_config(work / "export/generator", "adapter_config.json")["peft_type"] == "LORA"
+
+
+@pytest.mark.slow
+def test_after_the_first_steps_nothing_recompiles_and_nothing_is_transferred_by_accident(tmp_path):
+  from rtdmd_jax.build import build, optimizer_config
+  from rtdmd_jax.data import make_batch
+  from rtdmd_jax.optim import make_optimizer
+  from rtdmd_jax.train import STAGES, Optimizers, initial_state
+
+  for name in ("tiny_stage1.py", "tiny_stage2.py"):
+    config = load_config(
+      str(CONFIGS / name), [o.removeprefix("--config.") for o in SMALL if "policy" not in o]
+    )
+    with config.unlocked():
+      config.train.fake_update_ratio = 2
+      if config.stage == "stage2":
+        config.policy.micro_batches = 2
+    setup = build(config)
+    optimizers = Optimizers(
+      *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
+    )
+    state = initial_state(config, setup, optimizers)
+    step = STAGES[config.stage](config, setup, optimizers)
+
+    def run(number, state, config=config, setup=setup, step=step):
+      batch, prompts = make_batch(
+        setup.prompts,
+        setup.cache,
+        setup.unconditional,
+        seed=config.seed,
+        step=number,
+        prompts_per_batch=config.batch.prompts,
+        repeats=config.batch.repeats,
+      )
+      return step(state, batch, prompts, number)
+
+    for number in range(2):
+      state, _ = run(number, state)
+    # New prompts are encoded by programs that exist already.
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+      lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    with jax.transfer_guard("disallow"):
+      for number in range(2, 6):
+        state, _ = run(number, state)
+    jax.block_until_ready(state)
+    assert compiled == [], name
