@@ -54,6 +54,7 @@ class Evaluator:
   def __init__(self, setup: Setup, config: Any):
     self._setup, self._config = setup, config
     self._programs: dict[tuple, Callable] = {}
+    self._scores = {name: jax.jit(_of_bytes(s)) for name, s in setup.scoring.device.items()}
 
   def images(self, system: System, prompts: Sequence[Prompt]) -> np.ndarray:
     """Images [P, H, W, 3] uint8; image i depends on the evaluation seed and i alone."""
@@ -99,9 +100,8 @@ class Evaluator:
     setup, chunk = self._setup, self._config.eval.chunk
     texts = [p.text for p in prompts]
     result = {}
-    for name, score in setup.scoring.device.items():
+    for name, program in self._scores.items():
       features = setup.cache(texts)["reward_text"][name]
-      program = jax.jit(lambda p, x, t, score=score: score(p, x.astype(jnp.float32) / 255.0, t))
       parts = []
       for start in range(0, len(prompts), chunk):
         index = np.minimum(np.arange(start, start + chunk), len(prompts) - 1)
@@ -127,6 +127,11 @@ class Evaluator:
     table = {"systems": rows, "prompts": shown}
     (workdir / "evaluation.json").write_text(json.dumps(table, indent=2))
     return table
+
+
+def _of_bytes(score: Callable) -> Callable:
+  """A device reward of 8-bit images."""
+  return lambda params, images, text: score(params, images.astype(jnp.float32) / 255.0, text)
 
 
 def _row(system: System, scores: dict[str, np.ndarray], prompts: Sequence[Prompt]) -> dict:

@@ -1,0 +1,93 @@
+"""The shipped pipeline and its LoRA in a real client: diffusers' StableDiffusion3Pipeline."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rtdmd_jax
+from rtdmd_jax import sampling
+from rtdmd_jax.models.lora import fold_scale
+from rtdmd_jax.pipeline import Pipeline
+from rtdmd_jax.weights.peft import load_peft, save_peft
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
+
+TINY = Path(rtdmd_jax.__file__).parent / "assets/tiny"
+PROMPTS = ["a photo of a red circle", "a photo of three crosses"]
+# Float32 on both sides; what is left is the order of summation, through 4 or 50 steps.
+TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def ours():
+  return Pipeline.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="module")
+def theirs():
+  pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(TINY, torch_dtype=torch.float32)
+  pipe.set_progress_bar_config(disable=True)
+  return pipe
+
+
+def test_conditioning_equals_diffusers(ours, theirs):
+  with torch.no_grad():
+    tokens, _, pooled, _ = theirs.encode_prompt(
+      PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=16
+    )
+  conditioning = ours.encode(PROMPTS)
+  np.testing.assert_allclose(conditioning.tokens, tokens.numpy(), atol=1e-4)
+  np.testing.assert_allclose(conditioning.pooled, pooled.numpy(), atol=1e-4)
+
+
+def test_guided_euler_samples_equal_diffusers(ours, theirs):
+  key = jax.random.key(3)
+  images = ours.sample(PROMPTS, key, image_size=64, steps=8, guidance=4.0)
+  # The sampler's own starting noise, handed to diffusers.
+  start = sampling.sample_noise(jax.random.split(key)[0], jnp.arange(2), ours.latent_shape(64))
+  latents = torch.tensor(np.asarray(start).transpose(0, 3, 1, 2))
+  expected = theirs(
+    PROMPTS,
+    height=64,
+    width=64,
+    num_inference_steps=8,
+    guidance_scale=4.0,
+    latents=latents,
+    max_sequence_length=16,
+    output_type="np",
+  ).images
+  np.testing.assert_allclose(images, expected, atol=TOLERANCE)
+
+
+def test_the_shipped_lora_loads_in_diffusers(ours, theirs, tmp_path):
+  transformer = ours.transformer
+  adapters, alpha = load_peft(
+    TINY / "stage1/generator", transformer.init_abstract(), transformer.table
+  )
+  folded = fold_scale(adapters, alpha)
+  rank = next(leaf.shape[-1] for leaf in jax.tree.leaves(adapters))
+  targets = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"]
+  targets += ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
+  save_peft(tmp_path, adapters, transformer.table, rank=rank, alpha=alpha, targets=targets)
+  theirs.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+  conditioning = ours.encode(PROMPTS)
+  x = jax.random.normal(jax.random.key(1), (2, *ours.latent_shape(64)))
+  sigma = jnp.array([0.9, 0.5])
+  variables = {"params": ours.params, "lora": folded}
+  v = transformer.apply(variables, x, sigma, conditioning.tokens, conditioning.pooled)
+  with torch.no_grad():
+    expected = theirs.transformer(
+      hidden_states=torch.tensor(np.asarray(x).transpose(0, 3, 1, 2)),
+      timestep=torch.tensor(1000.0 * np.asarray(sigma)),
+      encoder_hidden_states=torch.tensor(np.asarray(conditioning.tokens)),
+      pooled_projections=torch.tensor(np.asarray(conditioning.pooled)),
+    ).sample.numpy()
+  theirs.unload_lora_weights()
+  np.testing.assert_allclose(v, expected.transpose(0, 2, 3, 1), atol=1e-4)
+  plain = ours.velocity(ours.params, x, sigma, conditioning)
+  assert float(jnp.abs(plain - v).max()) > 1e-2
