@@ -1,0 +1,38 @@
+import jax.numpy as jnp
+import numpy as np
+
+from rtdmd_jax.data import PromptCache, make_batch
+from rtdmd_jax.prompts import Prompt
+from rtdmd_jax.state import Conditioning
+
+
+def _encode(calls):
+  def encode(prompts):
+    calls.append(list(prompts))
+    lengths = jnp.array([[[float(len(p))]] for p in prompts])
+    return {"conditioning": Conditioning(lengths, None), "reward_text": {"r": lengths[:, 0]}}
+
+  return encode
+
+
+def test_every_prompt_is_encoded_once_in_chunks_of_one_size():
+  calls = []
+  cache = PromptCache(_encode(calls), chunk=2)
+  first = cache(["a", "bb", "ccc", "a"])
+  np.testing.assert_array_equal(first["conditioning"].tokens[:, 0, 0], [1, 2, 3, 1])
+  cache(["ccc", "bb"])
+  assert calls == [["a", "bb"], ["ccc", "ccc"]]
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+  prompts = [Prompt("x" * n, None) for n in range(1, 8)]
+  cache = PromptCache(_encode([]), chunk=4)
+  empty = Conditioning(jnp.zeros((1, 1, 1)), None)
+  settings = dict(seed=3, prompts_per_batch=3, repeats=2)
+  one, chosen = make_batch(prompts, cache, empty, step=4, **settings)
+  two, _ = make_batch(prompts, PromptCache(_encode([])), empty, step=4, **settings)
+  np.testing.assert_array_equal(one.conditioning.tokens, two.conditioning.tokens)
+  np.testing.assert_array_equal(one.prompt_index, [0, 0, 1, 1, 2, 2])
+  np.testing.assert_array_equal(one.sample_index, np.arange(24, 30))
+  lengths = one.conditioning.take(one.prompt_index).tokens[:, 0, 0]
+  np.testing.assert_array_equal(lengths, [len(p.text) for p in chosen])

@@ -1,0 +1,46 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rtdmd_jax.optim import OptimizerConfig, ema_update, guarded_update, make_optimizer
+
+
+def test_the_first_adam_step_is_the_learning_rate_in_the_gradient_s_direction():
+  optimizer = make_optimizer(OptimizerConfig(0.1, eps=0.0, clip_norm=1e9))
+  params = {"b": jnp.array([1.0, -2.0])}
+  new, _, info = guarded_update(
+    optimizer, {"b": jnp.array([3.0, -4.0])}, optimizer.init(params), params
+  )
+  np.testing.assert_allclose(new["b"], [0.9, -1.9], atol=1e-6)
+  assert float(info["grad_norm"]) == 5.0
+  assert float(info["skipped"]) == 0.0
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_non_finite_gradient_changes_neither_parameters_nor_state(bad):
+  optimizer = make_optimizer(OptimizerConfig(0.1))
+  params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+  state = optimizer.init(params)
+  grads = {"a": jnp.ones(2), "b": jnp.array([1.0, bad])}
+  new, new_state, info = guarded_update(optimizer, grads, state, params)
+  jax.tree.map(np.testing.assert_array_equal, (params, state), (new, new_state))
+  assert float(info["skipped"]) == 1.0
+
+
+def test_warm_up_starts_at_zero():
+  optimizer = make_optimizer(OptimizerConfig(0.1, warmup_steps=2, eps=0.0))
+  params = {"b": jnp.ones(1)}
+  state = optimizer.init(params)
+  moved = []
+  for _ in range(3):
+    new, state, _ = guarded_update(optimizer, {"b": jnp.ones(1)}, state, params)
+    moved.append(float(params["b"][0] - new["b"][0]))
+    params = new
+  np.testing.assert_allclose(moved, [0.0, 0.05, 0.1], atol=1e-6)
+
+
+def test_moving_average_moves_only_when_told():
+  ema, params = {"b": jnp.zeros(2)}, {"b": jnp.ones(2)}
+  np.testing.assert_allclose(ema_update(ema, params, 0.9)["b"], 0.1, rtol=1e-6)
+  np.testing.assert_array_equal(ema_update(ema, params, 0.9, jnp.array(False))["b"], 0.0)
