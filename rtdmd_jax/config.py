@@ -4,7 +4,6 @@ import ast
 import difflib
 import importlib.util
 import inspect
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -87,11 +86,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
       yield from flatten(value, f"{prefix}{key}.")
     else:
       yield f"{prefix}{key}", value
-
-
-def to_json(config: ConfigDict) -> str:
-  """`config` as indented JSON with sorted keys (tuples become lists)."""
-  return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
 def _split_spec(spec: str) -> tuple[Path, str | None]:

@@ -88,11 +88,8 @@ def generator_velocity(
   roles: Roles, frozen: Frozen, adapters: Tree, conditioning: Conditioning
 ) -> Velocity:
   """The generator: never guided."""
-  variables = role_variables(
-    frozen.bases[roles.generator], frozen.generator, scale_adapters(adapters, roles.adapter_scale)
-  )
-  return role_velocity(
-    roles.apply, variables, conditioning, embedded_guidance=roles.embedded_guidance
+  return _student_velocity(
+    roles, frozen.bases[roles.generator], frozen.generator, adapters, conditioning
   )
 
 
@@ -100,9 +97,16 @@ def fake_score_velocity(
   roles: Roles, frozen: Frozen, adapters: Tree, conditioning: Conditioning
 ) -> Velocity:
   """The fake score: conditional, never guided."""
-  variables = role_variables(
-    frozen.bases[roles.fake_score], frozen.fake_score, scale_adapters(adapters, roles.adapter_scale)
+  return _student_velocity(
+    roles, frozen.bases[roles.fake_score], frozen.fake_score, adapters, conditioning
   )
+
+
+def _student_velocity(
+  roles: Roles, base: Tree, earlier: Tree, adapters: Tree, conditioning: Conditioning
+) -> Velocity:
+  """A base with the adapters of an earlier stage and those in training."""
+  variables = role_variables(base, earlier, scale_adapters(adapters, roles.adapter_scale))
   return role_velocity(
     roles.apply, variables, conditioning, embedded_guidance=roles.embedded_guidance
   )

@@ -79,11 +79,6 @@ class Rollout:
   images: jax.Array  # [N, H, W, 3] uint8, for the host's rewards
 
 
-def _micro(tree: Tree, rows: jax.Array) -> Tree:
-  """The rows [n] of every array [N, ...]."""
-  return jax.tree.map(lambda a: a[rows], tree)
-
-
 def rollout(
   state: TrainState,
   frozen: Frozen,

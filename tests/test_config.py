@@ -1,9 +1,7 @@
-import json
-
 import pytest
 from ml_collections import ConfigDict, config_dict
 
-from rtdmd_jax.config import apply_override, load_config, to_json
+from rtdmd_jax.config import apply_override, load_config
 from rtdmd_jax.errors import UserError
 
 SOURCE = """
@@ -115,7 +113,3 @@ def test_siblings_of_two_folders_do_not_mix(tmp_path):
     )
   assert load_config(str(tmp_path / "a/top.py")).value == 1
   assert load_config(str(tmp_path / "b/top.py")).value == 2
-
-
-def test_to_json(path):
-  assert json.loads(to_json(load_config(path)))["optim"] == {"lr": 1e-4, "betas": [0.9, 0.99]}

@@ -116,11 +116,6 @@ def consistency_loss(anchor: jax.Array, first: jax.Array, second: jax.Array) -> 
   return jnp.mean(jnp.where(usable, one, 0.0) * jnp.where(usable, two, 0.0))
 
 
-def one_sample_consistency_loss(anchor: jax.Array, end: jax.Array) -> jax.Array:
-  """Mean squared error of the clean predictions at both ends (biased by the path's noise)."""
-  return consistency_loss(anchor, end, end)
-
-
 def clipped_policy_loss(
   log_prob: jax.Array,
   old_log_prob: jax.Array,

@@ -47,11 +47,6 @@ def stretch_to_terminal(sigmas: jax.Array, terminal: float) -> jax.Array:
   return 1.0 - rest * (1.0 - terminal) / rest[-1]
 
 
-def append_zero(sigmas: jax.Array) -> jax.Array:
-  """[K] levels -> [K + 1] levels with the final 0 that a rollout needs."""
-  return jnp.concatenate([sigmas, jnp.zeros((1,), sigmas.dtype)])
-
-
 def _raw(steps: Sequence[float] | jax.Array) -> jax.Array:
   sigmas = jnp.asarray(steps, jnp.float32) / NUM_TRAIN_TIMESTEPS
   if sigmas.ndim != 1 or sigmas.shape[0] == 0:

@@ -55,12 +55,6 @@ def eps_from_v(x: jax.Array, v: jax.Array, sigma: jax.Array) -> jax.Array:
   return x + (1.0 - expand(sigma, x)) * v
 
 
-def v_from_x0(x: jax.Array, x0: jax.Array, sigma: jax.Array) -> jax.Array:
-  """The velocity `(x - x0) / sigma` that a clean prediction implies; sigma must be positive."""
-  x, x0 = _f32(x, x0)
-  return (x - x0) / expand(sigma, x)
-
-
 def cps_std(next_sigma: jax.Array, eta: float) -> jax.Array:
   """Standard deviation of a CPS transition, `sigma' sin(eta pi / 2)`, of next_sigma's shape."""
   return jnp.asarray(next_sigma, jnp.float32) * jnp.sin(jnp.float32(math.pi / 2) * eta)

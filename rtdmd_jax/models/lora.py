@@ -143,8 +143,3 @@ def merge(params: dict[str, Any], adapters: dict[str, Any], alpha: float) -> dic
     merged = kernel.astype(jnp.float32) + (alpha / a.shape[-1]) * delta
     flat[(*module, "kernel")] = merged.astype(kernel.dtype)
   return unflatten_dict(flat)
-
-
-def count_parameters(adapters: dict[str, Any]) -> int:
-  """Number of scalars in an adapter tree (or any tree of arrays)."""
-  return sum(leaf.size for leaf in jax.tree.leaves(adapters))

@@ -1,6 +1,5 @@
 """Trains the autoencoder of a pipeline from scratch."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from rtdmd_jax.models.vae import TABLE, AutoencoderKL, VAEConfig
 from rtdmd_jax.pretrain.data import Scenes
 from rtdmd_jax.pretrain.loop import train
-from rtdmd_jax.weights.safetensors import save_params
+from rtdmd_jax.weights.safetensors import save_model
 
 
 def train_autoencoder(config: Any, scenes: Scenes, directory: Path, seed: int) -> None:
@@ -49,18 +48,13 @@ def train_autoencoder(config: Any, scenes: Scenes, directory: Path, seed: int) -
   )
   mean, std = latent_statistics(vae, params, scenes.images[:2048])
   model |= {"shift_factor": mean, "scaling_factor": 1.0 / std}
-  directory.mkdir(parents=True, exist_ok=True)
-  (directory / "config.json").write_text(json.dumps(model, indent=2))
-  save_params(directory / "diffusion_pytorch_model.safetensors", params, TABLE, dtype=jnp.float16)
+  file = directory / "diffusion_pytorch_model.safetensors"
+  save_model(file, model, params, TABLE, dtype=jnp.float16)
 
 
 def latent_statistics(vae: AutoencoderKL, params: Any, images: np.ndarray) -> tuple[float, float]:
   """Mean and standard deviation of the latents of uint8 images [N, H, W, 3]."""
-  encode = jax.jit(lambda x: vae.apply({"params": params}, x, method="encode")[0])
-  z = np.concatenate([np.asarray(encode(x / 127.5 - 1.0)) for x in _chunks(images)])
+  encode = jax.jit(lambda x: vae.apply({"params": params}, x / 127.5 - 1.0, method="encode")[0])
+  parts = np.array_split(images.astype(np.float32), -(-len(images) // 64))
+  z = np.concatenate([np.asarray(encode(part)) for part in parts])
   return float(z.mean()), float(z.std())
-
-
-def _chunks(images: np.ndarray, size: int = 64) -> list[np.ndarray]:
-  count = len(images) // size * size
-  return list(images[:count].astype(np.float32).reshape(-1, size, *images.shape[1:]))

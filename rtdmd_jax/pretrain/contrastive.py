@@ -12,7 +12,7 @@ from rtdmd_jax.models.clip import CLIP, TABLE, CLIPText
 from rtdmd_jax.models.clip_config import CLIPConfig, TextConfig
 from rtdmd_jax.pretrain.data import Scenes
 from rtdmd_jax.pretrain.loop import train
-from rtdmd_jax.weights.safetensors import save_params
+from rtdmd_jax.weights.safetensors import save_model
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -91,25 +91,20 @@ def train_contrastive(
   )
   clip = params["clip"]
   first = {"text_model": clip["text_model"], "text_projection": clip["text_projection"]}
-  _write(directory / "clip", {"architectures": ["CLIPModel"], "model_type": "clip"} | both)
-  save_params(directory / "clip/model.safetensors", clip, TABLE, dtype=jnp.float16)
+  both = {"architectures": ["CLIPModel"], "model_type": "clip"} | both
+  save_model(directory / "clip/model.safetensors", both, clip, TABLE, dtype=jnp.float16)
   _write_preprocessor(directory / "clip", config.vision.image_size)
   for name, fields, tree in (
     ("text_encoder", text, first),
     ("text_encoder_2", text_2, params["text_2"]),
   ):
     kind = {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model"}
-    _write(directory / name, kind | fields)
-    save_params(directory / name / "model.safetensors", tree, TABLE, dtype=jnp.float16)
+    file = directory / name / "model.safetensors"
+    save_model(file, kind | fields, tree, TABLE, dtype=jnp.float16)
 
 
 def _unit(x: jax.Array) -> jax.Array:
   return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def _write(directory: Path, config: dict) -> None:
-  directory.mkdir(parents=True, exist_ok=True)
-  (directory / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def _write_preprocessor(directory: Path, size: int) -> None:

@@ -1,6 +1,5 @@
 """Trains the flow-matching teacher of a pipeline, together with its T5 encoder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ from rtdmd_jax.models.text import sd3_conditioning
 from rtdmd_jax.models.vae import AutoencoderKL, encode_images
 from rtdmd_jax.pretrain.data import Scenes
 from rtdmd_jax.pretrain.loop import train
-from rtdmd_jax.weights.safetensors import save_params
+from rtdmd_jax.weights.safetensors import save_model
 
 
 def cache_latents(vae: AutoencoderKL, params: Any, images: np.ndarray, chunk: int = 80):
   """Latents [N, h, w, C] float16 of uint8 images [N, H, W, 3], as the transformer sees them."""
   encode = jax.jit(lambda x: encode_images(vae, params, x.astype(jnp.float32) / 255.0))
-  parts = [np.asarray(encode(c), np.float16) for c in np.split(images, len(images) // chunk)]
-  return np.concatenate(parts)
+  parts = np.array_split(images, -(-len(images) // chunk))
+  return np.concatenate([np.asarray(encode(part), np.float16) for part in parts])
 
 
 def train_teacher(
@@ -96,19 +95,12 @@ def train_teacher(
     ema_decay=0.999,
     seed=seed,
   )
-  _write(directory / "transformer", model)
-  save_params(
+  save_model(
     directory / "transformer/diffusion_pytorch_model.safetensors",
+    model,
     params["transformer"],
     transformer.table,
     dtype=jnp.float16,
   )
-  _write(directory / "text_encoder_3", t5_config)
-  save_params(
-    directory / "text_encoder_3/model.safetensors", params["t5"], t5.TABLE, dtype=jnp.float16
-  )
-
-
-def _write(directory: Path, config: dict) -> None:
-  directory.mkdir(parents=True, exist_ok=True)
-  (directory / "config.json").write_text(json.dumps(config, indent=2))
+  file = directory / "text_encoder_3/model.safetensors"
+  save_model(file, t5_config, params["t5"], t5.TABLE, dtype=jnp.float16)

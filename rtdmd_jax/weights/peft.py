@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.lora import dense_entries, module_names
 from rtdmd_jax.weights.maps import Entry, KeyTable
+from rtdmd_jax.weights.safetensors import read_config
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_NAME = "adapter_model.safetensors"
@@ -175,14 +176,9 @@ def _locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-  try:
-    config = json.loads(path.read_text(encoding="utf-8"))
-  except OSError as error:
-    raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-  except ValueError as error:
-    raise UserError(f"{path} is not valid JSON ({error}).") from error
+  config = read_config(path.parent, path.name)
   for key in ("r", "lora_alpha"):
-    if not isinstance(config, dict) or not isinstance(config.get(key), int | float):
+    if not isinstance(config.get(key), int | float):
       raise UserError(f"{path} has no number {key!r}.")
   for key, plain in _PLAIN_VALUES.items():
     if key in config and config[key] not in plain:

@@ -90,6 +90,27 @@ def save_params(
   partial.replace(path)
 
 
+def save_model(
+  file: str | os.PathLike,
+  config: Mapping[str, Any],
+  params: Any,
+  table: KeyTable,
+  *,
+  dtype: Any = None,
+) -> None:
+  """Writes a model directory: `config.json` beside the weights.
+
+  Args:
+    file: the `.safetensors` file of the directory, named as its readers expect.
+    config: contents of config.json.
+    params: see `save_params`, as for the rest.
+    table: maps leaves to checkpoint keys.
+    dtype: type of the floating-point tensors.
+  """
+  save_params(file, params, table, dtype=dtype)
+  (Path(file).parent / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
 def checkpoint_keys(path: str | os.PathLike) -> frozenset[str]:
   """The keys of a checkpoint, for families that several key tables describe.
 

@@ -63,7 +63,7 @@ def test_consistency_loss_by_hand():
   )
   # (2)(-1) and (1)(0)
   assert losses.consistency_loss(anchor, first, second) == -1.0
-  assert losses.one_sample_consistency_loss(anchor, first) == 2.5
+  assert losses.consistency_loss(anchor, first, first) == 2.5
   grads = jax.grad(losses.consistency_loss, argnums=(0, 1, 2))(anchor, first, second)
   np.testing.assert_allclose(grads[0].ravel(), [-0.5, -0.5])
   np.testing.assert_allclose(grads[1].ravel(), [-0.5, 0.0])

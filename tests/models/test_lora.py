@@ -47,7 +47,6 @@ def test_tree_mirrors_the_matching_modules():
     ("last_block", "attn", "to_q", "a"): (6, 2),
     ("last_block", "attn", "to_q", "b"): (2, 8),
   }
-  assert lora.count_parameters(build()) == 3 * (12 + 16) + 3 * (16 + 12) + 12 + 16
 
 
 def test_explicit_layer_names():

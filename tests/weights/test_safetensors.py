@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.weights.maps import KeyTable, Stack
-from rtdmd_jax.weights.safetensors import load_params, read_config, save_params
+from rtdmd_jax.weights.safetensors import load_params, read_config, save_model, save_params
 
 TABLE = KeyTable(stacks=[Stack("blocks", "layers", 1)], renames=[(r"\bout_(\d+)\b", r"out.\1")])
 
@@ -126,6 +126,13 @@ def test_save_writes_the_checkpoint_layout(tmp_path, dtype):
     assert stored[key].shape == want.shape
     np.testing.assert_array_equal(stored[key], want if dtype is None else want.astype(dtype))
   assert [f.name for f in file.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_a_saved_model_directory_reads_back(tmp_path):
+  save_model(tmp_path / "new/model.safetensors", {"hidden_size": 4}, tree(), TABLE)
+  assert read_config(tmp_path / "new") == {"hidden_size": 4}
+  loaded = load_params(tmp_path / "new", abstract(), TABLE)
+  jax.tree.map(np.testing.assert_array_equal, loaded, tree())
 
 
 def test_unknown_key_is_named_unless_ignored(tmp_path):
