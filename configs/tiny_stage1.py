@@ -29,8 +29,8 @@ def tiny(c):
 
 def get_config():
   c = tiny(common.stage1())
-  c.generator.learning_rate = 5e-4
-  c.fake_score.learning_rate = 1e-3
+  c.generator.learning_rate = 1e-4
+  c.fake_score.learning_rate = 5e-4
   c.dmd.guidance_low = c.dmd.guidance_high = 4.0
   c.eval.teacher_guidance = 4.0
   c.batch.prompts = 48
