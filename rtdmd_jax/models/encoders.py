@@ -1,4 +1,4 @@
-"""Loading of the frozen encoders: autoencoder, CLIP and T5 directories to (module, params)."""
+"""Loading of the frozen encoders of images and text: directories to (module, params)."""
 
 import os
 from typing import Any
@@ -8,13 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.models import clip, t5, vae
+from rtdmd_jax.models import clip, qwen3, t5, vae, vae_flux2
 from rtdmd_jax.models.clip_config import CLIPConfig, TextConfig
 from rtdmd_jax.weights.maps import KeyTable
 from rtdmd_jax.weights.safetensors import checkpoint_keys, load_params, read_config
 
 # Whether the text encoder of this class has a projection.
 _TEXT_CLASSES = {"CLIPTextModel": False, "CLIPTextModelWithProjection": True}
+_VAES = {
+  vae.CLASS_NAME: (vae.VAEConfig, vae.AutoencoderKL),
+  vae_flux2.CLASS_NAME: (vae_flux2.Flux2VAEConfig, vae_flux2.AutoencoderKLFlux2),
+}
 
 
 def load_vae(
@@ -29,10 +33,16 @@ def load_vae(
   Raises:
     UserError: missing or broken files, a config that is not supported, or keys that do not fit.
   """
-  module = vae.AutoencoderKL(vae.VAEConfig.from_dict(read_config(directory)), dtype)
+  config = read_config(directory)
+  name = config.get("_class_name")
+  if name not in _VAES:
+    raise UserError(f"{directory}: _class_name is {name!r}, expected one of {', '.join(_VAES)}.")
+  config_class, module_class = _VAES[name]
+  module = module_class(config_class.from_dict(config), dtype)
   side = module.config.factor
   shapes = _abstract(module, jnp.zeros((1, side, side, module.config.in_channels)))
-  return module, load_params(directory, shapes, vae.TABLE, dtype=dtype)
+  ignore = vae_flux2.IGNORED_KEYS if name == vae_flux2.CLASS_NAME else ()
+  return module, load_params(directory, shapes, vae.TABLE, dtype=dtype, ignore=ignore)
 
 
 def load_clip_text(
@@ -72,6 +82,27 @@ def load_t5(directory: str | os.PathLike, *, dtype: Any = jnp.float32) -> tuple[
   module = t5.T5Encoder(t5.T5Config.from_dict(read_config(directory)), dtype)
   shapes = _abstract(module, jnp.zeros((1, 1), jnp.int32))
   return module, load_params(directory, shapes, t5.TABLE, dtype=dtype, ignore=t5.IGNORED_KEYS)
+
+
+def load_qwen3(
+  directory: str | os.PathLike, *, layers: tuple[int, ...], dtype: Any = jnp.float32
+) -> tuple[qwen3.Qwen3, Any]:
+  """Loads a directory of `Qwen3ForCausalLM` up to the last of the hidden states asked for.
+
+  Args:
+    directory: holds config.json and the safetensors weights.
+    layers: increasing numbers of hidden states, as transformers numbers them.
+    dtype: type of the computation and of the parameters.
+
+  Raises:
+    UserError: see `load_vae`, or `layers` that the model does not have.
+  """
+  config = qwen3.Qwen3Config.from_dict(read_config(directory))
+  qwen3.check_layers(config, layers)
+  module = qwen3.Qwen3(config, tuple(layers), dtype)
+  shapes = _abstract(module, jnp.zeros((1, 1), jnp.int32))
+  ignore = qwen3.ignored_keys(config, layers)
+  return module, load_params(directory, shapes, qwen3.key_table(layers), dtype=dtype, ignore=ignore)
 
 
 def _abstract(module: nn.Module, *inputs: jax.Array) -> Any:

@@ -4,7 +4,7 @@ Parameters have diffusers' names, with `_0` where a checkpoint key has `.0`. Cha
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.attention import attention
 from rtdmd_jax.models.layers import Dense
+from rtdmd_jax.models.transformer import config_values
 from rtdmd_jax.weights.maps import KeyTable
 
 CLASS_NAME = "AutoencoderKL"
@@ -48,24 +49,25 @@ class VAEConfig:
     Raises:
       UserError: another class name, an unknown key, or a block type or activation not supported.
     """
-    if config.get("_class_name") != CLASS_NAME:
-      raise UserError(f"_class_name is {config.get('_class_name')!r}, expected {CLASS_NAME!r}.")
-    values = {k: v for k, v in config.items() if not k.startswith("_") and k not in _IGNORED}
-    unknown = sorted(values.keys() - {f.name for f in fields(cls)})
-    if unknown:
-      raise UserError(f"{CLASS_NAME} config has an unknown key {unknown[0]!r}.")
-    built = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    supported = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
-    strange = sorted({*built.down_block_types, *built.up_block_types} - supported)
-    if strange or built.act_fn != "silu":
-      what = strange[0] if strange else built.act_fn
-      raise UserError(f"{CLASS_NAME} config asks for {what!r}, which is not supported.")
-    return built
+    return read_vae_config(cls, CLASS_NAME, config)
 
   @property
   def factor(self) -> int:
     """Image side divided by latent side."""
     return 2 ** (len(self.block_out_channels) - 1)
+
+
+def read_vae_config(cls: type, class_name: str, config: Mapping[str, Any]) -> Any:
+  """Reads a config.json into a dataclass with the fields of `VAEConfig` that the blocks need."""
+  config = {k: v for k, v in config.items() if k not in _IGNORED}
+  values = config_values(cls, class_name, config)
+  built = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+  supported = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
+  strange = sorted({*built.down_block_types, *built.up_block_types} - supported)
+  if strange or built.act_fn != "silu":
+    what = strange[0] if strange else built.act_fn
+    raise UserError(f"{class_name} config asks for {what!r}, which is not supported.")
+  return built
 
 
 class AutoencoderKL(nn.Module):
@@ -78,7 +80,7 @@ class AutoencoderKL(nn.Module):
     """Names the parts as the checkpoint does."""
     c = self.config
     self.encoder = Encoder(c, self.dtype)
-    self.decoder = Decoder(c, self.dtype)
+    self.decoder = Decoder(self.decoder_config(), self.dtype)
     if c.use_quant_conv:
       self.quant_conv = _conv(2 * c.latent_channels, 1, self.dtype)
     if c.use_post_quant_conv:
@@ -104,6 +106,19 @@ class AutoencoderKL(nn.Module):
       z = self.post_quant_conv(z)
     return self.decoder(z).astype(jnp.float32)
 
+  def decoder_config(self) -> Any:
+    """The config that the decoder reads."""
+    return self.config
+
+  def to_latents(self, z: jax.Array) -> jax.Array:
+    """Maps z [B, h, w, C] to the transformer's latents; see `scale_latents`."""
+    return scale_latents(z, self.config)
+
+  def decode_latents(self, latents: jax.Array) -> jax.Array:
+    """Maps the transformer's latents to images [B, H, W, 3] float32, about [-1, 1]."""
+    c = self.config
+    return self.decode(latents / c.scaling_factor + (c.shift_factor or 0.0))
+
 
 def scale_latents(z: jax.Array, config: VAEConfig) -> jax.Array:
   """The autoencoder's latents as the transformer sees them: `(z - shift) * scale`."""
@@ -118,11 +133,10 @@ def decode_images(
   Args:
     vae: the autoencoder.
     params: its parameters.
-    latents: as `scale_latents` gives them.
+    latents: as `encode_images` gives them.
     clamp: keep values in [0, 1]; a clamped value has no gradient.
   """
-  z = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-  images = 0.5 * vae.apply({"params": params}, z, method=AutoencoderKL.decode) + 0.5
+  images = 0.5 * vae.apply({"params": params}, latents, method="decode_latents") + 0.5
   return jnp.clip(images, 0.0, 1.0) if clamp else images
 
 
@@ -135,12 +149,12 @@ def encode_images(
     vae: the autoencoder.
     params: its parameters.
     images: sides divisible by `vae.config.factor`.
-    noise: standard normal [B, h, w, C] for a sample of the posterior; None takes its mean.
+    noise: standard normal in the shape of z, for a sample of the posterior; None takes its mean.
   """
-  z, log_variance = vae.apply({"params": params}, 2.0 * images - 1.0, method=AutoencoderKL.encode)
+  z, log_variance = vae.apply({"params": params}, 2.0 * images - 1.0, method="encode")
   if noise is not None:
     z += jnp.exp(0.5 * log_variance) * noise
-  return scale_latents(z, vae.config)
+  return vae.apply({"params": params}, z, method="to_latents")
 
 
 def _conv(features: int, size: int, dtype: Any, **kwargs) -> nn.Conv:
