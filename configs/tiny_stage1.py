@@ -33,9 +33,9 @@ def get_config():
   c.fake_score.learning_rate = 5e-4
   c.dmd.guidance_low = c.dmd.guidance_high = 4.0
   c.eval.teacher_guidance = 4.0
-  c.batch.prompts = 48
-  c.train.steps = 1500
-  c.train.fake_update_ratio = 5
-  c.train.save_every = 250
-  c.eval.every = 250
+  c.batch.prompts = 32
+  c.train.steps = 300
+  c.train.fake_update_ratio = 3
+  c.train.save_every = 150
+  c.eval.every = 150
   return c

@@ -204,7 +204,7 @@ def _loop(
   start = int(state.step)
   evaluator = evaluation.Evaluator(setup, config)
   writer = MetricWriter(workdir, resume_step=start if start else -1)
-  samples = config.batch.prompts * config.batch.repeats
+  samples, logged = config.batch.prompts * config.batch.repeats, start
   with writer, Progress(config.train.steps, start_step=start) as progress:
     if start == 0:
       _evaluate(config, setup, evaluator, state, 0, writer, workdir)
@@ -223,7 +223,8 @@ def _loop(
       if done % config.train.log_every == 0 or done == config.train.steps:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         writer.scalars(done, values)
-        progress.update(done, done * samples, values)
+        progress.update(done, (done - logged) * samples, values)
+        logged = done
       if done % config.eval.every == 0:
         _evaluate(config, setup, evaluator, state, done, writer, workdir)
       if done % config.train.save_every == 0 or done == config.train.steps:
