@@ -7,13 +7,15 @@ from typing import Any
 import jax.numpy as jnp
 
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.models import sd3
+from rtdmd_jax.models import flux1, flux2, sd3
 from rtdmd_jax.models.transformer import Transformer
 from rtdmd_jax.weights.safetensors import load_params, read_config
 
 # Builders take (config dict, dtype=, scan=, remat=).
 FAMILIES: dict[str, Callable[..., Transformer]] = {
-  "SD3Transformer2DModel": sd3.build,
+  sd3.CLASS_NAME: sd3.build,
+  flux1.CLASS_NAME: flux1.build,
+  flux2.CLASS_NAME: flux2.build,
 }
 
 

@@ -5,7 +5,7 @@ stacked subtree `blocks_{first index}`; the last block, which has no text output
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -19,7 +19,7 @@ from rtdmd_jax.models.embeddings import sincos_table, timestep_embedding
 from rtdmd_jax.models.layers import Dense
 from rtdmd_jax.models.norms import RMSNorm, layer_norm
 from rtdmd_jax.models.stack import remat_block, stack_blocks
-from rtdmd_jax.models.transformer import Transformer
+from rtdmd_jax.models.transformer import Transformer, config_values
 from rtdmd_jax.weights.maps import KeyTable, Stack
 
 CLASS_NAME = "SD3Transformer2DModel"
@@ -56,12 +56,7 @@ class SD3Config:
     Raises:
       UserError: another class name, an unknown key, or values that do not fit together.
     """
-    if config.get("_class_name") != CLASS_NAME:
-      raise UserError(f"_class_name is {config.get('_class_name')!r}, expected {CLASS_NAME!r}.")
-    values = {k: v for k, v in config.items() if not k.startswith("_")}
-    unknown = sorted(values.keys() - {f.name for f in fields(cls)})
-    if unknown:
-      raise UserError(f"{CLASS_NAME} config has an unknown key {unknown[0]!r}.")
+    values = config_values(cls, CLASS_NAME, config)
     values["dual_attention_layers"] = tuple(values.get("dual_attention_layers") or ())
     built = cls(**values)
     built._check()
@@ -245,12 +240,13 @@ class Perceptron(nn.Module):
 
   features: int
   dtype: Any
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [..., D_in] to [..., features]."""
-    x = nn.silu(Dense(self.features, dtype=self.dtype, name="linear_1")(x))
-    return Dense(self.features, dtype=self.dtype, name="linear_2")(x)
+    x = nn.silu(Dense(self.features, self.use_bias, self.dtype, name="linear_1")(x))
+    return Dense(self.features, self.use_bias, self.dtype, name="linear_2")(x)
 
 
 class Modulation(nn.Module):
@@ -258,12 +254,13 @@ class Modulation(nn.Module):
 
   parts: int
   dtype: Any
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, temb: jax.Array) -> list[jax.Array]:
     """Maps activated [B, D] to `parts` arrays [B, 1, D]."""
     features = self.parts * temb.shape[-1]
-    out = Dense(features, dtype=self.dtype, kernel_init=_zeros, name="linear")(temb)
+    out = Dense(features, self.use_bias, self.dtype, kernel_init=_zeros, name="linear")(temb)
     return jnp.split(out[:, None], self.parts, axis=-1)
 
 

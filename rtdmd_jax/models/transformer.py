@@ -1,12 +1,13 @@
 """What every transformer family hands to the rest of the program."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import flax.linen as nn
 import jax
 
+from rtdmd_jax.errors import UserError
 from rtdmd_jax.weights.maps import KeyTable
 
 
@@ -70,3 +71,23 @@ class Transformer:
   ) -> jax.Array:
     """Velocity of the base parameters alone; see `apply`."""
     return self.apply({"params": params}, latents, sigma, tokens, pooled, guidance)
+
+
+def config_values(cls: type, class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of a diffusers config.json; keys with a leading underscore are its own notes.
+
+  Args:
+    cls: the family's frozen dataclass.
+    class_name: what `_class_name` must be.
+    config: contents of config.json.
+
+  Raises:
+    UserError: another class name, or a key that the dataclass lacks.
+  """
+  if config.get("_class_name") != class_name:
+    raise UserError(f"_class_name is {config.get('_class_name')!r}, expected {class_name!r}.")
+  values = {k: v for k, v in config.items() if not k.startswith("_")}
+  unknown = sorted(values.keys() - {f.name for f in fields(cls)})
+  if unknown:
+    raise UserError(f"{class_name} config has an unknown key {unknown[0]!r}.")
+  return values

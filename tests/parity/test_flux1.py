@@ -1,0 +1,122 @@
+"""FLUX.1 against diffusers in float32; 1e-4 leaves room for the order of summation only."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity import flux_reference
+
+from rtdmd_jax.models import build_transformer, load_transformer
+from rtdmd_jax.models.flux1 import positions
+from rtdmd_jax.weights.safetensors import load_params, read_config, save_params
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.parity
+
+SCHNELL = dict(
+  in_channels=16,
+  num_layers=2,
+  num_single_layers=3,
+  attention_head_dim=16,
+  num_attention_heads=3,
+  joint_attention_dim=20,
+  pooled_projection_dim=12,
+  axes_dims_rope=(4, 6, 6),
+)
+DEV = SCHNELL | dict(guidance_embeds=True)
+# diffusers' conversion script (scripts/convert_flux_to_diffusers.py) keeps the class's defaults
+# and sets guidance_embeds where the checkpoint has a guidance embedding, as FLUX.1-dev's does.
+TRUE_DEV = dict(guidance_embeds=True)
+TRUE_SCHNELL = dict(guidance_embeds=False)
+
+
+def reference(config):
+  return flux_reference.randomised(diffusers.FluxTransformer2DModel, config)
+
+
+def inputs(config, height=6, width=10):
+  latents, tokens, pooled = flux_reference.arrays((2, height, width, 4), (2, 7, 20), (2, 12))
+  sigma = np.array([0.9, 0.25], np.float32)
+  guidance = np.array([3.5, 1.0], np.float32) if config.get("guidance_embeds") else None
+  return latents, sigma, tokens, pooled, guidance
+
+
+def run_reference(model, latents, sigma, tokens, pooled, guidance):
+  """The call of diffusers' FluxPipeline, with its own packing and ids."""
+  pipeline = diffusers.FluxPipeline
+  b, h, w, c = latents.shape
+  packed = pipeline._pack_latents(latents.permute(0, 3, 1, 2), b, c, h, w)
+  out = model(
+    hidden_states=packed,
+    timestep=1000 * torch.as_tensor(sigma) / 1000,
+    guidance=None if guidance is None else torch.as_tensor(guidance),
+    pooled_projections=torch.as_tensor(pooled),
+    encoder_hidden_states=torch.as_tensor(tokens),
+    txt_ids=torch.zeros(tokens.shape[1], 3),
+    img_ids=pipeline._prepare_latent_image_ids(b, h // 2, w // 2, "cpu", torch.float32),
+    return_dict=False,
+  )[0]
+  return pipeline._unpack_latents(out, 8 * h, 8 * w, 8).permute(0, 2, 3, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [SCHNELL, DEV], ids=["schnell", "dev"])
+def test_velocity_and_gradient_match_diffusers(tmp_path, config):
+  model = reference(config)
+  model.save_pretrained(tmp_path)
+  latents, *rest = inputs(config)
+  leaf = torch.tensor(latents, requires_grad=True)
+  want = run_reference(model, leaf, *rest)
+  want.square().sum().backward()
+  velocity, params = load_transformer(tmp_path, dtype=jnp.float32)
+
+  def loss(x):
+    out = velocity(params, x, *rest)
+    return jnp.square(out).sum(), out
+
+  (_, got), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(latents)
+  assert np.abs(want.detach().numpy()).max() > 0.1
+  np.testing.assert_allclose(got, want.detach().numpy(), atol=1e-4, rtol=0)
+  np.testing.assert_allclose(gradient, leaf.grad.numpy(), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_bfloat16_stays_close(tmp_path):
+  model = reference(DEV)
+  model.save_pretrained(tmp_path)
+  latents, *rest = inputs(DEV)
+  velocity, params = load_transformer(tmp_path, dtype=jnp.bfloat16)
+  with torch.no_grad():
+    want = run_reference(model, torch.tensor(latents), *rest).numpy()
+  got = jax.jit(velocity)(params, latents, *rest)
+  assert got.dtype == jnp.float32
+  assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
+
+
+def test_positions_equal_the_pipeline():
+  want = diffusers.FluxPipeline._prepare_latent_image_ids(1, 5, 3, "cpu", torch.float32)
+  got = positions(4, 5, 3)
+  assert not got[:4].any()
+  np.testing.assert_array_equal(got[4:], want)
+
+
+@pytest.mark.parametrize("config", [SCHNELL, DEV], ids=["schnell", "dev"])
+def test_written_checkpoint_loads_in_diffusers(tmp_path, config):
+  model = reference(config)
+  model.save_pretrained(tmp_path / "a")
+  transformer = build_transformer(read_config(tmp_path / "a"))
+  params = load_params(tmp_path / "a", transformer.init_abstract(), transformer.table)
+  model.save_config(tmp_path / "b")
+  save_params(tmp_path / "b" / "diffusion_pytorch_model.safetensors", params, transformer.table)
+  again, info = diffusers.FluxTransformer2DModel.from_pretrained(
+    tmp_path / "b", output_loading_info=True
+  )
+  assert not any(info.values())
+  flux_reference.assert_same_weights(again, model)
+
+
+def test_published_sizes():
+  cls = diffusers.FluxTransformer2DModel
+  assert flux_reference.assert_same_sizes(cls, TRUE_DEV) == 11_901_408_320
+  assert flux_reference.assert_same_sizes(cls, TRUE_SCHNELL) == 11_891_178_560

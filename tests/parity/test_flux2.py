@@ -1,0 +1,137 @@
+"""FLUX.2 against diffusers in float32; 1e-4 leaves room for the order of summation only."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity import flux_reference
+
+from rtdmd_jax.models import build_transformer, load_transformer
+from rtdmd_jax.models.flux2 import positions
+from rtdmd_jax.weights.safetensors import load_params, read_config, save_params
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.parity
+
+KLEIN = dict(
+  in_channels=12,
+  num_layers=2,
+  num_single_layers=3,
+  attention_head_dim=16,
+  num_attention_heads=3,
+  joint_attention_dim=20,
+  timestep_guidance_channels=32,
+  mlp_ratio=2.5,
+  axes_dims_rope=(2, 4, 6, 4),
+  guidance_embeds=False,
+)
+DEV = KLEIN | dict(guidance_embeds=True)
+# From get_flux2_transformer_config in diffusers' scripts/convert_flux2_to_diffusers.py; what is
+# not named here has the class's defaults.
+TRUE_KLEIN_4B = dict(
+  num_layers=5,
+  num_single_layers=20,
+  num_attention_heads=24,
+  joint_attention_dim=7680,
+  guidance_embeds=False,
+)
+TRUE_KLEIN_9B = dict(
+  num_layers=8,
+  num_single_layers=24,
+  num_attention_heads=32,
+  joint_attention_dim=12288,
+  guidance_embeds=False,
+)
+
+
+def reference(config):
+  return flux_reference.randomised(diffusers.Flux2Transformer2DModel, config)
+
+
+def inputs(config, height=3, width=5):
+  latents, tokens = flux_reference.arrays((2, height, width, 12), (2, 7, 20))
+  sigma = np.array([0.9, 0.25], np.float32)
+  guidance = np.array([3.5, 1.0], np.float32) if config["guidance_embeds"] else None
+  return latents, sigma, tokens, None, guidance
+
+
+def run_reference(model, latents, sigma, tokens, pooled, guidance):
+  """The call of diffusers' Flux2KleinPipeline, with its own packing and ids."""
+  assert pooled is None
+  pipeline = diffusers.Flux2KleinPipeline
+  h, w = latents.shape[1:3]
+  latents, tokens = latents.permute(0, 3, 1, 2), torch.as_tensor(tokens)
+  image_ids = pipeline._prepare_latent_ids(latents)
+  out = model(
+    hidden_states=pipeline._pack_latents(latents),
+    timestep=1000 * torch.as_tensor(sigma) / 1000,
+    guidance=None if guidance is None else torch.as_tensor(guidance),
+    encoder_hidden_states=tokens,
+    txt_ids=pipeline._prepare_text_ids(tokens),
+    img_ids=image_ids,
+    return_dict=False,
+  )[0]
+  return pipeline._unpack_latents_with_ids(out, image_ids, h, w).permute(0, 2, 3, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [KLEIN, DEV], ids=["klein", "dev"])
+def test_velocity_and_gradient_match_diffusers(tmp_path, config):
+  model = reference(config)
+  model.save_pretrained(tmp_path)
+  latents, *rest = inputs(config)
+  leaf = torch.tensor(latents, requires_grad=True)
+  want = run_reference(model, leaf, *rest)
+  want.square().sum().backward()
+  velocity, params = load_transformer(tmp_path, dtype=jnp.float32)
+
+  def loss(x):
+    out = velocity(params, x, *rest)
+    return jnp.square(out).sum(), out
+
+  (_, got), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(latents)
+  assert np.abs(want.detach().numpy()).max() > 0.1
+  np.testing.assert_allclose(got, want.detach().numpy(), atol=1e-4, rtol=0)
+  np.testing.assert_allclose(gradient, leaf.grad.numpy(), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_bfloat16_stays_close(tmp_path):
+  model = reference(KLEIN)
+  model.save_pretrained(tmp_path)
+  latents, *rest = inputs(KLEIN)
+  velocity, params = load_transformer(tmp_path, dtype=jnp.bfloat16)
+  with torch.no_grad():
+    want = run_reference(model, torch.tensor(latents), *rest).numpy()
+  got = jax.jit(velocity)(params, latents, *rest)
+  assert got.dtype == jnp.float32
+  assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
+
+
+def test_positions_equal_the_pipeline():
+  pipeline = diffusers.Flux2KleinPipeline
+  want = [pipeline._prepare_text_ids(torch.zeros(1, 4, 2))[0]]
+  want.append(pipeline._prepare_latent_ids(torch.zeros(1, 2, 5, 3))[0])
+  np.testing.assert_array_equal(positions(4, 5, 3), torch.cat(want))
+
+
+@pytest.mark.parametrize("config", [KLEIN, DEV], ids=["klein", "dev"])
+def test_written_checkpoint_loads_in_diffusers(tmp_path, config):
+  model = reference(config)
+  model.save_pretrained(tmp_path / "a")
+  transformer = build_transformer(read_config(tmp_path / "a"))
+  params = load_params(tmp_path / "a", transformer.init_abstract(), transformer.table)
+  model.save_config(tmp_path / "b")
+  save_params(tmp_path / "b" / "diffusion_pytorch_model.safetensors", params, transformer.table)
+  again, info = diffusers.Flux2Transformer2DModel.from_pretrained(
+    tmp_path / "b", output_loading_info=True
+  )
+  assert not any(info.values())
+  flux_reference.assert_same_weights(again, model)
+
+
+def test_published_sizes():
+  cls = diffusers.Flux2Transformer2DModel
+  assert flux_reference.assert_same_sizes(cls, TRUE_KLEIN_4B) == 3_875_544_576
+  assert flux_reference.assert_same_sizes(cls, TRUE_KLEIN_9B) == 9_078_581_248
