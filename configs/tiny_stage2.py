@@ -20,8 +20,8 @@ def get_config():
   c.policy.reward_weight = 0.01
   c.ema.decay = 0.9
   c.ema.every = 1
-  c.train.steps = 40
+  c.train.steps = 30
   c.train.log_every = 1
-  c.train.save_every = 20
-  c.eval.every = 20
+  c.train.save_every = 10
+  c.eval.every = 10
   return c

@@ -126,7 +126,8 @@ def _encoder(pipeline: Pipeline, models: dict[str, Any]):
 
   def encode(prompts: Sequence[str]) -> Tree:
     text = {
-      name: features[name](model.params, model.tokenize(prompts)) for name, model in models.items()
+      name: features[name](model.params, jax.device_put(model.tokenize(prompts)))
+      for name, model in models.items()
     }
     return {"conditioning": pipeline.encode(prompts), "reward_text": text}
 

@@ -102,7 +102,8 @@ class Pipeline:
 
   def encode(self, prompts: Sequence[str]) -> Conditioning:
     """Conditioning of prompts, tokens [B, L, D] and pooled [B, P]."""
-    return jax.jit(self.text.encode)(self.text.params, self.text.tokenize(prompts))
+    ids = jax.device_put(self.text.tokenize(prompts))
+    return jax.jit(self.text.encode)(self.text.params, ids)
 
   def velocity(
     self,

@@ -45,6 +45,7 @@ def _same(one, two, tolerance):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=0), one, two)
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing():
   results = [_run(PolicyConfig(micro_batches=m)) for m in (1, 3, 12)]
   for other in results[1:]:

@@ -13,7 +13,9 @@ from rtdmd_jax.pretrain.loop import train
 from rtdmd_jax.weights.safetensors import save_model
 
 
-def train_autoencoder(config: Any, scenes: Scenes, directory: Path, seed: int) -> None:
+def train_autoencoder(
+  config: Any, scenes: Scenes, directory: Path, seed: int, checkpoints: Path
+) -> None:
   """Absolute error plus a small KL term; writes a diffusers `vae/` directory.
 
   The latents' mean and deviation become the shift and scale of config.json.
@@ -45,6 +47,7 @@ def train_autoencoder(config: Any, scenes: Scenes, directory: Path, seed: int) -
     learning_rate=config.learning_rate,
     ema_decay=0.99,
     seed=seed,
+    checkpoints=checkpoints,
   )
   mean, std = latent_statistics(vae, params, scenes.images[:2048])
   model |= {"shift_factor": mean, "scaling_factor": 1.0 / std}

@@ -29,7 +29,13 @@ def contrastive_loss(text: jax.Array, image: jax.Array, scale: jax.Array, same: 
 
 
 def train_contrastive(
-  config: Any, scenes: Scenes, ids: np.ndarray, special: dict[str, int], directory: Path, seed: int
+  config: Any,
+  scenes: Scenes,
+  ids: np.ndarray,
+  special: dict[str, int],
+  directory: Path,
+  seed: int,
+  checkpoints: Path,
 ) -> None:
   """Writes `clip/` (a `CLIPModel`), `text_encoder/` and `text_encoder_2/`.
 
@@ -40,6 +46,7 @@ def train_contrastive(
     special: the tokenizer's fields of a text config (`vocab_size`, `eos_token_id`, ...).
     directory: of the pipeline.
     seed: of initialisation and batches.
+    checkpoints: directory of the training's checkpoints.
   """
   text = config.text.to_dict() | special | {"projection_dim": config.projection_dim}
   text_2 = config.text_2.to_dict() | special | {"projection_dim": config.projection_dim}
@@ -88,6 +95,7 @@ def train_contrastive(
     learning_rate=config.learning_rate,
     ema_decay=0.99,
     seed=seed,
+    checkpoints=checkpoints,
   )
   clip = params["clip"]
   first = {"text_model": clip["text_model"], "text_projection": clip["text_projection"]}

@@ -2,12 +2,15 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from rtdmd_jax.checkpoint import Checkpoints
 
 Tree = Any
 LossFn = Callable[[Tree, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -23,10 +26,14 @@ def train(
   learning_rate: float,
   ema_decay: float,
   seed: int,
+  checkpoints: Path,
   warmup: int = 100,
   log_every: int = 50,
+  save_every: int = 200,
 ) -> Tree:
   """AdamW with warm-up and cosine decay; returns the moving average of the parameters.
+
+  Started again, it goes on from its last checkpoint as if it had never stopped.
 
   Args:
     name: for the log lines.
@@ -37,8 +44,10 @@ def train(
     learning_rate: peak.
     ema_decay: of the average, warmed up as `(1 + n) / (10 + n)`.
     seed: of the batches and of the loss's keys.
+    checkpoints: directory of this network's checkpoints.
     warmup: updates of linear warm-up.
     log_every: updates between log lines.
+    save_every: updates between checkpoints.
   """
   schedule = optax.schedules.warmup_cosine_decay_schedule(
     0.0, learning_rate, min(warmup, steps // 10), steps, 0.01 * learning_rate
@@ -57,15 +66,20 @@ def train(
     return params, opt_state, average, metrics | {"loss": loss}
 
   update = jax.jit(update, donate_argnums=(0, 1, 2))
-  average = jax.tree.map(jnp.copy, params)
-  opt_state = optimizer.init(params)
-  rng = np.random.default_rng(seed)
-  start = time.time()
-  for step in range(steps):
-    params, opt_state, average, metrics = update(
-      params, opt_state, average, next_batch(rng), jnp.int32(step)
-    )
-    if (step + 1) % log_every == 0 or step + 1 == steps:
-      values = "  ".join(f"{k} {float(v):.5f}" for k, v in metrics.items())
-      print(f"{name} {step + 1}/{steps}  {values}  {time.time() - start:.0f} s", flush=True)
-  return average
+  state = (params, optimizer.init(params), jax.tree.map(jnp.copy, params))
+  began = time.time()
+  with Checkpoints(checkpoints, keep=1) as saved:
+    start = saved.latest_step or 0
+    if start:
+      state, _ = saved.restore(state)
+      print(f"{name} goes on after {start}/{steps}", flush=True)
+    for step in range(start, steps):
+      batch = next_batch(np.random.default_rng((seed, step)))
+      *state, metrics = update(*state, batch, jnp.int32(step))
+      done = step + 1
+      if done % log_every == 0 or done == steps:
+        values = "  ".join(f"{k} {float(v):.5f}" for k, v in metrics.items())
+        print(f"{name} {done}/{steps}  {values}  {time.time() - began:.0f} s", flush=True)
+      if done % save_every == 0 and done < steps:
+        saved.save(done, tuple(state), {})
+  return state[2]

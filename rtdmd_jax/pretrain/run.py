@@ -37,22 +37,32 @@ def run(config: Any, workdir: Path) -> Path:
 
   Args:
     config: see `configs/tiny_pretrain.py`.
-    workdir: gets `pipeline/`.
+    workdir: gets `pipeline/`, and `checkpoints/` from which an interrupted phase goes on.
   """
-  directory = workdir / "pipeline"
+  directory, saved = workdir / "pipeline", workdir / "checkpoints"
   directory.mkdir(parents=True, exist_ok=True)
   scenes = draw_scenes(config.images, config.seed)
   clip_ids, t5_ids, special = _tokenize(scenes.captions, directory, config.max_length)
   if "vae" in config.phases and not (directory / "vae").exists():
-    train_autoencoder(config.vae, scenes, directory / "vae", config.seed)
+    train_autoencoder(config.vae, scenes, directory / "vae", config.seed, saved / "vae")
   if "clip" in config.phases and not (directory / "text_encoder_2").exists():
-    train_contrastive(config.clip, scenes, clip_ids[:-1], special, directory, config.seed)
+    train_contrastive(
+      config.clip, scenes, clip_ids[:-1], special, directory, config.seed, saved / "clip"
+    )
   if "teacher" in config.phases and not (directory / "text_encoder_3").exists():
     latents = cache_latents(*load_vae(directory / "vae"), scenes.images)
     states = _clip_states(clip_ids, directory)
     vocab_size = len(load_tokenizer(directory / "tokenizer_3"))
     train_teacher(
-      config.teacher, latents, scenes, states, t5_ids, vocab_size, directory, config.seed
+      config.teacher,
+      latents,
+      scenes,
+      states,
+      t5_ids,
+      vocab_size,
+      directory,
+      config.seed,
+      saved / "teacher",
     )
   _write_index(directory)
   return directory

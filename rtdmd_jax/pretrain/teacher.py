@@ -34,6 +34,7 @@ def train_teacher(
   vocab_size: int,
   directory: Path,
   seed: int,
+  checkpoints: Path,
 ) -> None:
   """Flow matching with logit-normal levels and dropped captions; writes two directories.
 
@@ -47,6 +48,7 @@ def train_teacher(
     vocab_size: of the T5 tokenizer.
     directory: of the pipeline; gets `transformer/` and `text_encoder_3/`.
     seed: of initialisation and batches.
+    checkpoints: directory of the training's checkpoints.
   """
   model = config.model.to_dict()
   kind = {"architectures": ["T5EncoderModel"], "model_type": "t5", "is_encoder_decoder": False}
@@ -94,6 +96,7 @@ def train_teacher(
     learning_rate=config.learning_rate,
     ema_decay=0.999,
     seed=seed,
+    checkpoints=checkpoints,
   )
   save_model(
     directory / "transformer/diffusion_pytorch_model.safetensors",
