@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rtdmd_jax import sampling
 from rtdmd_jax.data import PromptCache
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.lora import build_adapters, fold_scale
@@ -65,7 +64,7 @@ def build(config: Any) -> Setup:
   prompts = load_prompts(config.data.prompts, split="train", metadata=True)
   held_out = load_prompts(config.data.held_out, split="test", metadata=True)
   pipeline = Pipeline.from_pretrained(config.model.pretrained, dtype=jnp.dtype(config.model.dtype))
-  sigmas = sampling.few_step_sigmas(config.dmd.steps, shift=pipeline.shift)
+  sigmas = pipeline.few_step_sigmas(config.dmd.steps, config.model.image_size)
   roles = Roles(
     apply=pipeline.transformer.apply,
     generator="base",
@@ -151,7 +150,7 @@ def dmd_config(config: Any, pipeline: Pipeline) -> DMDConfig:
   """The typed form of `config.dmd`."""
   values = {k: v for k, v in config.dmd.items() if k not in ("steps", "consistency")}
   consistency = Consistency(**config.dmd.consistency)
-  return DMDConfig(**values, shift=pipeline.shift, consistency=consistency)
+  return DMDConfig(**values, shift=pipeline.schedule.shift, consistency=consistency)
 
 
 def optimizer_config(section: Any) -> OptimizerConfig:

@@ -35,7 +35,7 @@ class System(NamedTuple):
 def teacher(setup: Setup, config: Any) -> System:
   """The base with classifier-free guidance and many Euler steps."""
   steps, guidance = config.eval.teacher_steps, config.eval.teacher_guidance
-  sigmas = sampling.euler_sigmas(steps, shift=setup.pipeline.shift)
+  sigmas = setup.pipeline.euler_sigmas(steps, config.model.image_size)
   return System("teacher", steps, guidance, sigmas, 0.0, {})
 
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,25 @@ from rtdmd_jax import sampling
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import Transformer, build_transformer
 from rtdmd_jax.models.encoders import load_vae
-from rtdmd_jax.models.text import TextEncoder, load_sd3_text
+from rtdmd_jax.models.text import TextEncoder, load_flux1_text, load_flux2_text, load_sd3_text
 from rtdmd_jax.models.vae import AutoencoderKL, decode_images
 from rtdmd_jax.roles import role_variables, role_velocity
 from rtdmd_jax.state import Conditioning
 from rtdmd_jax.weights.safetensors import load_params, read_config
 
-_TEXT: dict[str, Callable[..., TextEncoder]] = {"StableDiffusion3Pipeline": load_sd3_text}
+
+class Family(NamedTuple):
+  """What differs between pipeline classes beyond their networks' configs."""
+
+  schedule: str
+  load_text: Callable[..., TextEncoder]
+
+
+_FAMILIES = {
+  "StableDiffusion3Pipeline": Family("sd3", load_sd3_text),
+  "FluxPipeline": Family("flux1", load_flux1_text),
+  "Flux2KleinPipeline": Family("flux2", load_flux2_text),
+}
 FEW_STEPS = (1000, 750, 500, 250)
 
 
@@ -35,7 +47,7 @@ class Pipeline:
     vae: the autoencoder.
     vae_params: its parameters.
     text: the text encoders.
-    shift: of the scheduler's sigmas.
+    schedule: of the noise levels.
   """
 
   transformer: Transformer
@@ -43,7 +55,7 @@ class Pipeline:
   vae: AutoencoderKL
   vae_params: Any
   text: TextEncoder
-  shift: float
+  schedule: sampling.Schedule
 
   @classmethod
   def from_pretrained(
@@ -61,11 +73,16 @@ class Pipeline:
     """
     directory = Path(directory)
     kind = read_config(directory, "model_index.json").get("_class_name")
-    if kind not in _TEXT:
+    if kind not in _FAMILIES:
       raise UserError(
         f"{directory / 'model_index.json'}: _class_name is {kind!r}; supported are"
-        f" {', '.join(_TEXT)}."
+        f" {', '.join(_FAMILIES)}."
       )
+    family = _FAMILIES[kind]
+    # What fails fast comes first.
+    schedule = sampling.Schedule.from_config(
+      family.schedule, read_config(directory / "scheduler", "scheduler_config.json")
+    )
     sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     transformer = build_transformer(read_config(directory / "transformer"), dtype=dtype)
     params = load_params(
@@ -83,8 +100,8 @@ class Pipeline:
       params,
       vae,
       vae_params,
-      _TEXT[kind](directory, dtype=dtype),
-      float(read_config(directory / "scheduler", "scheduler_config.json").get("shift", 1.0)),
+      family.load_text(directory, dtype=dtype),
+      schedule,
     )
 
   def latent_shape(self, image_size: int) -> tuple[int, int, int]:
@@ -93,12 +110,25 @@ class Pipeline:
     Raises:
       UserError: the size does not divide into the transformer's patches.
     """
-    c = self.transformer.config
-    multiple = self.vae.config.factor * c.patch_size
+    _, patch, _, channels = self.transformer.example[0].shape
+    multiple = self.vae.config.factor * patch
     if image_size % multiple:
       raise UserError(f"image_size is {image_size}; use a multiple of {multiple}.")
     side = image_size // self.vae.config.factor
-    return side, side, c.in_channels
+    return side, side, channels
+
+  def few_step_sigmas(self, steps: Sequence[float], image_size: int) -> np.ndarray:
+    """Noise levels [K + 1] of the few steps (in 1000ths) at a square image's size."""
+    return self.schedule.few_step_sigmas(steps, self._image_tokens(image_size))
+
+  def euler_sigmas(self, num_steps: int, image_size: int) -> np.ndarray:
+    """Noise levels [num_steps + 1] of the many-step sampler at a square image's size."""
+    return self.schedule.euler_sigmas(num_steps, self._image_tokens(image_size))
+
+  def _image_tokens(self, image_size: int) -> int:
+    height, width, _ = self.latent_shape(image_size)
+    patch = self.transformer.example[0].shape[1]
+    return (height // patch) * (width // patch)
 
   def encode(self, prompts: Sequence[str]) -> Conditioning:
     """Conditioning of prompts, tokens [B, L, D] and pooled [B, P]."""
@@ -142,17 +172,18 @@ class Pipeline:
       key: of the noise.
       image_size: side in pixels.
       steps: a number of Euler steps, or the few steps (in 1000ths) of the stochastic sampler.
-      guidance: classifier-free guidance scale, off at 1.
+      guidance: classifier-free guidance scale, off at 1; an input of networks that embed it.
       eta: stochasticity of the few steps.
       adapters: adapter tree with its scale folded in.
       index: [B] image indices, 0 .. B - 1 by default.
     """
     conditioning = self.encode(prompts)
-    unconditional = self.encode([""]) if guidance > 1 else None
+    embedded = self.transformer.embedded_guidance
+    unconditional = self.encode([""]) if guidance > 1 and not embedded else None
     if isinstance(steps, int):
-      sigmas, eta = sampling.euler_sigmas(steps, shift=self.shift), 0.0
+      sigmas, eta = self.euler_sigmas(steps, image_size), 0.0
     else:
-      sigmas = sampling.few_step_sigmas(steps, shift=self.shift)
+      sigmas = self.few_step_sigmas(steps, image_size)
     index = jnp.arange(len(prompts)) if index is None else jnp.asarray(index)
     variables = role_variables(self.params, adapters=adapters)
     shape = self.latent_shape(image_size)
@@ -165,6 +196,7 @@ class Pipeline:
         conditioning,
         unconditional=unconditional,
         guidance=guidance,
+        embedded_guidance=embedded,
       )
       latents = sampling.sample(velocity, key, index, shape, sigmas, eta=eta)
       return decode_images(self.vae, vae_params, latents)

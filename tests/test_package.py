@@ -157,7 +157,7 @@ def test_every_config_loads(path):
   assert config.stage in ("pretrain", "stage1", "stage2")
   if config.stage != "pretrain":
     # The typed forms take every key of their sections and no other.
-    dmd_config(config, SimpleNamespace(shift=3.0))
+    dmd_config(config, SimpleNamespace(schedule=SimpleNamespace(shift=3.0)))
     for section in (config.generator, config.fake_score):
       optimizer_config(section)
   if config.stage == "stage2":

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from rtdmd_jax import sampling
+from rtdmd_jax.algo import schedules
+from rtdmd_jax.errors import UserError
 
 SHAPE = (2, 2, 3)
 
@@ -39,3 +41,50 @@ def test_euler_schedule_equals_diffusers(steps):
   scheduler.set_timesteps(steps)
   expected = scheduler.sigmas.numpy()
   np.testing.assert_allclose(sampling.euler_sigmas(steps, shift=3.0), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 50])
+@pytest.mark.parametrize(
+  "family, options",
+  [
+    ("sd3", {"shift": 3.0}),
+    ("flux1", {"shift": 1.0}),
+    ("flux1", {"use_dynamic_shifting": True}),
+    ("flux2", {"use_dynamic_shifting": True}),
+    ("flux2", {"use_dynamic_shifting": True, "time_shift_type": "linear"}),
+  ],
+)
+def test_schedules_equal_the_pipelines_of_diffusers(family, options, steps):
+  diffusers = pytest.importorskip("diffusers")
+  from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+  from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+  scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**options)
+  mu = {"flux1": calculate_shift(1024), "flux2": compute_empirical_mu(1024, steps)}.get(family)
+  sigmas = None if family == "sd3" else np.linspace(1.0, 1 / steps, steps)
+  scheduler.set_timesteps(None if sigmas is not None else steps, sigmas=sigmas, mu=mu)
+  schedule = sampling.Schedule.from_config(family, scheduler.config)
+  got = schedule.euler_sigmas(steps, 1024)
+  np.testing.assert_allclose(got, scheduler.sigmas.numpy(), atol=2e-6)
+
+
+def test_dynamic_few_steps_are_the_schedules_of_the_family():
+  schedule = sampling.Schedule("flux2", dynamic=True, terminal=0.1)
+  got = schedule.few_step_sigmas((1000, 750, 500, 250), 1024)
+  want = schedules.flux2_sigmas((1000, 750, 500, 250), image_tokens=1024, shift_terminal=0.1)
+  np.testing.assert_array_equal(got[:-1], want)
+  assert got[-1] == 0 and got[-2] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+  "family, options, name",
+  [
+    ("sd3", {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
+    ("flux1", {"use_dynamic_shifting": True, "max_shift": 2.0}, "max_shift"),
+    ("flux1", {"shift_terminal": 0.1}, "shift_terminal"),
+    ("flux2", {"use_karras_sigmas": True}, "use_karras_sigmas"),
+  ],
+)
+def test_schedulers_that_are_not_supported(family, options, name):
+  with pytest.raises(UserError, match=name):
+    sampling.Schedule.from_config(family, options)

@@ -9,11 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.models.encoders import load_clip_text, load_t5
+from rtdmd_jax.models.encoders import load_clip_text, load_qwen3, load_t5
 from rtdmd_jax.state import Conditioning
 
 # RTDMD's length of T5's sequence for SD3; a tokenizer that says less is taken at its word.
 SD3_T5_LENGTH = 128
+FLUX1_T5_LENGTH = 512
+FLUX2_LENGTH = 512
+# The hidden states of Qwen3 that FLUX.2-klein was trained on.
+FLUX2_LAYERS = (9, 18, 27)
 
 
 class TextEncoder(NamedTuple):
@@ -94,3 +98,65 @@ def load_sd3_text(directory: Path, *, dtype: Any) -> TextEncoder:
     return sd3_conditioning(states, pooled, t5_states)
 
   return TextEncoder(params, tokenize_all, encode)
+
+
+def load_flux1_text(directory: Path, *, dtype: Any) -> TextEncoder:
+  """The CLIP tower (pooled) and T5 (tokens) of a FLUX.1 directory.
+
+  Raises:
+    UserError: missing or broken files.
+  """
+  clip_tokenizer = load_tokenizer(directory / "tokenizer")
+  t5_tokenizer = load_tokenizer(directory / "tokenizer_2")
+  clip, clip_params = load_clip_text(directory / "text_encoder", dtype=dtype)
+  t5, t5_params = load_t5(directory / "text_encoder_2", dtype=dtype)
+  t5_length = min(FLUX1_T5_LENGTH, t5_tokenizer.model_max_length)
+
+  def tokenize_all(prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    return {
+      "text_encoder": tokenize(clip_tokenizer, prompts, clip_tokenizer.model_max_length),
+      "text_encoder_2": tokenize(t5_tokenizer, prompts, t5_length),
+    }
+
+  def encode(params: Any, ids: dict[str, jax.Array]) -> Conditioning:
+    pooled = clip.apply({"params": params["text_encoder"]}, ids["text_encoder"]).pooled
+    tokens = t5.apply({"params": params["text_encoder_2"]}, ids["text_encoder_2"])
+    return Conditioning(tokens, pooled)
+
+  params = {"text_encoder": clip_params, "text_encoder_2": t5_params}
+  return TextEncoder(params, tokenize_all, encode)
+
+
+def load_flux2_text(directory: Path, *, dtype: Any) -> TextEncoder:
+  """Qwen3 of a FLUX.2-klein directory; prompts become a user's turn, answered without thinking.
+
+  Raises:
+    UserError: missing or broken files, or a tokenizer without a chat template or that pads in
+      front.
+  """
+  tokenizer = load_tokenizer(directory / "tokenizer")
+  if tokenizer.chat_template is None or tokenizer.padding_side != "right":
+    raise UserError(
+      f"{directory / 'tokenizer'} must have a chat template and padding_side 'right'; its"
+      f" padding_side is {tokenizer.padding_side!r}."
+    )
+  encoder, params = load_qwen3(directory / "text_encoder", layers=FLUX2_LAYERS, dtype=dtype)
+  length = min(FLUX2_LENGTH, tokenizer.model_max_length)
+
+  def tokenize_chat(prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    turns = [
+      tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
+      )
+      for prompt in prompts
+    ]
+    rows = tokenizer(turns, padding="max_length", max_length=length, truncation=True)
+    return {"ids": np.array(rows.input_ids, np.int32), "mask": np.array(rows.attention_mask, bool)}
+
+  def encode(params: Any, inputs: dict[str, jax.Array]) -> Conditioning:
+    return Conditioning(encoder.apply({"params": params}, inputs["ids"], inputs["mask"]), None)
+
+  return TextEncoder(params, tokenize_chat, encode)

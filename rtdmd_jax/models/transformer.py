@@ -19,13 +19,19 @@ class Transformer:
     config: the family's frozen config.
     module: Flax module called as `(latents, sigma, tokens, pooled, guidance)`.
     table: maps its parameters to the family's checkpoint keys.
-    example: the smallest valid inputs, as `jax.ShapeDtypeStruct`s (None for an input not used).
+    example: the smallest valid inputs, as `jax.ShapeDtypeStruct`s (None for an input not used);
+      sides of valid latents are multiples of those of the first.
   """
 
   config: Any
   module: nn.Module
   table: KeyTable
   example: tuple[Any, ...]
+
+  @property
+  def embedded_guidance(self) -> bool:
+    """Whether the guidance scale is an input of the network."""
+    return self.example[4] is not None
 
   def init(self, key: jax.Array) -> Any:
     """Fresh float32 parameters."""
