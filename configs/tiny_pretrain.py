@@ -10,20 +10,20 @@ def get_config() -> config_dict.ConfigDict:
   # Phases run in this order; one whose output exists in the workdir is not run again.
   c.phases = ("vae", "clip", "teacher")
   c.images = 60_000
-  c.max_length = 16
+  c.max_length = 12
 
   c.vae = config_dict.ConfigDict()
   c.vae.steps = 1200
   c.vae.batch_size = 16
   c.vae.learning_rate = 2e-3
-  c.vae.kl_weight = 1e-4
+  c.vae.kl_weight = 3e-4
   c.vae.model = dict(
     _class_name="AutoencoderKL",
     down_block_types=("DownEncoderBlock2D",) * 4,
     up_block_types=("UpDecoderBlock2D",) * 4,
     block_out_channels=(8, 16, 32, 64),
     layers_per_block=1,
-    latent_channels=8,
+    latent_channels=4,
     norm_num_groups=8,
     use_quant_conv=False,
     use_post_quant_conv=False,
@@ -64,8 +64,8 @@ def get_config() -> config_dict.ConfigDict:
     _class_name="SD3Transformer2DModel",
     sample_size=8,
     patch_size=2,
-    in_channels=8,
-    out_channels=8,
+    in_channels=4,
+    out_channels=4,
     num_layers=5,
     attention_head_dim=40,
     num_attention_heads=4,

@@ -91,7 +91,7 @@ def _related(low: np.ndarray, high: np.ndarray, subject: int, other: int, relati
 
 def _layout(count: int, constraints: list[tuple[int, int, str]], rng: np.random.Generator):
   """Centres `[count, 2]` and radii `[count]` of boxes apart from each other, relations obeyed."""
-  smallest, largest = (8.0, 12.0) if count <= 2 else (7.5, 9.5)
+  smallest, largest = (10.0, 14.0) if count <= 2 else (8.5, 10.5)
   while True:
     radius = rng.uniform(smallest, largest, (_CANDIDATES, count, 1))
     span = SIZE - 2 * (_MARGIN + radius)
@@ -119,7 +119,7 @@ def _paint(image: np.ndarray, name: str, color: np.ndarray, center: np.ndarray, 
 def draw(record: dict, rng: np.random.Generator) -> tuple[np.ndarray, list[Shape]]:
   """Draws one scene that holds exactly what the record says.
 
-  Sizes (15 to 24 pixels), places, the grey of the background and every colour the record leaves
+  Sizes (17 to 28 pixels), places, the grey of the background and every colour the record leaves
   open are random; boxes never overlap and lie inside the frame. A required relation holds by
   GenEval's rule with a margin, and no other relation holds.
 
