@@ -55,21 +55,21 @@ def get_config() -> config_dict.ConfigDict:
   )
 
   c.teacher = config_dict.ConfigDict()
-  c.teacher.steps = 1500
-  c.teacher.batch_size = 128
-  c.teacher.learning_rate = 1e-3
+  c.teacher.steps = 5000
+  c.teacher.batch_size = 64
+  c.teacher.learning_rate = 1.5e-2
   c.teacher.caption_dropout = 0.1
   c.teacher.shift = 1.0
   c.teacher.model = dict(
     _class_name="SD3Transformer2DModel",
     sample_size=8,
-    patch_size=2,
+    patch_size=1,
     in_channels=4,
     out_channels=4,
     num_layers=5,
-    attention_head_dim=40,
+    attention_head_dim=32,
     num_attention_heads=4,
-    caption_projection_dim=160,
+    caption_projection_dim=128,
     joint_attention_dim=128,
     pooled_projection_dim=128,
     pos_embed_max_size=8,

@@ -14,7 +14,7 @@ from rtdmd_jax.models import build_transformer, t5
 from rtdmd_jax.models.text import sd3_conditioning
 from rtdmd_jax.models.vae import AutoencoderKL, encode_images
 from rtdmd_jax.pretrain.data import Scenes
-from rtdmd_jax.pretrain.loop import train
+from rtdmd_jax.pretrain.loop import muon, train
 from rtdmd_jax.weights.safetensors import save_model
 
 
@@ -97,6 +97,7 @@ def train_teacher(
     ema_decay=0.999,
     seed=seed,
     checkpoints=checkpoints,
+    optimizer=muon,
   )
   save_model(
     directory / "transformer/diffusion_pytorch_model.safetensors",
