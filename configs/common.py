@@ -13,6 +13,12 @@ def base() -> config_dict.ConfigDict:
   c.model.image_size = 512
   c.model.dtype = "bfloat16"  # of the frozen networks; adapters are always float32
 
+  # Devices along each axis (-1: all that are left); see docs/sharding.md.
+  c.mesh = config_dict.ConfigDict()
+  c.mesh.data = 1
+  c.mesh.fsdp = -1
+  c.mesh.tensor = 1
+
   c.lora = config_dict.ConfigDict()
   c.lora.rank = 32
   c.lora.alpha = 64.0

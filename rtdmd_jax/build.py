@@ -17,6 +17,7 @@ from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.prompts import Prompt, load_prompts
 from rtdmd_jax.rewards.clipscore import ClipScore
 from rtdmd_jax.rewards.multi import MultiReward, make
+from rtdmd_jax.sharding import batch_parts, place, replicate
 from rtdmd_jax.stage1 import Consistency, DMDConfig, Roles
 from rtdmd_jax.stage2 import PolicyConfig, Scoring
 from rtdmd_jax.state import Conditioning, Frozen
@@ -117,7 +118,7 @@ def _stage_one(path: str, pipeline: Pipeline) -> Tree:
     return {}
   transformer = pipeline.transformer
   adapters, alpha = load_peft(Path(path), transformer.init_abstract(), transformer.table)
-  return fold_scale(adapters, alpha)
+  return place(fold_scale(adapters, alpha))
 
 
 def _encoder(pipeline: Pipeline, models: dict[str, Any]):
@@ -125,7 +126,7 @@ def _encoder(pipeline: Pipeline, models: dict[str, Any]):
 
   def encode(prompts: Sequence[str]) -> Tree:
     text = {
-      name: features[name](model.params, jax.device_put(model.tokenize(prompts)))
+      name: features[name](model.params, replicate(model.tokenize(prompts)))
       for name, model in models.items()
     }
     return {"conditioning": pipeline.encode(prompts), "reward_text": text}
@@ -170,6 +171,12 @@ def policy_config(config: Any) -> PolicyConfig:
     raise UserError(
       f"policy.micro_batches is {policy.micro_batches}, which does not divide the batch of"
       f" {count} images (batch.prompts x batch.repeats)."
+    )
+  parts = batch_parts()
+  if count // policy.micro_batches % parts:
+    raise UserError(
+      f"a micro-batch has {count // policy.micro_batches} images, which do not split over the"
+      f" {parts} devices of mesh.data x mesh.fsdp; change batch or policy.micro_batches."
     )
   last = len(config.dmd.steps) - 2
   if not 0 <= policy.range_start <= policy.range_end <= last:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from rtdmd_jax.prompts import Prompt, prompt_batch
+from rtdmd_jax.sharding import replicate
 from rtdmd_jax.stage1 import Batch
 from rtdmd_jax.state import Conditioning
 
@@ -54,4 +55,4 @@ def make_batch(
   batch = Batch(
     encoded["conditioning"], index, samples, unconditional, encoded.get("reward_text", {})
   )
-  return jax.device_put(batch), [prompts[i] for i in chosen]
+  return replicate(batch), [prompts[i] for i in chosen]

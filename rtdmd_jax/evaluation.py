@@ -16,6 +16,7 @@ from rtdmd_jax.build import Setup
 from rtdmd_jax.models.lora import fold_scale
 from rtdmd_jax.prompts import Prompt
 from rtdmd_jax.roles import role_variables, role_velocity
+from rtdmd_jax.sharding import replicate
 from rtdmd_jax.state import Conditioning
 
 Tree = Any
@@ -63,7 +64,7 @@ class Evaluator:
     for start in range(0, len(prompts), chunk):
       index = np.minimum(np.arange(start, start + chunk), len(prompts) - 1).astype(np.uint32)
       encoded = self._setup.cache([prompts[i].text for i in index])["conditioning"]
-      inputs = jax.device_put((encoded, index))
+      inputs = replicate((encoded, index))
       parts.append(jax.device_get(program(self._setup.frozen, system.adapters, *inputs)))
     return np.concatenate(parts)[: len(prompts)]
 
@@ -105,7 +106,7 @@ class Evaluator:
       parts = []
       for start in range(0, len(prompts), chunk):
         index = np.minimum(np.arange(start, start + chunk), len(prompts) - 1)
-        inputs = jax.device_put((images[index], features[index]))
+        inputs = replicate((images[index], features[index]))
         parts.append(jax.device_get(program(setup.frozen.rewards[name], *inputs)))
       result[name] = np.concatenate(parts)[: len(prompts)]
     if setup.host_rewards is not None:

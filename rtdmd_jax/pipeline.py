@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from rtdmd_jax import sampling
 from rtdmd_jax.errors import UserError
@@ -18,6 +18,7 @@ from rtdmd_jax.models.encoders import load_vae
 from rtdmd_jax.models.text import TextEncoder, load_flux1_text, load_flux2_text, load_sd3_text
 from rtdmd_jax.models.vae import AutoencoderKL, decode_images
 from rtdmd_jax.roles import role_variables, role_velocity
+from rtdmd_jax.sharding import replicate
 from rtdmd_jax.state import Conditioning
 from rtdmd_jax.weights.safetensors import load_params, read_config
 
@@ -66,11 +67,14 @@ class Pipeline:
     Args:
       directory: transformer/, vae/, text encoders, tokenizers and scheduler/ in diffusers' layout.
       dtype: of parameters and computation.
-      mesh: places every parameter on all devices of the mesh; one device otherwise.
+      mesh: splits every parameter as the sharding table says; the current mesh by default.
 
     Raises:
       UserError: a missing or broken file, or a pipeline class that is not supported.
     """
+    if mesh is not None:
+      with jax.set_mesh(mesh):
+        return cls.from_pretrained(directory, dtype=dtype)
     directory = Path(directory)
     kind = read_config(directory, "model_index.json").get("_class_name")
     if kind not in _FAMILIES:
@@ -83,18 +87,14 @@ class Pipeline:
     schedule = sampling.Schedule.from_config(
       family.schedule, read_config(directory / "scheduler", "scheduler_config.json")
     )
-    sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     transformer = build_transformer(read_config(directory / "transformer"), dtype=dtype)
     params = load_params(
       directory / "transformer",
       transformer.init_abstract(),
       transformer.table,
       dtype=dtype,
-      sharding=sharding,
     )
     vae, vae_params = load_vae(directory / "vae", dtype=dtype)
-    if sharding is not None:
-      vae_params = jax.device_put(vae_params, sharding)
     return cls(
       transformer,
       params,
@@ -132,7 +132,7 @@ class Pipeline:
 
   def encode(self, prompts: Sequence[str]) -> Conditioning:
     """Conditioning of prompts, tokens [B, L, D] and pooled [B, P]."""
-    ids = jax.device_put(self.text.tokenize(prompts))
+    ids = replicate(self.text.tokenize(prompts))
     return jax.jit(self.text.encode)(self.text.params, ids)
 
   def velocity(

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rtdmd_jax.sharding import constrain
 from rtdmd_jax.state import Conditioning
 
 Tree = Any
@@ -59,7 +60,8 @@ def role_velocity(
     batch = x.shape[0]
     scale = jnp.full((batch,), guidance, jnp.float32) if embedded_guidance else None
     sigma = jnp.broadcast_to(sigma, (batch,))
-    return apply(variables, x, sigma, conditioning.tokens, conditioning.pooled, scale)
+    x, tokens, pooled = jax.tree.map(constrain, (x, conditioning.tokens, conditioning.pooled))
+    return apply(variables, x, sigma, tokens, pooled, scale)
 
   def guided(x: jax.Array, sigma: jax.Array) -> jax.Array:
     # One call for both halves: the weights are read once.
@@ -68,7 +70,8 @@ def role_velocity(
       lambda c, u: jnp.concatenate([c, jnp.broadcast_to(u, c.shape)]), conditioning, unconditional
     )
     sigma = jnp.tile(jnp.broadcast_to(sigma, (batch,)), 2)
-    v = apply(variables, jnp.concatenate([x, x]), sigma, both.tokens, both.pooled, None)
+    x, both = jax.tree.map(constrain, (jnp.concatenate([x, x]), both))
+    v = apply(variables, x, sigma, both.tokens, both.pooled, None)
     v_cond, v_uncond = jnp.split(v.astype(jnp.float32), 2)
     return v_uncond + guidance * (v_cond - v_uncond)
 

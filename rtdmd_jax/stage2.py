@@ -26,6 +26,7 @@ from rtdmd_jax.algo.transitions import (
 )
 from rtdmd_jax.optim import guarded_update
 from rtdmd_jax.roles import role_variables, role_velocity
+from rtdmd_jax.sharding import constrain
 from rtdmd_jax.stage1 import Batch, DMDConfig, Metrics, Roles
 from rtdmd_jax.state import Frozen, TrainState
 
@@ -120,13 +121,22 @@ def rollout(
       for name, score in scoring.device.items()
     }
     pixels = jnp.round(255.0 * images).astype(jnp.uint8)
-    return jnp.moveaxis(x, 0, 1), path.log_prob.T, rewards, pixels
+    return jax.tree.map(constrain, (jnp.moveaxis(x, 0, 1), path.log_prob.T, rewards, pixels))
 
   count = batch.sample_index.shape[0]
-  rows = jnp.arange(count).reshape(policy.micro_batches, -1)
-  parts = jax.lax.map(micro, rows)
-  x, log_prob, rewards, pixels = jax.tree.map(lambda a: a.reshape(count, *a.shape[2:]), parts)
+  parts = jax.lax.map(micro, _micro_rows(count, policy))
+  x, log_prob, rewards, pixels = jax.tree.map(
+    lambda a: jnp.swapaxes(a, 0, 1).reshape(count, *a.shape[2:]), parts
+  )
   return Rollout(jnp.moveaxis(x, 1, 0), log_prob.T, chosen, rewards, pixels)
+
+
+def _micro_rows(count: int, policy: PolicyConfig) -> jax.Array:
+  """Samples of each micro-batch [micro_batches, n], interleaved.
+
+  Split over devices, every micro-batch then takes its share from each device's own samples.
+  """
+  return jnp.arange(count).reshape(-1, policy.micro_batches).T
 
 
 def fake_score_step(
@@ -143,7 +153,7 @@ def fake_score_step(
 ) -> tuple[TrainState, Metrics]:
   """One update of the fake score on all final samples, gradients accumulated by scan."""
   count = batch.sample_index.shape[0]
-  rows = jnp.arange(count).reshape(policy.micro_batches, -1)
+  rows = _micro_rows(count, policy)
   sigma_s = roles.sigmas[-1]
 
   def loss_fn(adapters: Tree, row: jax.Array) -> tuple[jax.Array, Metrics]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax import evaluation, stage1, stage2
+from rtdmd_jax import evaluation, sharding, stage1, stage2
 from rtdmd_jax.build import (
   Setup,
   build,
@@ -30,6 +30,7 @@ from rtdmd_jax.optim import ema_update, make_optimizer
 from rtdmd_jax.progress import Progress
 from rtdmd_jax.prompts import Prompt
 from rtdmd_jax.report import write_report
+from rtdmd_jax.sharding import make_mesh, pin, replicate
 from rtdmd_jax.stage1 import Batch, Metrics
 from rtdmd_jax.state import TrainState
 
@@ -52,7 +53,7 @@ def initial_state(config: Any, setup: Setup, optimizers: Optimizers) -> TrainSta
   keys = jax.random.split(jax.random.key(config.seed), 2)
   generator = new_adapters(config, setup.pipeline, keys[0])
   fake_score = new_adapters(config, setup.pipeline, keys[1])
-  return TrainState(
+  state = TrainState(
     step=jnp.zeros((), jnp.int32),
     generator=generator,
     fake_score=fake_score,
@@ -60,6 +61,7 @@ def initial_state(config: Any, setup: Setup, optimizers: Optimizers) -> TrainSta
     generator_opt=optimizers.generator.init(generator),
     fake_score_opt=optimizers.fake_score.init(fake_score),
   )
+  return pin(state)
 
 
 def _keyed(step: Callable, seed: int, stream: int) -> Callable:
@@ -67,7 +69,9 @@ def _keyed(step: Callable, seed: int, stream: int) -> Callable:
 
   def run(state: TrainState, frozen: Any, *args: Any) -> Any:
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), state.step)
-    return step(state, frozen, *args, key)
+    out = step(state, frozen, *args, key)
+    # The state stays where it is, so that the next step finds it where it was compiled for.
+    return (pin(out[0]), *out[1:]) if isinstance(out[0], TrainState) else out
 
   return run
 
@@ -78,7 +82,7 @@ def _finish(config: Any) -> Callable[[TrainState], TrainState]:
   def finish(state: TrainState) -> TrainState:
     step = state.step + 1
     ema = ema_update(state.ema, state.generator, config.ema.decay, step % config.ema.every == 0)
-    return state.replace(step=step, ema=ema)
+    return pin(state.replace(step=step, ema=ema))
 
   return jax.jit(finish, donate_argnums=0)
 
@@ -150,7 +154,7 @@ def stage2_step(config: Any, setup: Setup, optimizers: Optimizers) -> StepFn:
       images = jax.device_get(samples.images)
       scores = setup.host_rewards(images, [p.text for p in prompts], [p.record for p in prompts])
       host = {name: scores[name] for name in setup.host_rewards.weights}
-      rewards |= jax.device_put(host)
+      rewards |= replicate(host)
     state, more = update(state, setup.frozen, batch, samples, rewards)
     return finish(state), metrics | more
 
@@ -166,6 +170,11 @@ def train(config: Any, workdir: Path) -> None:
   Raises:
     UserError: a bad configuration, a missing or broken file, or a workdir of another run.
   """
+  with jax.set_mesh(make_mesh(**config.mesh)):
+    _train(config, workdir)
+
+
+def _train(config: Any, workdir: Path) -> None:
   if config.stage not in STAGES:
     raise UserError(f"stage is {config.stage!r}; use one of {', '.join(STAGES)} or pretrain.")
   workdir.mkdir(parents=True, exist_ok=True)
@@ -180,6 +189,7 @@ def train(config: Any, workdir: Path) -> None:
     *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
   )
   state = jax.jit(lambda: initial_state(config, setup, optimizers))()
+  _print_placement(setup, state)
   with Checkpoints(workdir / "checkpoints", keep=config.train.keep, keep_every=None) as saved:
     if saved.latest_step is not None:
       state, _ = saved.restore(state)
@@ -191,6 +201,22 @@ def train(config: Any, workdir: Path) -> None:
   _final_evaluation(config, setup, evaluator, state, workdir)
   export_adapters(config, setup, state, workdir / "export")
   print(f"report: {write_report(workdir)}")
+
+
+def _print_placement(setup: Setup, state: TrainState) -> None:
+  """Where everything lives, on a mesh of several devices."""
+  mesh = sharding.current()
+  if mesh is None or mesh.size == 1:
+    return
+  parts = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+  print(f"mesh: {parts}")
+  trees = {f"base {name}": base for name, base in setup.frozen.bases.items()}
+  trees |= {f"reward {name}": params for name, params in setup.frozen.rewards.items()}
+  trees |= {"autoencoder": setup.frozen.vae, "text encoders": setup.pipeline.text.params}
+  trees |= {"training state": state}
+  for name, count, total, local in sharding.table(trees, mesh):
+    sizes = f"{total / 1e6:>10,.1f} MB  {local / 1e6:>10,.1f} MB a device"
+    print(f"  {name:24s} {count:>14,} values  {sizes}")
 
 
 def _loop(

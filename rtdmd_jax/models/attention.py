@@ -2,6 +2,8 @@
 
 import jax
 
+from rtdmd_jax.sharding import constrain
+
 
 def attention(
   q: jax.Array,
@@ -24,4 +26,6 @@ def attention(
   Returns:
     [B, Lq, H, D] in the type of `v`.
   """
-  return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale)
+  q, k, v = (constrain(x, None, "tensor") for x in (q, k, v))
+  out = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale)
+  return constrain(out, None, "tensor")

@@ -6,10 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rtdmd_jax.sharding import constrain
+
 
 def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
   """Zero mean and unit variance over the last axis of [..., D], without learned scale or shift."""
-  y = x.astype(jnp.float32)
+  y = constrain(x).astype(jnp.float32)
   y -= y.mean(-1, keepdims=True)
   return (y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)).astype(x.dtype)
 

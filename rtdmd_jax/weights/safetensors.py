@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from rtdmd_jax import sharding as sharding_table
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.weights.maps import Entry, KeyTable
 
@@ -39,8 +40,8 @@ def load_params(
     abstract_params: nested dicts of leaves with `shape` and `dtype` (from `jax.eval_shape`).
     table: maps leaves to checkpoint keys.
     dtype: type of the floating-point leaves; None takes the type of the abstract leaf.
-    sharding: one sharding for all leaves or a tree of them; None puts the leaves on jax's
-      default device. Host memory holds one leaf at a time.
+    sharding: one sharding for all leaves or a tree of them; None follows the sharding table on
+      the current mesh, or without one jax's default device. Host memory holds one leaf at a time.
     ignore: regular expressions; a whole key that matches one may stay unread.
 
   Returns:
@@ -51,6 +52,9 @@ def load_params(
   """
   entries = table.entries(abstract_params)
   leaves, treedef = jax.tree.flatten(abstract_params)
+  mesh = sharding_table.current()
+  if sharding is None and mesh is not None:
+    sharding = sharding_table.shardings(abstract_params, mesh)
   if sharding is None or isinstance(sharding, jax.sharding.Sharding):
     shardings = [sharding] * len(leaves)
   else:
