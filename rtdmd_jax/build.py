@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from rtdmd_jax.data import PromptCache
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.models.lora import build_adapters, fold_scale
+from rtdmd_jax.models.lora import build_adapters
 from rtdmd_jax.models.vae import decode_images
 from rtdmd_jax.optim import OptimizerConfig
 from rtdmd_jax.pipeline import Pipeline
@@ -20,7 +19,7 @@ from rtdmd_jax.rewards.multi import MultiReward, make
 from rtdmd_jax.stage1 import Consistency, DMDConfig, Roles
 from rtdmd_jax.stage2 import PolicyConfig, Scoring
 from rtdmd_jax.state import Conditioning, Frozen
-from rtdmd_jax.weights.peft import load_peft
+from rtdmd_jax.weights.adapters import Lora, load_adapters
 
 Tree = Any
 # Rewards that are computed on the device, and can be back-propagated.
@@ -115,9 +114,7 @@ def _stage_one(path: str, pipeline: Pipeline) -> Tree:
   """Adapters of an earlier stage with their scale folded in; empty without a path."""
   if not path:
     return {}
-  transformer = pipeline.transformer
-  adapters, alpha = load_peft(Path(path), transformer.init_abstract(), transformer.table)
-  return fold_scale(adapters, alpha)
+  return load_adapters([Lora.parse(path)], pipeline.transformer)
 
 
 def _encoder(pipeline: Pipeline, models: dict[str, Any]):

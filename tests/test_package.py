@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from rtdmd_jax.build import dmd_config, optimizer_config, policy_config
 from rtdmd_jax.config import load_config
+from rtdmd_jax.sample import Settings
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "common.py")
@@ -154,6 +155,9 @@ def test_requirements_cover_every_import():
 def test_every_config_loads(path):
   config = load_config(str(path))
   assert isinstance(config, ConfigDict) and config.is_locked
+  if path.stem.endswith("_infer"):
+    Settings.from_config(config)
+    return
   assert config.stage in ("pretrain", "stage1", "stage2")
   if config.stage != "pretrain":
     # The typed forms take every key of their sections and no other.
