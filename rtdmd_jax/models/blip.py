@@ -86,7 +86,9 @@ class BlipVision(nn.Module):
     """Maps normalised images [B, S, S, 3] to the normalised tokens [B, 1 + (S / p)^2, D]."""
     c = self.config
     if pixels.ndim != 4 or pixels.shape[1:] != (c.image_size, c.image_size, 3):
-      raise ValueError(f"pixels are {pixels.shape}, expected [B, {c.image_size}, {c.image_size}, 3]")
+      raise ValueError(
+        f"pixels are {pixels.shape}, expected [B, {c.image_size}, {c.image_size}, 3]"
+      )
     patches = PatchEmbed(c, self.dtype, name="patch_embed")(pixels)
     init = nn.initializers.normal(0.02)
     start = self.param("cls_token", init, (1, 1, c.hidden_size)).astype(self.dtype)

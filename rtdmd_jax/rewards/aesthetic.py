@@ -14,7 +14,8 @@ from rtdmd_jax.models.clip import CLIPVision
 from rtdmd_jax.models.encoders import load_clip_vision
 from rtdmd_jax.models.score_head import ScoreHead
 from rtdmd_jax.rewards.clip_reward import Transform, processor_transforms, unit
-from rtdmd_jax.weights.state_dict import params_from_tensors, read_state_dict
+from rtdmd_jax.weights.safetensors import params_from_tensors
+from rtdmd_jax.weights.state_dict import read_state_dict
 
 
 @dataclass(frozen=True, eq=False)

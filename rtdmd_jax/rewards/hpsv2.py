@@ -17,7 +17,8 @@ from rtdmd_jax.models.text import load_tokenizer
 from rtdmd_jax.rewards.clip_reward import ClipReward
 from rtdmd_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, PadTransform
 from rtdmd_jax.weights.open_clip import to_transformers
-from rtdmd_jax.weights.state_dict import params_from_tensors, read_state_dict
+from rtdmd_jax.weights.safetensors import params_from_tensors
+from rtdmd_jax.weights.state_dict import read_state_dict
 
 
 class HPSv2(ClipReward):

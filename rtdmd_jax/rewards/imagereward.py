@@ -16,8 +16,8 @@ from rtdmd_jax.models.blip import IGNORED_KEYS, TABLE, BlipVisionConfig, ImageRe
 from rtdmd_jax.models.med import MedConfig
 from rtdmd_jax.rewards.clip_reward import Transform
 from rtdmd_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, ClipTransform, StretchTransform
-from rtdmd_jax.weights.safetensors import read_config
-from rtdmd_jax.weights.state_dict import params_from_tensors, read_state_dict
+from rtdmd_jax.weights.safetensors import params_from_tensors, read_config
+from rtdmd_jax.weights.state_dict import read_state_dict
 
 # Statistics of raw scores on ImageReward's validation images.
 _MEAN = 0.16717362830052426
@@ -90,9 +90,7 @@ class ImageReward:
 
   def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
     """Maps prompts to ids [B, 35], padded with 0 and truncated."""
-    rows = self.tokenizer(
-      list(prompts), padding="max_length", max_length=_LENGTH, truncation=True
-    )
+    rows = self.tokenizer(list(prompts), padding="max_length", max_length=_LENGTH, truncation=True)
     return np.array(rows.input_ids, np.int32)
 
   def text_features(self, params: Any, ids: jax.Array) -> jax.Array:
@@ -142,5 +140,7 @@ def load_bert_tokenizer(directory: str | os.PathLike) -> Any:
   tokenizer.add_special_tokens({"bos_token": "[DEC]"})
   tokenizer.add_tokens(["[ENC]"], special_tokens=True)
   if tokenizer.pad_token_id != _PAD:
-    raise UserError(f"{directory} pads with {tokenizer.pad_token_id}, expected {_PAD} as BERT does.")
+    raise UserError(
+      f"{directory} pads with {tokenizer.pad_token_id}, expected {_PAD} as BERT does."
+    )
   return tokenizer

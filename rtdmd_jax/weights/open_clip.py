@@ -51,7 +51,10 @@ def to_transformers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   for key, tensor in tensors.items():
     fused = _FUSED_KEY.fullmatch(key)
     if fused:
-      block, leaf = _block(fused["block"] + ".attn.out_proj.x")[: -len(".out_proj.x")], fused["leaf"]
+      block, leaf = (
+        _block(fused["block"] + ".attn.out_proj.x")[: -len(".out_proj.x")],
+        fused["leaf"],
+      )
       parts = np.split(tensor, 3)
       renamed |= {f"{block}.{n}_proj.{leaf}": p for n, p in zip("qkv", parts, strict=True)}
     elif key in _TRANSPOSED:

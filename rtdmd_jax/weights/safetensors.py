@@ -49,18 +49,58 @@ def load_params(
   Raises:
     UserError: missing or broken file; unknown, missing, duplicate or mis-shaped key.
   """
+  with _open_files(_checkpoint_files(Path(path))) as tensors:
+    return _build(path, tensors, abstract_params, table, dtype, sharding, ignore)
+
+
+def params_from_tensors(
+  tensors: Mapping[str, np.ndarray],
+  abstract_params: Any,
+  table: KeyTable,
+  *,
+  source: str | os.PathLike,
+  dtype: Any = None,
+  sharding: Any = None,
+  ignore: Sequence[str] = (),
+) -> Any:
+  """`load_params` of tensors that are at hand already, such as views of a PyTorch file.
+
+  Args:
+    tensors: by checkpoint key.
+    abstract_params: see `load_params`, as for the rest.
+    table: maps leaves to the keys.
+    source: where the tensors are from, for error messages.
+    dtype: type of the floating-point leaves.
+    sharding: where leaves go.
+    ignore: keys that may stay unread.
+
+  Raises:
+    UserError: unknown, missing or mis-shaped key.
+  """
+  arrays = _Arrays({key: (source, tensor) for key, tensor in tensors.items()})
+  return _build(source, arrays, abstract_params, table, dtype, sharding, ignore)
+
+
+def _build(
+  path: str | os.PathLike,
+  tensors: "_Tensors",
+  abstract_params: Any,
+  table: KeyTable,
+  dtype: Any,
+  sharding: Any,
+  ignore: Sequence[str],
+) -> Any:
   entries = table.entries(abstract_params)
   leaves, treedef = jax.tree.flatten(abstract_params)
   if sharding is None or isinstance(sharding, jax.sharding.Sharding):
     shardings = [sharding] * len(leaves)
   else:
     shardings = treedef.flatten_up_to(sharding)
-  with _open_files(_checkpoint_files(Path(path))) as tensors:
-    _check_keys(path, entries, tensors, ignore)
-    loaded = []
-    for entry, leaf, place in zip(entries, leaves, shardings, strict=True):
-      array = _read_leaf(entry, leaf, tensors, _leaf_dtype(leaf.dtype, dtype))
-      loaded.append(jax.device_put(array, place))
+  _check_keys(path, entries, tensors, ignore)
+  loaded = []
+  for entry, leaf, place in zip(entries, leaves, shardings, strict=True):
+    array = _read_leaf(entry, leaf, tensors, _leaf_dtype(leaf.dtype, dtype))
+    loaded.append(jax.device_put(array, place))
   return treedef.unflatten(loaded)
 
 
@@ -192,6 +232,16 @@ class _Tensors(dict):
 
   def shape(self, key: str) -> tuple[int, ...]:
     return tuple(self[key][1].get_slice(key).get_shape())
+
+
+class _Arrays(_Tensors):
+  """From key to (source, array)."""
+
+  def read(self, key: str) -> np.ndarray:
+    return self[key][1]
+
+  def shape(self, key: str) -> tuple[int, ...]:
+    return self[key][1].shape
 
 
 @contextmanager

@@ -1,0 +1,164 @@
+"""HPSv2 against a torch model with open_clip's published structure and names."""
+
+from collections import OrderedDict
+
+import jax
+import numpy as np
+import pytest
+
+from rtdmd_jax.errors import UserError
+from rtdmd_jax.rewards.hpsv2 import HPSv2
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+import clip_files as files  # noqa: E402  after torch is known to be there
+
+pytestmark = pytest.mark.parity
+nn = torch.nn
+
+
+class Block(nn.Module):
+  def __init__(self, width, heads):
+    super().__init__()
+    self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+    self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+    hidden = 4 * width
+    layers = [("c_fc", nn.Linear(width, hidden)), ("gelu", nn.GELU())]
+    self.mlp = nn.Sequential(OrderedDict([*layers, ("c_proj", nn.Linear(hidden, width))]))
+
+  def forward(self, x, mask):
+    y = self.ln_1(x)
+    x = x + self.attn(y, y, y, attn_mask=mask, need_weights=False)[0]
+    return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+  def __init__(self, width, heads, layers):
+    super().__init__()
+    self.resblocks = nn.ModuleList([Block(width, heads) for _ in range(layers)])
+
+  def forward(self, x, mask=None):
+    for block in self.resblocks:
+      x = block(x, mask)
+    return x
+
+
+class Visual(nn.Module):
+  def __init__(self, width, heads, layers, patch, side, out):
+    super().__init__()
+    self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+    self.class_embedding = nn.Parameter(torch.randn(width))
+    self.positional_embedding = nn.Parameter(torch.randn(1 + (side // patch) ** 2, width))
+    self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+    self.transformer = Transformer(width, heads, layers)
+    self.proj = nn.Parameter(torch.randn(width, out))
+
+  def forward(self, x):
+    x = self.conv1(x).flatten(2).transpose(1, 2)
+    start = self.class_embedding.expand(len(x), 1, -1)
+    x = torch.cat([start, x], 1) + self.positional_embedding
+    return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
+
+
+class OpenClip(nn.Module):
+  def __init__(self, vocabulary, width=80, heads=5, layers=2, out=files.PROJECTION):
+    super().__init__()
+    self.visual = Visual(width, heads, layers, 8, files.SIDE, out)
+    self.transformer = Transformer(width, heads, layers)
+    self.token_embedding = nn.Embedding(vocabulary, width)
+    self.positional_embedding = nn.Parameter(torch.randn(files.LENGTH, width))
+    self.ln_final = nn.LayerNorm(width)
+    self.text_projection = nn.Parameter(torch.randn(width, out))
+    self.logit_scale = nn.Parameter(torch.tensor(4.0))
+
+  def encode_text(self, ids):
+    length = ids.shape[1]
+    mask = torch.full((length, length), float("-inf")).triu(1)
+    x = self.token_embedding(ids) + self.positional_embedding
+    x = self.ln_final(self.transformer(x, mask))
+    return x[torch.arange(len(x)), ids.argmax(-1)] @ self.text_projection
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("hpsv2")
+  tokenizer, size = files.write_tokenizer(directory)
+  files.clip_config(size).save_pretrained(directory)
+  model = files.randomise(OpenClip(size))
+  torch.save({"epoch": 3, "state_dict": model.state_dict()}, directory / "hps.pt")
+  return directory, model, tokenizer
+
+
+def _ids(tokenizer):
+  """Start, words, end, zeros; the entity is a plain character by then."""
+  prompts = [p.replace("&amp;", "&") for p in files.PROMPTS]
+  ids = torch.zeros(len(prompts), files.LENGTH, dtype=torch.long)
+  for row, prompt in zip(ids, prompts, strict=True):
+    tokens = tokenizer(prompt)["input_ids"]
+    tokens = [*tokens[: files.LENGTH - 1], tokens[-1]] if len(tokens) > files.LENGTH else tokens
+    row[: len(tokens)] = torch.tensor(tokens)
+  return ids
+
+
+def _pad(x):
+  """Longest side to SIDE by antialiased cubic, then black around."""
+  scale = files.SIDE / max(x.shape[2:])
+  size = [round(n * scale) for n in x.shape[2:]]
+  if scale != 1:
+    x = nn.functional.interpolate(x, size, mode="bicubic", antialias=True)
+  free = [files.SIDE - n for n in size]
+  sides = free[1] // 2, free[1] - free[1] // 2, free[0] // 2, free[0] - free[0] // 2
+  return files.normalise(nn.functional.pad(x, sides))
+
+
+def _run(reward, images, name="score"):
+  text = reward.text_features(reward.params, reward.tokenize(files.PROMPTS))
+
+  def total(x):
+    scores = getattr(reward, name)(reward.params, x, text)
+    return scores.sum(), scores
+
+  return jax.jit(jax.value_and_grad(total, has_aux=True))(images)
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (24, 24), (33, 52), (45, 20)])
+def test_score_and_gradient(pretrained, shape):
+  directory, model, tokenizer = pretrained
+  images = files.photos(3, *shape)
+  leaf = files.leaf(images)
+  image, text = model.visual(_pad(leaf)), model.encode_text(_ids(tokenizer))
+  want = (files.unit(image) * files.unit(text)).sum(-1)
+  want.sum().backward()
+  for compat, name in ((False, "score"), (False, "gradient_score"), (True, "gradient_score")):
+    reward = HPSv2.from_pretrained(directory / "hps.pt", directory, compat=compat)
+    (_, got), gradient = _run(reward, images / np.float32(255), name)
+    np.testing.assert_allclose(got, want.detach().numpy(), rtol=1e-4)
+    files.assert_gradient(gradient, leaf.grad)
+  features = reward.text_features(reward.params, reward.tokenize(files.PROMPTS))
+  np.testing.assert_allclose(features, files.unit(text).detach().numpy(), atol=1e-4)
+  (_, got), _ = _run(reward, images / np.float32(255))  # 8-bit images stay what they are
+  np.testing.assert_allclose(got, want.detach().numpy(), rtol=1e-4)
+
+
+def test_compat_rounds_before_it_scores(pretrained):
+  directory, _, _ = pretrained
+  images = files.photos(3, 40, 40) / np.float32(255)
+  shifted = np.clip(images + 0.4 / 255, 0, 1)
+  reward = HPSv2.from_pretrained(directory / "hps.pt", directory, compat=True)
+  (_, got), gradient = _run(reward, shifted)
+  np.testing.assert_array_equal(got, _run(reward, images)[0][1])
+  assert np.abs(gradient).max() == 0
+
+
+def test_tokens_are_open_clips(pretrained):
+  directory, _, tokenizer = pretrained
+  reward = HPSv2.from_pretrained(directory / "hps.pt", directory)
+  np.testing.assert_array_equal(reward.tokenize(files.PROMPTS), _ids(tokenizer).numpy())
+
+
+def test_a_foreign_tensor_is_refused(pretrained, tmp_path):
+  directory, model, _ = pretrained
+  tensors = dict(model.state_dict()) | {"visual.attn_pool.query": torch.zeros(3)}
+  torch.save(tensors, tmp_path / "other.pt")
+  with pytest.raises(UserError, match=r"other\.pt holds key visual\.attn_pool\.query"):
+    HPSv2.from_pretrained(tmp_path / "other.pt", directory)
