@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import torch
 import transformers
@@ -93,6 +94,20 @@ def resize_and_crop(x, mode, *, down=False):
 
 def unit(x):
   return x / x.norm(dim=-1, keepdim=True)
+
+
+def run(reward, images, name="score", prompts=PROMPTS):
+  """Scores [B] of images [B, H, W, 3], bytes or in [0, 1], and the gradient of their sum."""
+  if images.dtype == np.uint8:
+    images = images / np.float32(255)
+
+  def total(x, params, ids):
+    scores = getattr(reward, name)(params, x, reward.text_features(params, ids))
+    return scores.sum(), scores
+
+  program = jax.jit(jax.value_and_grad(total, has_aux=True))
+  (_, scores), gradient = program(images, reward.params, reward.tokenize(prompts))
+  return scores, gradient
 
 
 def assert_gradient(got, want):

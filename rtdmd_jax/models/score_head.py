@@ -1,4 +1,4 @@
-"""The head of the LAION aesthetic predictor and of ImageReward: five dense layers and nothing else."""
+"""The head of the LAION aesthetic predictor and of ImageReward: five dense layers, nothing else."""
 
 import flax.linen as nn
 import jax

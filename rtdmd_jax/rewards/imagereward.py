@@ -24,6 +24,7 @@ _MEAN = 0.16717362830052426
 _STD = 1.0333394966054072
 _LENGTH = 35
 _PAD = 0
+_LARGE = BlipVisionConfig()
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ class ImageReward:
     tokenizer: str | os.PathLike,
     dtype: Any = jnp.float32,
     *,
-    vision: BlipVisionConfig = BlipVisionConfig(),
+    vision: BlipVisionConfig = _LARGE,
     compat: bool = False,
   ) -> "ImageReward":
     """Loads `ImageReward.pt` of `THUDM/ImageReward`.

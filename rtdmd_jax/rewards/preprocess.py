@@ -1,9 +1,9 @@
 """Image preprocessing as constant matrix products: differentiable and on the device.
 
-Resizing along one axis is a linear map that depends on the sizes alone, so a resize and a crop are
-one matrix for rows and one for columns; so is a resize with a black border. Every reward has one such
-transform for scoring and for back-propagation. What RTDMD's released code does instead, scores of 8-bit
-images and other kernels for gradients, is there for comparison with published numbers.
+Resizing along one axis is a linear map that depends on the sizes alone, so a resize and a crop, or
+a black border, are one matrix for rows and one for columns. Every reward has one such transform for
+scoring and for back-propagation. What RTDMD's released code does instead, scores of 8-bit images
+and other kernels for gradients, is there for comparison with published numbers.
 """
 
 import functools
@@ -123,8 +123,8 @@ def _pillow(images: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Arr
   return x / 255.0
 
 
-# How a transform rounds: not at all; the image to 8 bits; as Pillow, also after either pass. Only the
-# first has a gradient.
+# How a transform rounds: not at all; the image to 8 bits; as Pillow, also after either pass. Only
+# the first has a gradient.
 ROUNDINGS = ("none", "bytes", "pillow")
 
 

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.models import clip
+from rtdmd_jax.models.clip_config import TextConfig, VisionConfig
 from rtdmd_jax.rewards.hpsv2 import HPSv2
+from rtdmd_jax.weights.open_clip import to_transformers
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -61,12 +64,14 @@ class Visual(nn.Module):
 
 
 class OpenClip(nn.Module):
-  def __init__(self, vocabulary, width=80, heads=5, layers=2, out=files.PROJECTION):
+  def __init__(self, vocabulary, length, out, text, vision, patch, side):
+    """`text` and `vision` are (width, heads, layers)."""
     super().__init__()
-    self.visual = Visual(width, heads, layers, 8, files.SIDE, out)
-    self.transformer = Transformer(width, heads, layers)
+    width = text[0]
+    self.visual = Visual(*vision, patch, side, out)
+    self.transformer = Transformer(*text)
     self.token_embedding = nn.Embedding(vocabulary, width)
-    self.positional_embedding = nn.Parameter(torch.randn(files.LENGTH, width))
+    self.positional_embedding = nn.Parameter(torch.randn(length, width))
     self.ln_final = nn.LayerNorm(width)
     self.text_projection = nn.Parameter(torch.randn(width, out))
     self.logit_scale = nn.Parameter(torch.tensor(4.0))
@@ -84,7 +89,8 @@ def pretrained(tmp_path_factory):
   directory = tmp_path_factory.mktemp("hpsv2")
   tokenizer, size = files.write_tokenizer(directory)
   files.clip_config(size).save_pretrained(directory)
-  model = files.randomise(OpenClip(size))
+  sizes = dict(text=(80, 5, 2), vision=(80, 5, 2), patch=8, side=files.SIDE)
+  model = files.randomise(OpenClip(size, files.LENGTH, files.PROJECTION, **sizes))
   torch.save({"epoch": 3, "state_dict": model.state_dict()}, directory / "hps.pt")
   return directory, model, tokenizer
 
@@ -111,33 +117,34 @@ def _pad(x):
   return files.normalise(nn.functional.pad(x, sides))
 
 
-def _run(reward, images, name="score"):
-  text = reward.text_features(reward.params, reward.tokenize(files.PROMPTS))
-
-  def total(x):
-    scores = getattr(reward, name)(reward.params, x, text)
-    return scores.sum(), scores
-
-  return jax.jit(jax.value_and_grad(total, has_aux=True))(images)
-
-
 @pytest.mark.parametrize("shape", [(40, 40), (24, 24), (33, 52), (45, 20)])
-def test_score_and_gradient(pretrained, shape):
+def test_preprocessing(pretrained, shape):
+  images = files.photos(2, *shape)
+  want = _pad(files.leaf(images)).detach().numpy().transpose(0, 2, 3, 1)
+  directory = pretrained[0]
+  reward = HPSv2.from_pretrained(directory / "hps.pt", directory)
+  assert reward.transform is reward.gradient_transform
+  np.testing.assert_allclose(reward.transform(images / np.float32(255)), want, atol=1e-5)
+  compat = HPSv2.from_pretrained(directory / "hps.pt", directory, compat=True)
+  assert compat.gradient_transform == reward.transform
+  np.testing.assert_allclose(compat.transform(images / np.float32(255)), want, atol=1e-5)
+
+
+def test_features_score_and_gradient(pretrained):
   directory, model, tokenizer = pretrained
-  images = files.photos(3, *shape)
+  images = files.photos(3, 33, 52)
   leaf = files.leaf(images)
   image, text = model.visual(_pad(leaf)), model.encode_text(_ids(tokenizer))
   want = (files.unit(image) * files.unit(text)).sum(-1)
   want.sum().backward()
-  for compat, name in ((False, "score"), (False, "gradient_score"), (True, "gradient_score")):
-    reward = HPSv2.from_pretrained(directory / "hps.pt", directory, compat=compat)
-    (_, got), gradient = _run(reward, images / np.float32(255), name)
-    np.testing.assert_allclose(got, want.detach().numpy(), rtol=1e-4)
-    files.assert_gradient(gradient, leaf.grad)
-  features = reward.text_features(reward.params, reward.tokenize(files.PROMPTS))
-  np.testing.assert_allclose(features, files.unit(text).detach().numpy(), atol=1e-4)
-  (_, got), _ = _run(reward, images / np.float32(255))  # 8-bit images stay what they are
+  reward = HPSv2.from_pretrained(directory / "hps.pt", directory)
+  got, gradient = files.run(reward, images)
   np.testing.assert_allclose(got, want.detach().numpy(), rtol=1e-4)
+  files.assert_gradient(gradient, leaf.grad)
+  features = jax.jit(reward.text_features)(reward.params, reward.tokenize(files.PROMPTS))
+  np.testing.assert_allclose(features, files.unit(text).detach().numpy(), atol=1e-4)
+  features = jax.jit(reward.image_features)(reward.params, images / np.float32(255))
+  np.testing.assert_allclose(features, files.unit(image).detach().numpy(), atol=1e-4)
 
 
 def test_compat_rounds_before_it_scores(pretrained):
@@ -145,8 +152,8 @@ def test_compat_rounds_before_it_scores(pretrained):
   images = files.photos(3, 40, 40) / np.float32(255)
   shifted = np.clip(images + 0.4 / 255, 0, 1)
   reward = HPSv2.from_pretrained(directory / "hps.pt", directory, compat=True)
-  (_, got), gradient = _run(reward, shifted)
-  np.testing.assert_array_equal(got, _run(reward, images)[0][1])
+  got, gradient = files.run(reward, shifted)
+  np.testing.assert_array_equal(got, files.run(reward, images)[0])
   assert np.abs(gradient).max() == 0
 
 
@@ -162,3 +169,26 @@ def test_a_foreign_tensor_is_refused(pretrained, tmp_path):
   torch.save(tensors, tmp_path / "other.pt")
   with pytest.raises(UserError, match=r"other\.pt holds key visual\.attn_pool\.query"):
     HPSv2.from_pretrained(tmp_path / "other.pt", directory)
+
+
+def test_published_size():
+  with torch.device("meta"):
+    model = OpenClip(
+      49408, 77, 1024, text=(1024, 16, 24), vision=(1280, 16, 32), patch=14, side=224
+    )
+  tensors = {
+    key: np.broadcast_to(np.float32(0), value.shape) for key, value in model.state_dict().items()
+  }
+  shared = dict(hidden_act="gelu", num_attention_heads=16)
+  text = TextConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, projection_dim=1024, **shared
+  )
+  vision = VisionConfig(
+    hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, patch_size=14, **shared
+  )
+  module = clip.CLIP(clip.CLIPConfig(text, vision, projection_dim=1024))
+  inputs = np.zeros((1, 1), np.int32), np.zeros((1, 224, 224, 3), np.float32)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+  want = {key: e.shape for e in clip.TABLE.entries(shapes) for key in e.keys}
+  assert {key: value.shape for key, value in to_transformers(tensors).items()} == want
+  assert sum(int(np.prod(shape)) for shape in want.values()) == 986_109_441
