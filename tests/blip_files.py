@@ -1,12 +1,18 @@
 """ImageReward in torch: transformers' BLIP, renamed as the ImageReward package's file has it."""
 
+import dataclasses
+import json
 import re
+import string
 
+import clip_files as files
 import torch
 import transformers
 from torch import nn
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+from rtdmd_jax.models.med import MedConfig
 
 RENAMES = [
   (r"embeddings\.class_embedding", "cls_token"),
@@ -77,3 +83,27 @@ def blip_reference(vision, text):
     is_decoder=True,  # builds the cross-attention; the calls are not causal
   )
   return Reference(vision_config, text_config)
+
+
+def write_imagereward(directory, vision, text=(64, 4, 2)):
+  """Writes ImageReward.pt, med_config.json and vocab.txt; returns the torch model.
+
+  `text` is (width, heads, layers). The file also holds what the published one does not need.
+  """
+  letters = string.ascii_lowercase + ","
+  words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "cube", "##s"]
+  words = list(dict.fromkeys([*words, *letters, *(f"##{c}" for c in letters)]))
+  (directory / "vocab.txt").write_text("\n".join(words) + "\n")
+  width, heads, layers = text
+  config = MedConfig(len(words) + 2, width, 4 * width, layers, heads, 40)
+  settings = dataclasses.asdict(config)
+  settings |= dict(hidden_act="gelu", add_cross_attention=True, encoder_width=768)
+  (directory / "med_config.json").write_text(json.dumps(settings))
+  model = files.randomise(blip_reference(vision, config))
+  extra = {
+    "blip.text_encoder.embeddings.position_ids": torch.arange(40)[None],
+    "blip.vision_proj.weight": torch.zeros(8, 48),
+    "blip.text_proj.bias": torch.zeros(8),
+  }
+  torch.save(model.published() | extra, directory / "ImageReward.pt")
+  return model

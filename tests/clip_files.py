@@ -1,11 +1,13 @@
 """Small CLIP models with random weights in the files that published ones come in."""
 
 import json
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 import torch
 import transformers
+from torch import nn
 
 PROMPTS = [
   "a red cube",
@@ -13,8 +15,22 @@ PROMPTS = [
   "cube &amp; ball",
 ]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-LENGTH, SIDE = 16, 24
-PROJECTION = 32
+
+
+@dataclass(frozen=True)
+class Sizes:
+  """Encoders as (width, heads, layers); heads of 16 as in ViT-H/14, which 64 does not divide."""
+
+  text: tuple[int, int, int] = (80, 5, 2)
+  vision: tuple[int, int, int] = (80, 5, 2)
+  patch: int = 8
+  side: int = 24
+  length: int = 16
+  projection: int = 32
+
+
+TINY = Sizes()
+SIDE, LENGTH = TINY.side, TINY.length
 
 
 def write_tokenizer(directory):
@@ -27,8 +43,8 @@ def write_tokenizer(directory):
   return tokenizer, len(vocabulary)
 
 
-def write_processor(directory):
-  settings = dict(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+def write_processor(directory, side=SIDE):
+  settings = dict(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
   settings |= dict(image_mean=MEAN, image_std=STD, resample=3)
   (directory / "preprocessor_config.json").write_text(json.dumps(settings))
 
@@ -41,24 +57,44 @@ def randomise(model):
   return model.eval()
 
 
-def clip_config(vocabulary, act="gelu"):
-  """Heads of 16 as in ViT-H/14: the width is no multiple of 64."""
-  shared = dict(intermediate_size=320, num_hidden_layers=2, num_attention_heads=5, hidden_act=act)
-  text = dict(hidden_size=80, vocab_size=vocabulary, max_position_embeddings=LENGTH, **shared)
-  text |= dict(bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, projection_dim=PROJECTION)
-  vision = dict(hidden_size=80, image_size=SIDE, patch_size=8, projection_dim=PROJECTION, **shared)
-  return transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=PROJECTION)
+def clip_config(vocabulary, act="gelu", sizes=TINY):
+  def tower(width, heads, layers):
+    shape = dict(hidden_size=width, num_attention_heads=heads, num_hidden_layers=layers)
+    return shape | dict(
+      intermediate_size=4 * width, hidden_act=act, projection_dim=sizes.projection
+    )
+
+  text = tower(*sizes.text) | dict(vocab_size=vocabulary, max_position_embeddings=sizes.length)
+  text |= dict(bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1)
+  vision = tower(*sizes.vision) | dict(image_size=sizes.side, patch_size=sizes.patch)
+  return transformers.CLIPConfig(
+    text_config=text, vision_config=vision, projection_dim=sizes.projection
+  )
 
 
-def write_clip(directory, act="gelu"):
+def write_clip(directory, act="gelu", sizes=TINY):
   """A directory with all files; returns (model, tokenizer)."""
-  tokenizer, size = write_tokenizer(directory)
-  model = randomise(transformers.CLIPModel(clip_config(size, act)))
+  tokenizer, vocabulary = write_tokenizer(directory)
+  model = randomise(transformers.CLIPModel(clip_config(vocabulary, act, sizes)))
   with torch.no_grad():
     model.logit_scale.fill_(np.log(100.0))
   model.save_pretrained(directory)
-  write_processor(directory)
+  write_processor(directory, sizes.side)
   return model, tokenizer
+
+
+class AestheticHead(nn.Module):
+  """The published layers; the bias moves scores to where they usually are."""
+
+  def __init__(self, width):
+    super().__init__()
+    torch.manual_seed(1)
+    self.layers = nn.Sequential(
+      nn.Linear(width, 1024), nn.Dropout(), nn.Linear(1024, 128), nn.Dropout(),
+      nn.Linear(128, 64), nn.Dropout(), nn.Linear(64, 16), nn.Linear(16, 1),
+    )  # fmt: skip
+    with torch.no_grad():
+      self.layers[7].bias.fill_(5.0)
 
 
 def photos(count, height, width, seed=0):

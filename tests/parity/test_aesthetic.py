@@ -12,27 +12,13 @@ import clip_files as files  # noqa: E402  after torch is known to be there
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
 
 pytestmark = pytest.mark.parity
-nn = torch.nn
-
-
-class Head(nn.Module):
-  def __init__(self, width):
-    super().__init__()
-    drop = nn.Dropout
-    self.layers = nn.Sequential(
-      nn.Linear(width, 1024), drop(), nn.Linear(1024, 128), drop(), nn.Linear(128, 64), drop(),
-      nn.Linear(64, 16), nn.Linear(16, 1),
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
   directory = tmp_path_factory.mktemp("aesthetic")
   model, _ = files.write_clip(directory, act="quick_gelu")
-  torch.manual_seed(1)
-  head = Head(files.PROJECTION).eval()
-  with torch.no_grad():
-    head.layers[7].bias.fill_(5.0)
+  head = files.AestheticHead(files.TINY.projection).eval()
   torch.save(head.state_dict(), directory / "head.pth")
   return directory, model, head
 

@@ -1,7 +1,5 @@
 """HPSv2 against a torch model with open_clip's published structure and names."""
 
-from collections import OrderedDict
-
 import jax
 import numpy as np
 import pytest
@@ -15,84 +13,15 @@ from rtdmd_jax.weights.open_clip import to_transformers
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 import clip_files as files  # noqa: E402  after torch is known to be there
+from open_clip_files import OpenClip, write_open_clip  # noqa: E402
 
 pytestmark = pytest.mark.parity
-nn = torch.nn
-
-
-class Block(nn.Module):
-  def __init__(self, width, heads):
-    super().__init__()
-    self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-    self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-    hidden = 4 * width
-    layers = [("c_fc", nn.Linear(width, hidden)), ("gelu", nn.GELU())]
-    self.mlp = nn.Sequential(OrderedDict([*layers, ("c_proj", nn.Linear(hidden, width))]))
-
-  def forward(self, x, mask):
-    y = self.ln_1(x)
-    x = x + self.attn(y, y, y, attn_mask=mask, need_weights=False)[0]
-    return x + self.mlp(self.ln_2(x))
-
-
-class Transformer(nn.Module):
-  def __init__(self, width, heads, layers):
-    super().__init__()
-    self.resblocks = nn.ModuleList([Block(width, heads) for _ in range(layers)])
-
-  def forward(self, x, mask=None):
-    for block in self.resblocks:
-      x = block(x, mask)
-    return x
-
-
-class Visual(nn.Module):
-  def __init__(self, width, heads, layers, patch, side, out):
-    super().__init__()
-    self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
-    self.class_embedding = nn.Parameter(torch.randn(width))
-    self.positional_embedding = nn.Parameter(torch.randn(1 + (side // patch) ** 2, width))
-    self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-    self.transformer = Transformer(width, heads, layers)
-    self.proj = nn.Parameter(torch.randn(width, out))
-
-  def forward(self, x):
-    x = self.conv1(x).flatten(2).transpose(1, 2)
-    start = self.class_embedding.expand(len(x), 1, -1)
-    x = torch.cat([start, x], 1) + self.positional_embedding
-    return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
-
-
-class OpenClip(nn.Module):
-  def __init__(self, vocabulary, length, out, text, vision, patch, side):
-    """`text` and `vision` are (width, heads, layers)."""
-    super().__init__()
-    width = text[0]
-    self.visual = Visual(*vision, patch, side, out)
-    self.transformer = Transformer(*text)
-    self.token_embedding = nn.Embedding(vocabulary, width)
-    self.positional_embedding = nn.Parameter(torch.randn(length, width))
-    self.ln_final = nn.LayerNorm(width)
-    self.text_projection = nn.Parameter(torch.randn(width, out))
-    self.logit_scale = nn.Parameter(torch.tensor(4.0))
-
-  def encode_text(self, ids):
-    length = ids.shape[1]
-    mask = torch.full((length, length), float("-inf")).triu(1)
-    x = self.token_embedding(ids) + self.positional_embedding
-    x = self.ln_final(self.transformer(x, mask))
-    return x[torch.arange(len(x)), ids.argmax(-1)] @ self.text_projection
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
   directory = tmp_path_factory.mktemp("hpsv2")
-  tokenizer, size = files.write_tokenizer(directory)
-  files.clip_config(size).save_pretrained(directory)
-  sizes = dict(text=(80, 5, 2), vision=(80, 5, 2), patch=8, side=files.SIDE)
-  model = files.randomise(OpenClip(size, files.LENGTH, files.PROJECTION, **sizes))
-  torch.save({"epoch": 3, "state_dict": model.state_dict()}, directory / "hps.pt")
-  return directory, model, tokenizer
+  return directory, *write_open_clip(directory)
 
 
 def _ids(tokenizer):
@@ -111,10 +40,10 @@ def _pad(x):
   scale = files.SIDE / max(x.shape[2:])
   size = [round(n * scale) for n in x.shape[2:]]
   if scale != 1:
-    x = nn.functional.interpolate(x, size, mode="bicubic", antialias=True)
+    x = torch.nn.functional.interpolate(x, size, mode="bicubic", antialias=True)
   free = [files.SIDE - n for n in size]
   sides = free[1] // 2, free[1] - free[1] // 2, free[0] // 2, free[0] - free[0] // 2
-  return files.normalise(nn.functional.pad(x, sides))
+  return files.normalise(torch.nn.functional.pad(x, sides))
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (24, 24), (33, 52), (45, 20)])
@@ -173,9 +102,8 @@ def test_a_foreign_tensor_is_refused(pretrained, tmp_path):
 
 def test_published_size():
   with torch.device("meta"):
-    model = OpenClip(
-      49408, 77, 1024, text=(1024, 16, 24), vision=(1280, 16, 32), patch=14, side=224
-    )
+    published = files.Sizes((1024, 16, 24), (1280, 16, 32), 14, 224, 77, 1024)
+    model = OpenClip(49408, published)
   tensors = {
     key: np.broadcast_to(np.float32(0), value.shape) for key, value in model.state_dict().items()
   }

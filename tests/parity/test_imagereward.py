@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 Image = pytest.importorskip("PIL.Image")
 import clip_files as files  # noqa: E402  after torch is known to be there
-from blip_files import blip_reference  # noqa: E402
+from blip_files import blip_reference, write_imagereward  # noqa: E402
 
 pytestmark = pytest.mark.parity
 nn = torch.nn
@@ -31,23 +31,7 @@ PROMPTS = ["a red cube", "two blue cubes left of a red one, " * 5, "cube"]
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
   directory = tmp_path_factory.mktemp("imagereward")
-  letters = "abcdefghijklmnopqrstuvwxyz,"
-  words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
-  words += ["red", "cube", "##s"]
-  words = list(dict.fromkeys(words))
-  (directory / "vocab.txt").write_text("\n".join(words) + "\n")
-  text = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
-  text |= dict(vocab_size=len(words) + 2, max_position_embeddings=40, layer_norm_eps=1e-12)
-  settings = text | dict(hidden_act="gelu", add_cross_attention=True, encoder_width=768)
-  (directory / "med_config.json").write_text(json.dumps(settings))
-  model = files.randomise(blip_reference(VISION, MedConfig(**text)))
-  extra = {
-    "blip.text_encoder.embeddings.position_ids": torch.arange(40)[None],
-    "blip.vision_proj.weight": torch.zeros(8, 48),
-    "blip.text_proj.bias": torch.zeros(8),
-  }
-  torch.save(model.published() | extra, directory / "ImageReward.pt")
-  return directory, model
+  return directory, write_imagereward(directory, VISION)
 
 
 def _load(directory, **options):
