@@ -6,6 +6,7 @@ images, a list of prompts and a list of GenEval records or None. A sample it can
 """
 
 import difflib
+import functools
 import importlib
 import inspect
 import logging
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.rewards import device
 
 MEAN = "mean"
 Reward = Callable[[np.ndarray, Sequence[str], Sequence[Mapping] | None], object]
@@ -25,23 +27,12 @@ class _OptionError(UserError):
   """Wrong options: a mistake in the configuration, never skipped as an unavailable reward."""
 
 
-def _clipscore(*, directory: str) -> Reward:
-  """CLIP cosine similarity; `directory` holds the checkpoint in Hugging Face layout."""
-  import jax
-
-  from rtdmd_jax.rewards.clipscore import ClipScore
-
-  model = ClipScore.from_pretrained(directory)
-
-  @jax.jit
-  def score(params, images, ids):
-    return model.score(params, images, model.text_features(params, ids))
-
-  def reward(images, prompts, metadata):
-    del metadata
-    return score(model.params, images.astype(np.float32) / 255, model.tokenize(prompts))
-
-  return reward
+def _on_device(name: str, **options: object) -> Reward:
+  """A reward of `rewards/device.py`; the options are those of its class's `from_pretrained`."""
+  try:
+    return device.host_reward(device.load(name, options))
+  except device.OptionError as error:
+    raise _OptionError(str(error)) from error
 
 
 def _geneval(*, detector: str) -> Reward:
@@ -59,7 +50,10 @@ def _geneval(*, detector: str) -> Reward:
   return GenEval(_imported(detector))
 
 
-_FACTORIES: dict[str, Callable[..., Reward]] = {"clipscore": _clipscore, "geneval": _geneval}
+_FACTORIES: dict[str, Callable[..., Reward]] = {
+  **{name: functools.partial(_on_device, name) for name in device.NAMES},
+  "geneval": _geneval,
+}
 
 
 def _imported(path: str) -> Callable:
@@ -196,8 +190,8 @@ def make(
   """Builds the scorer of `names_and_weights`.
 
   Args:
-    names_and_weights: weight of each reward: `clipscore`, `geneval`, or the import path
-      `pkg.mod:Name` of a callable that takes its options and returns a reward.
+    names_and_weights: weight of each reward: `geneval`, one of `rewards/device.py`, or the import
+      path `pkg.mod:Name` of a callable that takes its options and returns a reward.
     options: keyword options of each reward, such as `{"geneval": {"detector": "shapes"}}`; entries
       for known rewards that are not asked for are ignored.
     allow_unavailable: for evaluation: a reward that cannot be built is left out with a warning and
