@@ -377,4 +377,5 @@ def policy_step(
   for name, value in rewards.items():
     metrics[f"reward/{name}"] = jnp.nanmean(value)
     metrics[f"reward_std/{name}"] = jnp.nanstd(value)
+    metrics[f"reward_failed/{name}"] = jnp.sum(~jnp.isfinite(value))
   return state.replace(generator=adapters, generator_opt=opt_state), metrics
