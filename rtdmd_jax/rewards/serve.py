@@ -28,10 +28,10 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_list("rewards", None, "Rewards to serve, by name or import path.", values)
   flags.DEFINE_multi_string("option", [], "NAME.KEY=VALUE: an option of a reward.", values)
   flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.", values)
-  flags.DEFINE_integer("port", 8080, "Port; 0 takes a free one.", values, lower_bound=0)
+  flags.DEFINE_integer("port", 8080, "Port; 0 takes a free one.", 0, flag_values=values)
   flags.DEFINE_string("token_env", None, "Environment variable with the bearer token.", values)
-  flags.DEFINE_integer("max_images", 256, "Images in one request.", values, lower_bound=1)
-  flags.DEFINE_integer("max_body_mb", 256, "Megabytes in one request.", values, lower_bound=1)
+  flags.DEFINE_integer("max_images", 256, "Images in one request.", 1, flag_values=values)
+  flags.DEFINE_integer("max_body_mb", 256, "Megabytes in one request.", 1, flag_values=values)
 
 
 def main(call: cli.Invocation) -> None:

@@ -83,8 +83,7 @@ class Service:
     self, name: str, images: list[np.ndarray], items: Sequence[protocol.Item]
   ) -> list[dict[str, float] | str]:
     """Metrics, or the reason why there are none, of images of one size."""
-    given = any(item.metadata is not None for item in items)
-    records = [item.metadata or {"prompt": item.text} for item in items] if given else None
+    records = [item.metadata or {"prompt": item.text} for item in items]
     start = time.monotonic()
     try:
       with self._locks[name]:
