@@ -1,1 +1,1 @@
-"""PyTorch models behind rewards, for the machine that serves them; torch is imported on use only."""
+"""PyTorch models behind rewards, for the machine that serves them; torch is imported on use."""

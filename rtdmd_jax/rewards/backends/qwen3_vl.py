@@ -17,7 +17,7 @@ _CHAT = (
 
 
 class Qwen3VLAnswerer:
-  """An answerer for `GenEval2`: softmax over the whole vocabulary, all questions of an image at once."""
+  """An answerer for `GenEval2`: softmax over the whole vocabulary, several questions at once."""
 
   def __init__(
     self, *, directory: str, device: str = "cuda", dtype: str = "float16", batch: int = 8
