@@ -12,15 +12,19 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 
-def _vocabulary(directory, specials):
-  """A byte-level tokenizer without merges."""
-  from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+def _vocabulary(directory, specials, end=False):
+  """A byte-level tokenizer without merges; with `end` the first special token ends texts."""
+  from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
   tokenizer.add_special_tokens([AddedToken(s, special=True) for s in specials])
+  if end:
+    tokenizer.post_processor = processors.TemplateProcessing(
+      single=f"$A {specials[0]}", special_tokens=[(specials[0], len(alphabet))]
+    )
   fast = transformers.PreTrainedTokenizerFast(
     tokenizer_object=tokenizer, pad_token=specials[0], eos_token=specials[0], model_max_length=77
   )
@@ -31,7 +35,7 @@ def _vocabulary(directory, specials):
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
   directory = tmp_path_factory.mktemp("clip")
-  tokenizer = _vocabulary(directory, ["<|endoftext|>"])
+  tokenizer = _vocabulary(directory, ["<|endoftext|>"], end=True)
   small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
   config = transformers.CLIPConfig(
     text_config=small
