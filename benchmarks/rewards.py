@@ -4,8 +4,9 @@
 
 Both sides take 8-bit images and prompts and give scores. The references do what RTDMD's released
 code does, in float32: Pillow's preprocessing on the host for PickScore, aesthetic and ImageReward,
-torch's resize for CLIPScore and HPSv2. Weights are random, so the last column, the largest relative
-difference of scores, is a check of the two sides and not of any published model. Needs torch.
+torch's resize for CLIPScore and HPSv2. Weights are random, so the last column, the largest
+difference of scores over their root mean square, checks the two sides and no published model. Needs
+torch.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import clip_files as files  # noqa: E402  reachable only now
+import transformers  # noqa: E402
 from blip_files import write_imagereward  # noqa: E402
 from open_clip_files import write_open_clip  # noqa: E402
 
@@ -149,7 +151,7 @@ def measure(name, size, images, prompts, batch):
 
     ours, got = seconds(lambda: score(images, prompts, None))
     theirs, want = seconds(torch_scores)
-  difference = float(np.max(np.abs(got - want) / np.abs(want)))
+  difference = float(np.abs(got - want).max() / np.sqrt(np.mean(want**2)))
   rates = dict(device=len(images) / ours, torch=len(images) / theirs)
   return dict(reward=name, **rates, speedup=theirs / ours, largest_difference=difference)
 
@@ -164,6 +166,8 @@ def main():
   parser.add_argument("--rewards", nargs="*", choices=device.NAMES, default=device.NAMES)
   parser.add_argument("--json", help="write the rows to this file")
   args = parser.parse_args()
+  transformers.logging.set_verbosity_error()
+  transformers.logging.disable_progress_bar()
   images = files.photos(args.images, args.pixels, args.pixels)
   prompts = [f"a {'red ' * (i // args.repeats % 7)}cube" for i in range(args.images)]
   print(f"{args.images} images of {args.pixels} px, {args.size} models; jax on {jax.devices()[0]}")

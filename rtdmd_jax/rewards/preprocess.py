@@ -50,6 +50,22 @@ def resize_matrix(source: int, target: int, method: str) -> np.ndarray:
     target: length after.
     method: "bilinear" or "bicubic".
   """
+  return _resize_weights(source, target, method).astype(np.float32)
+
+
+# Fractional bits of Pillow's weights for 8-bit images, and how many of them are summed apart: sums
+# of 8-bit pixels times 11-bit weights are exact in float32.
+_BITS, _LOW_BITS = 22, 11
+
+
+@functools.lru_cache(maxsize=64)
+def pillow_matrix(source: int, target: int, method: str) -> np.ndarray:
+  """`resize_matrix` as Pillow has it for 8-bit images: fixed point, int32, 22 fractional bits."""
+  weights = _resize_weights(source, target, method) * (1 << _BITS)
+  return np.trunc(weights + np.copysign(0.5, weights)).astype(np.int32)
+
+
+def _resize_weights(source: int, target: int, method: str) -> np.ndarray:
   if method not in _KERNELS or source < 1 or target < 1:
     raise ValueError(f"cannot resize {source} to {target} with {method!r}")
   kernel, support = _KERNELS[method]
@@ -62,7 +78,7 @@ def resize_matrix(source: int, target: int, method: str) -> np.ndarray:
   pixel = np.arange(source)[None]
   inside = (pixel >= first) & (pixel < last)
   weight = np.where(inside, kernel((pixel + 0.5 - centre) / width), 0.0)
-  return (weight / weight.sum(1, keepdims=True)).astype(np.float32)
+  return weight / weight.sum(1, keepdims=True)
 
 
 @functools.lru_cache(maxsize=64)
@@ -116,10 +132,14 @@ def to_bytes(images: jax.Array) -> jax.Array:
 
 
 def _pillow(images: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
-  """Pillow's resize of 8-bit images in [0, 1]: columns first, each pass rounded half up."""
+  """Pillow's resize of 8-bit images in [0, 1], bit for bit; the matrices are `pillow_matrix`'s."""
   x = jnp.round(255.0 * images.astype(jnp.float32))
   for along, matrix in ((_along_columns, columns), (_along_rows, rows)):
-    x = jnp.clip(jnp.floor(along(x, matrix) + 0.5), 0.0, 255.0)
+    high = np.rint(matrix / (1 << _LOW_BITS)).astype(np.int32)
+    low = matrix - (high << _LOW_BITS)
+    high, low = (along(x, part.astype(np.float32)).astype(jnp.int32) for part in (high, low))
+    total = (high << _LOW_BITS) + low + (1 << (_BITS - 1))
+    x = jnp.clip(total >> _BITS, 0, 255).astype(jnp.float32)
   return x / 255.0
 
 
@@ -134,9 +154,12 @@ def _transform(
   """Resizes as `transform.rounding` says and normalises with its mean and standard deviation."""
   if transform.rounding not in ROUNDINGS:
     raise ValueError(f"rounding is {transform.rounding!r}, expected one of {', '.join(ROUNDINGS)}")
+  pillow = transform.rounding == "pillow"
+  if pillow != np.issubdtype(rows.dtype, np.integer):
+    raise ValueError(f"{type(transform).__name__} cannot round as Pillow does")
   if transform.rounding != "none":
     images = to_bytes(images)
-  run = _pillow if transform.rounding == "pillow" else _apply
+  run = _pillow if pillow else _apply
   x = run(images, rows, columns)
   return (x - np.float32(transform.mean)) / np.float32(transform.std)
 
@@ -191,9 +214,9 @@ class ClipTransform:
     """Maps images [B, H, W, C] in [0, 1] to float32 [B, crop, crop, C], normalised."""
     height, width = _sides(images, self.mean)
     short = min(height, width)
+    matrix = pillow_matrix if self.rounding == "pillow" else resize_matrix
     rows, columns = (
-      self._crop(resize_matrix(side, self.edge * side // short, self.method))
-      for side in (height, width)
+      self._crop(matrix(side, self.edge * side // short, self.method)) for side in (height, width)
     )
     return _transform(images, self, rows, columns)
 

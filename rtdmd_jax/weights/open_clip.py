@@ -36,7 +36,9 @@ _TRANSPOSED = {
 }
 _BLOCK_KEY = re.compile(r"(?P<stack>.+resblocks)\.(?P<index>\d+)\.(?P<module>.+)\.(?P<leaf>\w+)")
 # Queries, keys and values are one tensor, stacked in this order.
-_FUSED_KEY = re.compile(r"(?P<block>.+)\.attn\.in_proj_(?P<leaf>weight|bias)")
+_FUSED_KEY = re.compile(
+  r"(?P<stack>.+resblocks)\.(?P<index>\d+)\.attn\.in_proj_(?P<leaf>weight|bias)"
+)
 # The causal mask, a buffer that old versions stored.
 _BUFFER = "attn_mask"
 
@@ -50,13 +52,10 @@ def to_transformers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   renamed: dict[str, np.ndarray] = {}
   for key, tensor in tensors.items():
     fused = _FUSED_KEY.fullmatch(key)
-    if fused:
-      block, leaf = (
-        _block(fused["block"] + ".attn.out_proj.x")[: -len(".out_proj.x")],
-        fused["leaf"],
-      )
-      parts = np.split(tensor, 3)
-      renamed |= {f"{block}.{n}_proj.{leaf}": p for n, p in zip("qkv", parts, strict=True)}
+    if fused and fused["stack"] in _BLOCKS:
+      attention = f"{_BLOCKS[fused['stack']]}.{fused['index']}.self_attn"
+      for name, part in zip("qkv", np.split(tensor, 3), strict=True):
+        renamed[f"{attention}.{name}_proj.{fused['leaf']}"] = part
     elif key in _TRANSPOSED:
       renamed[_TRANSPOSED[key]] = tensor.T
     elif key != _BUFFER:

@@ -114,3 +114,5 @@ def test_margin_rules_differ_at_half_a_pixel():
   for change in (dict(margin="up"), dict(rounding="half")):
     with pytest.raises(ValueError, match=next(iter(change.values()))):
       dataclasses.replace(even, **change)(image)
+  with pytest.raises(ValueError, match="PadTransform cannot round as Pillow"):
+    PadTransform(8, (0.0,), (1.0,), rounding="pillow")(image)
