@@ -66,19 +66,59 @@ def load_params(
   Raises:
     UserError: missing or broken file; unknown, missing, duplicate or mis-shaped key.
   """
+  with _open_files(_checkpoint_files(Path(path))) as tensors:
+    return _build(path, tensors, abstract_params, table, dtype, sharding, ignore)
+
+
+def params_from_tensors(
+  tensors: Mapping[str, np.ndarray],
+  abstract_params: Any,
+  table: KeyTable,
+  *,
+  source: str | os.PathLike,
+  dtype: Any = None,
+  sharding: Any = None,
+  ignore: Sequence[str] = (),
+) -> Any:
+  """`load_params` of tensors that are at hand already, such as views of a PyTorch file.
+
+  Args:
+    tensors: by checkpoint key.
+    abstract_params: see `load_params`, as for the rest.
+    table: maps leaves to the keys.
+    source: where the tensors are from, for error messages.
+    dtype: type of the floating-point leaves.
+    sharding: where leaves go.
+    ignore: keys that may stay unread.
+
+  Raises:
+    UserError: unknown, missing or mis-shaped key.
+  """
+  arrays = {key: _Array(source, tensor) for key, tensor in tensors.items()}
+  return _build(source, arrays, abstract_params, table, dtype, sharding, ignore)
+
+
+def _build(
+  path: str | os.PathLike,
+  tensors: "Mapping[str, _Tensor | _Array]",
+  abstract_params: Any,
+  table: KeyTable,
+  dtype: Any,
+  sharding: Any,
+  ignore: Sequence[str],
+) -> Any:
   entries = table.entries(abstract_params)
   leaves, treedef = jax.tree.flatten(abstract_params)
   if sharding is None or isinstance(sharding, jax.sharding.Sharding):
     shardings = [sharding] * len(leaves)
   else:
     shardings = treedef.flatten_up_to(sharding)
-  with _open_files(_checkpoint_files(Path(path))) as tensors:
-    _check_keys(path, entries, tensors, ignore)
-    loaded = []
-    for entry, leaf, place in zip(entries, leaves, shardings, strict=True):
-      array = _read_leaf(entry, leaf, tensors, _leaf_dtype(leaf.dtype, dtype))
-      # A transfer that is still under way would keep its leaf in host memory.
-      loaded.append(jax.block_until_ready(jax.device_put(array, place)))
+  _check_keys(path, entries, tensors, ignore)
+  loaded = []
+  for entry, leaf, place in zip(entries, leaves, shardings, strict=True):
+    array = _read_leaf(entry, leaf, tensors, _leaf_dtype(leaf.dtype, dtype))
+    # A transfer that is still under way would keep its leaf in host memory.
+    loaded.append(jax.block_until_ready(jax.device_put(array, place)))
   return treedef.unflatten(loaded)
 
 
@@ -243,6 +283,20 @@ class _Tensor(NamedTuple):
       yield start, part.view(self.dtype).reshape((count, *row_shape) if self.shape else ())
 
 
+class _Array(NamedTuple):
+  """A tensor at hand, with what `_Tensor` offers."""
+
+  file: str | os.PathLike
+  array: np.ndarray
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.array.shape
+
+  def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+    yield 0, self.array
+
+
 @contextmanager
 def _open_files(files: Mapping[Path, frozenset[str]]) -> Iterator[dict[str, _Tensor]]:
   tensors: dict[str, _Tensor] = {}
@@ -282,7 +336,7 @@ def _tensors_of(file: Path, stack: ExitStack) -> dict[str, _Tensor]:
 def _check_keys(
   path: str | os.PathLike,
   entries: Sequence[Entry],
-  tensors: Mapping[str, _Tensor],
+  tensors: Mapping[str, _Tensor | _Array],
   ignore: Sequence[str],
 ) -> None:
   wanted = {key: entry for entry in entries for key in entry.keys}
@@ -311,7 +365,7 @@ def _leaf_dtype(own: Any, wanted: Any) -> np.dtype:
 
 
 def _read_leaf(
-  entry: Entry, leaf: Any, tensors: Mapping[str, _Tensor], dtype: np.dtype
+  entry: Entry, leaf: Any, tensors: Mapping[str, _Tensor | _Array], dtype: np.dtype
 ) -> np.ndarray:
   out = np.empty(leaf.shape, dtype)
   layers = out if entry.stacked else out[None]
