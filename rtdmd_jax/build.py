@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,22 +9,20 @@ import jax.numpy as jnp
 
 from rtdmd_jax.data import PromptCache
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.models.lora import build_adapters, fold_scale
+from rtdmd_jax.models.lora import build_adapters
 from rtdmd_jax.models.vae import decode_images
 from rtdmd_jax.optim import OptimizerConfig
 from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.prompts import Prompt, load_prompts
-from rtdmd_jax.rewards.clipscore import ClipScore
+from rtdmd_jax.rewards import device
 from rtdmd_jax.rewards.multi import MultiReward, make
 from rtdmd_jax.sharding import batch_parts, place, replicate
 from rtdmd_jax.stage1 import Consistency, DMDConfig, Roles
 from rtdmd_jax.stage2 import PolicyConfig, Scoring
 from rtdmd_jax.state import Conditioning, Frozen
-from rtdmd_jax.weights.peft import load_peft
+from rtdmd_jax.weights.adapters import Lora, load_adapters
 
 Tree = Any
-# Rewards that are computed on the device, and can be back-propagated.
-DEVICE_REWARDS = {"clipscore": ClipScore}
 
 
 @dataclass(frozen=True)
@@ -75,18 +72,20 @@ def build(config: Any) -> Setup:
     sigmas=jnp.asarray(sigmas),
     latent_shape=pipeline.latent_shape(config.model.image_size),
   )
-  models = {name: _device_reward(name, config) for name in config.rewards if name in DEVICE_REWARDS}
   weights = {name: float(reward.weight) for name, reward in config.rewards.items()}
-  host = {name: weight for name, weight in weights.items() if name not in DEVICE_REWARDS}
   options = {
     name: {k: v for k, v in reward.items() if k not in ("weight", "backpropagate")}
     for name, reward in config.rewards.items()
   }
+  models = {name: device.load(name, options[name]) for name in weights if name in device.NAMES}
+  host = {name: weight for name, weight in weights.items() if name not in models}
+  differentiable = _differentiable(config, models)
   scoring = Scoring(
     decode=lambda params, latents: decode_images(pipeline.vae, params, latents),
     device={name: model.score for name, model in models.items()},
     weights=weights,
-    differentiable=tuple(n for n in models if config.rewards[n].get("backpropagate", False)),
+    differentiable=differentiable,
+    gradient={name: models[name].gradient_score for name in differentiable},
   )
   frozen = Frozen(
     bases={"base": pipeline.params},
@@ -108,17 +107,28 @@ def build(config: Any) -> Setup:
   )
 
 
-def _device_reward(name: str, config: Any) -> Any:
-  return DEVICE_REWARDS[name].from_pretrained(config.rewards[name].directory)
+def _differentiable(config: Any, models: dict[str, device.DeviceReward]) -> tuple[str, ...]:
+  """The rewards to back-propagate."""
+  wanted = tuple(n for n in config.rewards if config.rewards[n].get("backpropagate", False))
+  for name in wanted:
+    if name not in models:
+      raise UserError(
+        f"rewards.{name}.backpropagate is true, but only {', '.join(device.NAMES)} have gradients."
+      )
+  return wanted
 
 
 def _stage_one(path: str, pipeline: Pipeline) -> Tree:
   """Adapters of an earlier stage with their scale folded in; empty without a path."""
   if not path:
     return {}
+<<<<<<< HEAD
   transformer = pipeline.transformer
   adapters, alpha = load_peft(Path(path), transformer.init_abstract(), transformer.table)
   return place(fold_scale(adapters, alpha))
+=======
+  return load_adapters([Lora.parse(path)], pipeline.transformer)
+>>>>>>> main
 
 
 def _encoder(pipeline: Pipeline, models: dict[str, Any]):

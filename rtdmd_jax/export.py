@@ -1,32 +1,35 @@
-"""What training leaves behind: adapters that PEFT and diffusers load."""
+"""Exports adapters for other programs.
 
+python -m rtdmd_jax.export --pipeline DIR --lora PATH[:SCALE] --format peft|comfyui|merged --out DIR
+
+Several --lora are added up in order. `peft` is a directory for PEFT and for diffusers'
+load_lora_weights, `comfyui` one file with the names that ComfyUI knows, `merged` a diffusers
+transformer directory whose weights have the adapters in them.
+"""
+
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from absl import flags
 
+from rtdmd_jax import cli
 from rtdmd_jax.build import Setup
-from rtdmd_jax.models.lora import fold_scale
+from rtdmd_jax.errors import UserError
+from rtdmd_jax.models import Transformer, build_transformer
+from rtdmd_jax.models.lora import equal_ranks, fold_scale, matches, merge, stack_adapters
 from rtdmd_jax.state import TrainState
-from rtdmd_jax.weights.peft import save_peft
+from rtdmd_jax.weights.adapters import Lora, load_adapters
+from rtdmd_jax.weights.native import save_native
+from rtdmd_jax.weights.peft import adapter_layers, save_peft
+from rtdmd_jax.weights.safetensors import checkpoint_dtype, load_params, read_config
+from rtdmd_jax.weights.shards import SHARD_BYTES, save_sharded
 
 Tree = Any
-
-
-def stack_adapters(first: Tree, second: Tree) -> Tree:
-  """One adapter tree that adds what both add; ranks add up where both have an entry.
-
-  Scales must be folded in: `a1 b1 + a2 b2 = [a1 a2] [b1; b2]`.
-  """
-  one, two = flatten_dict(first), flatten_dict(second)
-  if one and two and one.keys() != two.keys():
-    raise ValueError("adapters of different modules cannot share one rank")
-  out = one or two
-  if one and two:
-    axis = {"a": -1, "b": -2}
-    out = {path: jnp.concatenate([one[path], two[path]], axis[path[-1]]) for path in one}
-  return unflatten_dict(out)
+FORMATS = ("peft", "comfyui", "merged")
+COMFYUI_NAME = "comfyui_lora.safetensors"
 
 
 def export_adapters(config: Any, setup: Setup, state: TrainState, directory: Path) -> None:
@@ -36,14 +39,92 @@ def export_adapters(config: Any, setup: Setup, state: TrainState, directory: Pat
     ("generator", setup.frozen.generator, state.ema),
     ("fake_score", setup.frozen.fake_score, state.fake_score),
   ):
-    adapters = stack_adapters(frozen, fold_scale(trained, config.lora.alpha))
-    rank = next(v.shape[-1] for p, v in flatten_dict(adapters).items() if p[-1] == "a")
+    adapters, rank = equal_ranks(stack_adapters(frozen, fold_scale(trained, config.lora.alpha)))
+    targets = list(config.lora.targets)
+    # An earlier stage may have adapted layers that this one does not.
+    names = adapter_layers(adapters, table)
+    targets += [n for n in names if not any(matches(n, t) for t in config.lora.targets)]
     # The scale is in b, so alpha equals the rank.
-    save_peft(
-      directory / name,
-      adapters,
-      table,
-      rank=rank,
-      alpha=float(rank),
-      targets=list(config.lora.targets),
-    )
+    save_peft(directory / name, adapters, table, rank=rank, alpha=float(rank), targets=targets)
+
+
+def export_merged(
+  source: Path,
+  transformer: Transformer,
+  adapters: Tree,
+  out: Path,
+  *,
+  dtype: Any = None,
+  shard_bytes: int = SHARD_BYTES,
+) -> None:
+  """Writes a diffusers transformer directory with `kernel + a b` in place of each kernel.
+
+  Args:
+    source: the base's transformer directory.
+    transformer: its network.
+    adapters: adapter tree with the scale folded in.
+    out: directory to write.
+    dtype: of the weights; the base's own by default.
+    shard_bytes: the most a file holds.
+  """
+  own = checkpoint_dtype(source) if dtype is None else dtype
+  params = load_params(source, transformer.init_abstract(), transformer.table, dtype=own)
+  ranked, rank = equal_ranks(adapters)
+  merged = merge(params, ranked, float(rank))
+  config = read_config(source)
+  save_sharded(out, config, merged, transformer.table, shard_bytes=shard_bytes)
+
+
+def main(call: cli.Invocation) -> None:
+  """Exports as the flags say."""
+  values = call.flags
+  if values.format not in FORMATS:
+    raise UserError(f"--format={values.format} is unknown; choose one of {', '.join(FORMATS)}.")
+  if values.dtype is not None and values.format != "merged":
+    raise UserError("--dtype applies to --format=merged only; adapters are written as float32.")
+  if not values.lora:
+    raise UserError("--lora is required: a LoRA file or directory, PATH or PATH:SCALE.")
+  out = Path(values.out)
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise UserError(f"--out={out} exists and is not an empty directory; choose another.")
+  source = _transformer_directory(Path(values.pipeline))
+  transformer = build_transformer(read_config(source))
+  adapters = load_adapters([Lora.parse(value) for value in values.lora], transformer)
+  if values.format == "merged":
+    export_merged(source, transformer, adapters, out, dtype=_dtype(values.dtype))
+  elif values.format == "comfyui":
+    save_native(out / COMFYUI_NAME, adapters, transformer)
+  else:
+    adapters, rank = equal_ranks(adapters)
+    targets = sorted(adapter_layers(adapters, transformer.table))
+    table = transformer.table
+    save_peft(out, adapters, table, rank=rank, alpha=float(rank), targets=targets)
+  print(json.dumps({"out": str(out), "files": sorted(p.name for p in out.iterdir())}))
+
+
+def _transformer_directory(path: Path) -> Path:
+  """The transformer of a pipeline directory, or the directory itself."""
+  inner = path / "transformer"
+  return inner if inner.is_dir() else path
+
+
+def _dtype(name: str | None) -> Any:
+  known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+  if name is not None and name not in known:
+    raise UserError(f"--dtype={name} is unknown; choose one of {', '.join(known)}.")
+  return known.get(name)
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  """The tool's own flags."""
+  text, several = flags.DEFINE_string, flags.DEFINE_multi_string
+  text("pipeline", None, "A diffusers pipeline or transformer directory.", flag_values=values)
+  several("lora", [], "A LoRA: PATH or PATH:SCALE; may be repeated.", flag_values=values)
+  text("format", None, f"What to write: {', '.join(FORMATS)}.", flag_values=values)
+  text("out", None, "Directory to write; must not exist or be empty.", flag_values=values)
+  text("dtype", None, "Type of merged weights; the base's own by default.", flag_values=values)
+
+
+if __name__ == "__main__":
+  required = ("pipeline", "format", "out")
+  sys.exit(cli.run(main, define_flags=define_flags, requires=required))

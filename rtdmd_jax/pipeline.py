@@ -104,28 +104,30 @@ class Pipeline:
       schedule,
     )
 
-  def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-    """Shape [h, w, C] of a square image's latents.
+  def latent_shape(self, image_size: int | tuple[int, int]) -> tuple[int, int, int]:
+    """Shape [h, w, C] of an image's latents, given its side or its (height, width).
 
     Raises:
       UserError: the size does not divide into the transformer's patches.
     """
     _, patch, _, channels = self.transformer.example[0].shape
-    multiple = self.vae.config.factor * patch
-    if image_size % multiple:
-      raise UserError(f"image_size is {image_size}; use a multiple of {multiple}.")
-    side = image_size // self.vae.config.factor
-    return side, side, channels
+    factor = self.vae.config.factor
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if any(side < 1 or side % (factor * patch) for side in sides):
+      raise UserError(f"image_size is {image_size}; use a multiple of {factor * patch}.")
+    return sides[0] // factor, sides[1] // factor, channels
 
-  def few_step_sigmas(self, steps: Sequence[float], image_size: int) -> np.ndarray:
-    """Noise levels [K + 1] of the few steps (in 1000ths) at a square image's size."""
+  def few_step_sigmas(
+    self, steps: Sequence[float], image_size: int | tuple[int, int]
+  ) -> np.ndarray:
+    """Noise levels [K + 1] of the few steps (in 1000ths) at an image's size."""
     return self.schedule.few_step_sigmas(steps, self._image_tokens(image_size))
 
-  def euler_sigmas(self, num_steps: int, image_size: int) -> np.ndarray:
-    """Noise levels [num_steps + 1] of the many-step sampler at a square image's size."""
+  def euler_sigmas(self, num_steps: int, image_size: int | tuple[int, int]) -> np.ndarray:
+    """Noise levels [num_steps + 1] of the many-step sampler at an image's size."""
     return self.schedule.euler_sigmas(num_steps, self._image_tokens(image_size))
 
-  def _image_tokens(self, image_size: int) -> int:
+  def _image_tokens(self, image_size: int | tuple[int, int]) -> int:
     height, width, _ = self.latent_shape(image_size)
     patch = self.transformer.example[0].shape[1]
     return (height // patch) * (width // patch)

@@ -129,16 +129,20 @@ def sample(
 ) -> jax.Array:
   """Clean latents [B, *shape] from noise along `sigmas` [K + 1]; `eta` 0 is the Euler method.
 
-  Every image's noise is a function of `key` and its `index` [B] alone.
+  Every image's noise is a function of `key` (one for all, or one an image, [B]) and its `index` [B]
+  alone.
   """
   sigmas = jnp.asarray(sigmas, jnp.float32)
-  start_key, step_key = jax.random.split(key)
+  over_images = jax.vmap if key.ndim else lambda function: function
+  keys = over_images(jax.random.split)(key)
+  start_key, step_key = keys[..., 0], keys[..., 1]
 
   def step(i: jax.Array, x: jax.Array) -> jax.Array:
     v = velocity(x, batched(sigmas[i], x)).astype(jnp.float32)
     noise = 0.0
     if eta:
-      noise = sample_noise(jax.random.fold_in(step_key, i), index, shape)
+      step_keys = over_images(lambda k: jax.random.fold_in(k, i))(step_key)
+      noise = sample_noise(step_keys, index, shape)
     return cps_step(x, v, sigmas[i], sigmas[i + 1], eta, noise)
 
   start = sample_noise(start_key, index, shape)

@@ -127,6 +127,13 @@ def replicate(tree: Tree) -> Tree:
   return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
+def split_batch(tree: Tree) -> Tree:
+  """Splits the first axis of every array over the batch's axes of the current mesh."""
+  mesh = current()
+  sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  return jax.device_put(tree, sharding)
+
+
 def pin(tree: Tree) -> Tree:
   """Inside a compiled program: keeps every array of `tree` where the table says."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -4,7 +4,8 @@ An epoch is `rollout`, scoring by the rewards that live on the host (if any), `f
 (which runs while the host scores) and `policy_step`: one optimizer step of each network.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -60,13 +61,15 @@ class Scoring(NamedTuple):
 
   `decode` maps (vae params, latents [B, h, w, c]) to images [B, H, W, 3] in [0, 1]; a device reward
   maps (its params, images, its features of the prompts [B, ...]) to [B]. `weights` covers every
-  reward that trains, `differentiable` those that are also back-propagated.
+  reward that trains, `differentiable` those that are also back-propagated. `gradient` has their
+  functions where they are not those of `device`, of the same arguments.
   """
 
   decode: Callable[[Tree, jax.Array], jax.Array]
   device: dict[str, Callable[[Tree, jax.Array, jax.Array], jax.Array]]
   weights: dict[str, float]
   differentiable: tuple[str, ...]
+  gradient: Mapping[str, Callable[[Tree, jax.Array, jax.Array], jax.Array]] = MappingProxyType({})
 
 
 @flax.struct.dataclass
@@ -238,9 +241,10 @@ def reward_loss(
 ) -> jax.Array:
   """Hinge of the differentiable rewards of clean latents [n, h, w, c], through the decoder."""
   images = scoring.decode(frozen.vae, x0)
+  functions = {**scoring.device, **scoring.gradient}
   total = sum(
     scoring.weights[name]
-    * scoring.device[name](frozen.rewards[name], images, batch.reward_text[name][prompt])
+    * functions[name](frozen.rewards[name], images, batch.reward_text[name][prompt])
     for name in scoring.differentiable
   )
   return losses.reward_hinge(total, policy.reward_margin, weights=weights)
@@ -383,4 +387,5 @@ def policy_step(
   for name, value in rewards.items():
     metrics[f"reward/{name}"] = jnp.nanmean(value)
     metrics[f"reward_std/{name}"] = jnp.nanstd(value)
+    metrics[f"reward_failed/{name}"] = jnp.sum(~jnp.isfinite(value))
   return state.replace(generator=adapters, generator_opt=opt_state), metrics

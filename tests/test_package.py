@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 
 from rtdmd_jax.build import dmd_config, optimizer_config, policy_config
 from rtdmd_jax.config import load_config
+from rtdmd_jax.sample import Settings
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "common.py")
@@ -137,10 +139,19 @@ def test_requirements_are_exact_pins():
     assert re.match(r'==[\d.]+(; python_version (<|>=) "[\d.]+")?$', rest), (name, rest)
 
 
+def _extras():
+  """Distributions that the optional installs of what runs (not of what tests) add."""
+  extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  extras = extras["optional-dependencies"]
+  return {re.match(r"[\w.-]+", line)[0] for name in ("ocr", "judges") for line in extras[name]}
+
+
 def test_requirements_cover_every_import():
-  listed = {name.lower().replace("_", "-") for name, _ in _requirements()}
+  core = {name.lower().replace("_", "-") for name, _ in _requirements()}
   for file in sorted((ROOT / "rtdmd_jax").rglob("*.py")):
     for node in ast.walk(ast.parse(file.read_text())):
+      # Inside functions also what an extra brings.
+      listed = core | (_extras() if getattr(node, "col_offset", 0) else set())
       names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
       if isinstance(node, ast.ImportFrom) and not node.level:
         names = [node.module]
@@ -154,6 +165,9 @@ def test_requirements_cover_every_import():
 def test_every_config_loads(path):
   config = load_config(str(path))
   assert isinstance(config, ConfigDict) and config.is_locked
+  if path.stem.endswith("_infer"):
+    Settings.from_config(config)
+    return
   assert config.stage in ("pretrain", "stage1", "stage2")
   if config.stage != "pretrain":
     # The typed forms take every key of their sections and no other.

@@ -88,3 +88,16 @@ def test_dynamic_few_steps_are_the_schedules_of_the_family():
 def test_schedulers_that_are_not_supported(family, options, name):
   with pytest.raises(UserError, match=name):
     sampling.Schedule.from_config(family, options)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.9])
+def test_one_key_an_image_is_that_image_alone(eta):
+  seeds, index, sigmas = jnp.array([3, 3, 9], jnp.uint32), jnp.array([0, 5, 5]), [1.0, 0.6, 0.0]
+  velocity = lambda x, sigma: jnp.tanh(x) * sigma[:, None]  # noqa: E731
+  keys = jax.vmap(jax.random.key)(seeds)
+  got = sampling.sample(velocity, keys, index, (4,), sigmas, eta=eta)
+  for i in range(3):
+    key = jax.random.key(int(seeds[i]))
+    alone = sampling.sample(velocity, key, index[i : i + 1], (4,), sigmas, eta=eta)
+    np.testing.assert_allclose(got[i], alone[0], rtol=1e-6)
+  assert len({float(x[0]) for x in got}) == 3

@@ -116,6 +116,35 @@ def test_a_failed_sample_is_left_out():
   assert np.isfinite(float(metrics["reward/host"]))
 
 
+def test_samples_that_a_toy_reward_fails_on_do_not_steer_the_update():
+  """A failed sample is absent: neither its trajectory nor a fake 0 reaches the generator."""
+  policy = PolicyConfig(dm_weight=0.0, reward_weight=0.0)
+  failed = np.array([1, 5, 6])
+  host = np.linspace(0, 1, 12, dtype=np.float32) ** 2
+  host[failed] = np.nan
+  rewards = {"bright": jnp.where(jnp.isnan(host), jnp.nan, 0.0), "host": jnp.asarray(host)}
+  state, samples, new, metrics, _ = _run(policy, rewards)
+  assert int(metrics["reward_failed/host"]) == 3 and float(metrics["generator/skipped"]) == 0
+  assert float(metrics["samples/kept"]) == pytest.approx(9 / 12)
+  assert float(metrics["reward/host"]) == pytest.approx(np.nanmean(host), rel=1e-6)
+
+  update = _programs(policy)[1]
+  moved = samples.replace(x=samples.x.at[:, failed].add(1.0))
+  other, _ = update(state, toy.frozen(), toy.batch(), moved, rewards, KEY)
+  _same(new.generator, other.generator, 1e-6)
+  zeros = rewards | {"host": jnp.nan_to_num(rewards["host"])}
+  faked, _ = update(state, toy.frozen(), toy.batch(), samples, zeros, KEY)
+  with pytest.raises(AssertionError):
+    _same(new.generator, faked.generator, 1e-6)
+
+
+def test_a_batch_that_failed_as_a_whole_changes_nothing():
+  nothing = jnp.full(12, jnp.nan)
+  state, _, new, metrics, _ = _run(PolicyConfig(), {"bright": nothing, "host": nothing})
+  assert int(metrics["reward_failed/host"]) == 12 and float(metrics["samples/kept"]) == 0
+  _same(state.generator, new.generator, 0)
+
+
 def test_reward_back_propagation_raises_the_reward():
   policy = PolicyConfig(dm_weight=0.0, policy_weight=0.0, reward_weight=1.0)
   state, samples, new, _, _ = _run(policy)

@@ -49,6 +49,11 @@ def _stack(rewards: dict[str, jax.Array], weights: dict[str, float]) -> dict[str
   return {name: jnp.asarray(rewards[name], jnp.float32) for name in weights}
 
 
+def _weighted(weight: float, values: jax.Array) -> jax.Array:
+  """`weight * values`; 0 for weight 0, also where values are missing."""
+  return jnp.where(jnp.asarray(weight) == 0, 0.0, weight * values)
+
+
 def group_advantages(
   rewards: dict[str, jax.Array],
   prompt_ids: jax.Array,
@@ -82,13 +87,15 @@ def group_advantages(
   rewards = _stack(rewards, weights)
   groups = _groups(prompt_ids)
   if not weight_advantages:
-    total = sum(weights[name] * reward for name, reward in rewards.items())
+    total = sum(_weighted(weights[name], reward) for name, reward in rewards.items())
     return _normalize(total, groups, per_prompt, global_std)
   total = sum(
     weights[name] * _normalize(reward, groups, per_prompt, global_std)
     for name, reward in rewards.items()
   )
-  valid = jnp.any(jnp.stack([jnp.isfinite(r) for r in rewards.values()]), axis=0)
+  # A sample counts if a reward with a weight was given to it.
+  given = [jnp.isfinite(r) & (jnp.asarray(weights[name]) != 0) for name, r in rewards.items()]
+  valid = jnp.any(jnp.stack(given), axis=0)
   return _normalize(jnp.where(valid, total, jnp.nan), groups, per_prompt=False, global_std=True)
 
 

@@ -35,7 +35,7 @@ def sample_noise(key: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> 
   """Standard normal noise as a function of each sample's global index only.
 
   Args:
-    key: the batch's key, the same on all hosts.
+    key: the batch's key, the same on all hosts, or one key a sample, [B].
     indices: [B] integers.
     shape: of one sample.
 
@@ -43,10 +43,10 @@ def sample_noise(key: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> 
     [B, *shape] float32, independent of the batch's size, order and placement.
   """
 
-  def one_sample(index: jax.Array) -> jax.Array:
+  def one_sample(key: jax.Array, index: jax.Array) -> jax.Array:
     return jax.random.normal(jax.random.fold_in(key, index), shape)
 
-  return jax.vmap(one_sample)(indices)
+  return jax.vmap(one_sample, in_axes=(0 if key.ndim else None, 0))(key, indices)
 
 
 def step_noise(

@@ -1,6 +1,7 @@
 """Loading of the frozen encoders of images and text: directories to (module, params)."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import clip, qwen3, t5, vae, vae_flux2
-from rtdmd_jax.models.clip_config import CLIPConfig, TextConfig
+from rtdmd_jax.models.clip_config import CLIPConfig, TextConfig, VisionConfig
 from rtdmd_jax.weights.maps import KeyTable
 from rtdmd_jax.weights.safetensors import checkpoint_keys, load_params, read_config
 
@@ -70,11 +71,45 @@ def clip_text_table(directory: str | os.PathLike) -> KeyTable:
 
 def load_clip(directory: str | os.PathLike, *, dtype: Any = jnp.float32) -> tuple[clip.CLIP, Any]:
   """Loads a directory of `CLIPModel`, both encoders; see `load_vae`."""
-  module = clip.CLIP(CLIPConfig.from_dict(read_config(directory)), dtype)
-  side = module.config.vision.image_size
-  pixels = jnp.zeros((1, side, side, module.config.vision.num_channels))
-  shapes = _abstract(module, jnp.zeros((1, 1), jnp.int32), pixels)
+  module, shapes = abstract_clip(directory, dtype=dtype)
   return module, load_params(directory, shapes, clip.TABLE, dtype=dtype, ignore=clip.IGNORED_KEYS)
+
+
+def abstract_clip(
+  directory: str | os.PathLike, *, dtype: Any = jnp.float32
+) -> tuple[clip.CLIP, Any]:
+  """The module that a `CLIPModel`'s config.json describes, and its abstract parameters.
+
+  Args:
+    directory: holds config.json.
+    dtype: type of the computation.
+
+  Raises:
+    UserError: a missing file, or a config that is not supported.
+  """
+  module = clip.CLIP(CLIPConfig.from_dict(read_config(directory)), dtype)
+  return module, _abstract(module, jnp.zeros((1, 1), jnp.int32), _pixels(module.config.vision))
+
+
+def load_clip_vision(
+  directory: str | os.PathLike, *, dtype: Any = jnp.float32
+) -> tuple[clip.CLIPVision, Any]:
+  """Loads the image encoder of a `CLIPModel` or `CLIPVisionModelWithProjection`; see `load_vae`."""
+  config = read_config(directory)
+  ignore = clip.IGNORED_KEYS
+  if config.get("model_type") == "clip":
+    both = CLIPConfig.from_dict(config)
+    vision = replace(both.vision, projection_dim=both.projection_dim)
+    ignore += (r"text_(model|projection)\..*", "logit_scale")
+  else:
+    vision = VisionConfig.from_dict(config)
+  module = clip.CLIPVision(vision, dtype)
+  shapes = _abstract(module, _pixels(vision))
+  return module, load_params(directory, shapes, clip.TABLE, dtype=dtype, ignore=ignore)
+
+
+def _pixels(config: VisionConfig) -> jax.Array:
+  return jnp.zeros((1, config.image_size, config.image_size, config.num_channels))
 
 
 def load_t5(directory: str | os.PathLike, *, dtype: Any = jnp.float32) -> tuple[t5.T5Encoder, Any]:

@@ -120,6 +120,32 @@ def fold_scale(adapters: dict[str, Any], alpha: float) -> dict[str, Any]:
   )
 
 
+def stack_adapters(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+  """One adapter tree that adds what both add; ranks add up where both have an entry.
+
+  Scales must be folded in: `a1 b1 + a2 b2 = [a1 a2] [b1; b2]`.
+  """
+  out, more = flatten_dict(first), flatten_dict(second)
+  axis = {"a": -1, "b": -2}
+  for path, leaf in more.items():
+    known = path in out
+    out[path] = jnp.concatenate([out[path], leaf], axis[path[-1]]) if known else leaf
+  return unflatten_dict(out)
+
+
+def equal_ranks(adapters: dict[str, Any]) -> tuple[dict[str, Any], int]:
+  """The same adapters with one rank, zeros filling up the smaller ones, and that rank."""
+  flat = flatten_dict(adapters)
+  rank = max(leaf.shape[-1] for path, leaf in flat.items() if path[-1] == "a")
+
+  def fill(path: tuple[str, ...], leaf: jax.Array) -> jax.Array:
+    axis = leaf.ndim + (-1 if path[-1] == "a" else -2)
+    widths = [(0, rank - n if i == axis else 0) for i, n in enumerate(leaf.shape)]
+    return jnp.pad(leaf, widths)
+
+  return unflatten_dict({path: fill(path, leaf) for path, leaf in flat.items()}), rank
+
+
 def merge(params: dict[str, Any], adapters: dict[str, Any], alpha: float) -> dict[str, Any]:
   """Adds adapters to their kernels: `kernel + (alpha / r) a b`.
 

@@ -6,71 +6,35 @@ images, a list of prompts and a list of GenEval records or None. A sample it can
 """
 
 import difflib
-import importlib
+import functools
 import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.rewards import device, hosted
+from rtdmd_jax.rewards.imports import imported
 
 MEAN = "mean"
+# Share of a batch that a reward may fail on before it ends a training run.
+MAX_FAILED = 0.5
 Reward = Callable[[np.ndarray, Sequence[str], Sequence[Mapping] | None], object]
 _logger = logging.getLogger(__name__)
 
 
-class _OptionError(UserError):
-  """Wrong options: a mistake in the configuration, never skipped as an unavailable reward."""
+def _on_device(name: str, **options: object) -> Reward:
+  """A reward of `rewards/device.py`; the options are those of its class's `from_pretrained`."""
+  return device.host_reward(device.load(name, options))
 
 
-def _clipscore(*, directory: str) -> Reward:
-  """CLIP cosine similarity; `directory` holds the checkpoint in Hugging Face layout."""
-  import jax
-
-  from rtdmd_jax.rewards.clipscore import ClipScore
-
-  model = ClipScore.from_pretrained(directory)
-
-  @jax.jit
-  def score(params, images, ids):
-    return model.score(params, images, model.text_features(params, ids))
-
-  def reward(images, prompts, metadata):
-    del metadata
-    return score(model.params, images.astype(np.float32) / 255, model.tokenize(prompts))
-
-  return reward
-
-
-def _geneval(*, detector: str) -> Reward:
-  """GenEval; `detector` is "shapes" or the import path `pkg.mod:name` of a detector."""
-  from rtdmd_jax.rewards.geneval import GenEval
-
-  if detector == "shapes":
-    from rtdmd_jax.rewards.shapes_detector import detect_shapes
-
-    return GenEval(detect_shapes)
-  if ":" not in detector:
-    raise UserError(
-      f"reward 'geneval': unknown detector {detector!r}; use 'shapes' or a path pkg.mod:name"
-    )
-  return GenEval(_imported(detector))
-
-
-_FACTORIES: dict[str, Callable[..., Reward]] = {"clipscore": _clipscore, "geneval": _geneval}
-
-
-def _imported(path: str) -> Callable:
-  module, _, name = path.partition(":")
-  try:
-    found = getattr(importlib.import_module(module), name)
-  except (ImportError, AttributeError, ValueError) as error:
-    raise UserError(f"cannot import {path!r} ({error}); write it as pkg.mod:Name") from error
-  if not callable(found):
-    raise UserError(f"{path!r} is not callable; name a class or a function")
-  return found
+_FACTORIES: dict[str, Callable[..., Reward]] = {
+  **{name: functools.partial(_on_device, name) for name in device.NAMES},
+  **hosted.FACTORIES,
+}
 
 
 def _check_known(name: str, where: str) -> None:
@@ -87,13 +51,21 @@ def _check_weight(name: str, weight: object) -> float:
   return float(weight)
 
 
+def _check_share(name: str, share: object) -> float:
+  if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+    raise device.OptionError(f"reward {name!r}: max_failed must be in 0..1, got {share!r}")
+  return float(share)
+
+
 def _build(name: str, options: Mapping) -> Reward:
   """Builds one reward; a wrong option is a UserError, a missing file whatever the reward raises."""
-  factory = _FACTORIES[name] if name in _FACTORIES else _imported(name)
+  factory = _FACTORIES[name] if name in _FACTORIES else imported(name)
   try:
     inspect.signature(factory).bind(**options)
   except TypeError as error:
-    raise _OptionError(f"reward {name!r}: {error} in its options {dict(options)!r}") from error
+    raise device.OptionError(
+      f"reward {name!r}: {error} in its options {dict(options)!r}"
+    ) from error
   return factory(**options)
 
 
@@ -101,6 +73,7 @@ class MultiReward:
   """Scores images with every reward; made by `make`.
 
   Attributes:
+    rewards: the rewards in use, by name.
     weights: weight of each reward in use.
     unavailable: why each skipped reward could not be built, by name.
   """
@@ -110,11 +83,13 @@ class MultiReward:
     rewards: Mapping[str, Reward],
     weights: Mapping[str, float],
     unavailable: Mapping[str, str],
+    max_failed: Mapping[str, float],
     *,
     isolate_failures: bool,
   ):
-    self._rewards = dict(rewards)
+    self.rewards = dict(rewards)
     self._isolate_failures = isolate_failures
+    self._max_failed = dict(max_failed)
     self.weights = dict(weights)
     self.unavailable = dict(unavailable)
 
@@ -132,9 +107,11 @@ class MultiReward:
       For each reward its scores `[B]` float32, the further outputs of a reward under their own
       names, and "mean": the weighted sum (not divided by anything; the published name). A sample
       with a pixel that is not finite, or that a reward failed on, is NaN there and in "mean".
+      Rewards run side by side, each in one thread.
 
     Raises:
-      UserError: a reward's input is missing, such as records for geneval.
+      UserError: a reward's input is missing, such as records for geneval, or, in training, a reward
+        with a weight failed on a larger share of the samples than its `max_failed`.
       ValueError: shapes or lengths do not fit.
     """
     images, usable = _as_uint8(images)
@@ -142,14 +119,31 @@ class MultiReward:
       records = "no" if metadata is None else len(metadata)
       raise ValueError(f"{len(images)} images, {len(prompts)} prompts, {records} records")
     scores: dict[str, np.ndarray] = {}
-    for name, reward in self._rewards.items():
-      for output, values in self._outputs(name, reward, images, prompts, metadata).items():
+    with ThreadPoolExecutor(len(self.rewards)) as pool:
+      inputs = images, prompts, metadata
+      pending = [pool.submit(self._outputs, n, r, *inputs) for n, r in self.rewards.items()]
+    for name, future in zip(self.rewards, pending, strict=True):
+      for output, values in future.result().items():
         if output in scores or output == MEAN:
           raise ValueError(f"two rewards return an output named {output!r}")
         scores[output] = np.where(usable, values, np.float32(np.nan))
-    total = sum(self.weights[n] * scores[n] for n in self._rewards if self.weights[n])
+      self._check_failures(name, scores[name][usable])
+    total = sum(self.weights[n] * scores[n] for n in self.rewards if self.weights[n])
     scores[MEAN] = np.broadcast_to(np.asarray(total, np.float32), usable.shape).copy()
     return scores
+
+  def _check_failures(self, name: str, scores: np.ndarray) -> None:
+    """Ends a training run when too few of the scores [N] exist; a warning otherwise."""
+    failed = int(np.sum(~np.isfinite(scores)))
+    if not failed:
+      return
+    share = self._max_failed[name]
+    if not self._isolate_failures and self.weights[name] and failed > share * len(scores):
+      raise UserError(
+        f"reward {name!r} failed on {failed} of {len(scores)} samples, more than its max_failed of"
+        f" {share:g} allows; see the warnings above, repair it and start again"
+      )
+    _logger.warning("reward %s failed on %d of %d samples", name, failed, len(scores))
 
   def _outputs(self, name, reward, images, prompts, metadata) -> dict[str, np.ndarray]:
     """The checked outputs of one reward; after a failure, if isolated, its score as NaN."""
@@ -196,10 +190,11 @@ def make(
   """Builds the scorer of `names_and_weights`.
 
   Args:
-    names_and_weights: weight of each reward: `clipscore`, `geneval`, or the import path
-      `pkg.mod:Name` of a callable that takes its options and returns a reward.
+    names_and_weights: weight of each reward: one of `rewards/device.py` or `rewards/hosted.py`, or
+      the import path `pkg.mod:Name` of a callable that takes its options and returns a reward.
     options: keyword options of each reward, such as `{"geneval": {"detector": "shapes"}}`; entries
-      for known rewards that are not asked for are ignored.
+      for known rewards that are not asked for are ignored. Every reward also takes `max_failed`, in
+      0..1: a training run ends when a larger share of a batch fails.
     allow_unavailable: for evaluation: a reward that cannot be built is left out with a warning and
       listed in `.unavailable`, and one that fails on a batch scores NaN there. Without it, for
       training, either ends the run.
@@ -214,12 +209,14 @@ def make(
   for name in options:
     _check_known(name, "reward options")
   weights = {name: _check_weight(name, weight) for name, weight in names_and_weights.items()}
+  own = {name: dict(options.get(name, {})) for name in weights}
+  max_failed = {n: _check_share(n, own[n].pop("max_failed", MAX_FAILED)) for n in weights}
   rewards: dict[str, Reward] = {}
   unavailable: dict[str, str] = {}
   for name in weights:
     try:
-      rewards[name] = _build(name, options.get(name, {}))
-    except _OptionError:
+      rewards[name] = _build(name, own[name])
+    except device.OptionError:
       raise
     except (UserError, ImportError, OSError, ValueError, RuntimeError) as error:
       reason = f"{type(error).__name__}: {error}"
@@ -231,4 +228,4 @@ def make(
     reasons = "; ".join(f"{name}: {reason}" for name, reason in unavailable.items())
     raise UserError(f"no reward is left to score with ({reasons or 'none is configured'})")
   active = {name: weights[name] for name in rewards}
-  return MultiReward(rewards, active, unavailable, isolate_failures=allow_unavailable)
+  return MultiReward(rewards, active, unavailable, max_failed, isolate_failures=allow_unavailable)

@@ -22,6 +22,7 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.lora import dense_entries, module_names
 from rtdmd_jax.weights.maps import Entry, KeyTable
 from rtdmd_jax.weights.safetensors import read_config
+from rtdmd_jax.weights.torch_file import load_torch
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_NAME = "adapter_model.safetensors"
@@ -29,7 +30,11 @@ DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 
 # Key of diffusers' notes in a file's header, and the prefix of the transformer's part of them.
 _METADATA_KEY = "lora_adapter_metadata"
-_PREFIXES = ("base_model.model.", "transformer.")
+# What wrappers put before a module's name, outermost first.
+_PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "transformer.")
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+# alpha / r of every published RTDMD adapter; its flat files do not say.
+_PUBLISHED_SCALE = 2.0
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight")
 _ALPHA_KEY = re.compile(r"(?P<module>.+)\.alpha")
 
@@ -102,18 +107,29 @@ def save_peft(
   _write(directory / CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
 
 
+def adapter_layers(
+  adapters: dict[str, Any], table: KeyTable
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Float32 (a [in, r], b [r, out]) of every adapted layer, by the checkpoint's module name."""
+  flat = flatten_dict(adapters)
+  layers = {}
+  for path in [p[:-1] for p in flat if p[-1] == "a"]:
+    a, b = (np.asarray(flat[(*path, part)], np.float32) for part in "ab")
+    stacked = a.ndim == 3
+    names = table.modules(path, len(a) if stacked else 1)
+    layers |= zip(names, zip(a, b, strict=True) if stacked else [(a, b)], strict=True)
+  return layers
+
+
 def _tensors(adapters: dict[str, Any], table: KeyTable, rank: int) -> dict[str, np.ndarray]:
   """`<module>.lora_A.weight` [r, in] and `<module>.lora_B.weight` [out, r], float32."""
   tensors = {}
-  for path, leaf in flatten_dict(adapters).items():
-    module, part = path[:-1], path[-1]
-    array = np.asarray(leaf, np.float32)
-    if array.shape[-1 if part == "a" else -2] != rank:
-      raise ValueError(f"adapter {'.'.join(path)} has shape {array.shape}, expected rank {rank}")
-    layers = array if array.ndim == 3 else array[None]
-    for name, layer in zip(table.modules(module, len(layers)), layers, strict=True):
+  for name, (a, b) in adapter_layers(adapters, table).items():
+    if (a.shape[1], b.shape[0]) != (rank, rank):
+      raise ValueError(f"adapter {name} has shapes {a.shape} and {b.shape}, expected rank {rank}")
+    for part, array in (("A", a), ("B", b)):
       # safetensors writes the buffer as it lies in memory, so the transposed view is copied.
-      tensors[f"{name}.lora_{part.upper()}.weight"] = np.ascontiguousarray(layer.T)
+      tensors[f"{name}.lora_{part}.weight"] = np.ascontiguousarray(array.T)
   return tensors
 
 
@@ -133,9 +149,11 @@ def load_peft(
   (`lora_A.default.weight`).
 
   Args:
-    path: a directory of PEFT or diffusers, a directory whose `transformer` is one, or one
-      safetensors file. A lone file takes alpha from its header or its `.alpha` keys; without
-      either alpha is the rank, as in diffusers.
+    path: a directory of PEFT or diffusers, a directory whose `transformer` is one, one
+      safetensors file, or a flat PyTorch file (`generator_ema.pt` of the published code). A lone
+      safetensors file takes alpha from its header or its `.alpha` keys; without either alpha is
+      the rank, as in diffusers. A PyTorch file takes it from `transformer/adapter_config.json`
+      beside it, where the published code puts one, else alpha is twice the rank as published.
     abstract_params: nested dicts of leaves with a shape.
     table: the family's key table.
 
@@ -164,7 +182,9 @@ def load_peft(
 def _locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
   """The weights' file and, for a PEFT directory, its checked config."""
   if path.is_file():
-    return path, None
+    beside = path.parent / "transformer" / CONFIG_NAME
+    described = path.suffix in _TORCH_SUFFIXES and beside.is_file()
+    return path, _read_config(beside) if described else None
   for directory in (path, path / "transformer"):
     if (directory / CONFIG_NAME).is_file() or (directory / PEFT_NAME).is_file():
       if not (directory / PEFT_NAME).is_file():
@@ -192,12 +212,7 @@ def _read(
   """Tensors by (module, "a" | "b") with their keys, alphas by module, and the header's notes."""
   tensors: dict[tuple[str, str], tuple[str, np.ndarray]] = {}
   alphas = {}
-  try:
-    with safe_open(file, framework="numpy") as handle:
-      notes = json.loads((handle.metadata() or {}).get(_METADATA_KEY, "{}"))
-      raw = {key: handle.get_tensor(key) for key in handle.keys()}
-  except (SafetensorError, OSError, TypeError, ValueError) as error:
-    raise UserError(f"{file} is not a readable safetensors file ({error}).") from error
+  raw, notes = _read_torch(file) if file.suffix in _TORCH_SUFFIXES else _read_safetensors(file)
   for key, tensor in raw.items():
     name = key
     for prefix in _PREFIXES:
@@ -212,6 +227,27 @@ def _read(
     else:
       raise UserError(f"{file} holds key {key}, which is no LoRA weight.")
   return tensors, alphas, notes
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """Every tensor, and diffusers' notes in the header."""
+  try:
+    with safe_open(file, framework="numpy") as handle:
+      notes = json.loads((handle.metadata() or {}).get(_METADATA_KEY, "{}"))
+      return {key: handle.get_tensor(key) for key in handle.keys()}, notes
+  except (SafetensorError, OSError, TypeError, ValueError) as error:
+    raise UserError(f"{file} is not a readable safetensors file ({error}).") from error
+
+
+def _read_torch(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """Every tensor of a flat state dict; notes like a safetensors header's stay empty."""
+  state = load_torch(file)
+  if not isinstance(state, dict):
+    raise UserError(f"{file} holds a {type(state).__name__}, expected a dict of LoRA weights.")
+  for key, value in state.items():
+    if not isinstance(key, str) or not isinstance(value, np.ndarray):
+      raise UserError(f"{file}: entry {key!r} is no tensor; expected a flat dict of LoRA weights.")
+  return state, {}
 
 
 def _to_tree(
@@ -273,7 +309,7 @@ def _lone_alpha(
   if noted is not None:
     return float(noted)
   if not alphas:
-    return float(rank)
+    return rank * (_PUBLISHED_SCALE if file.suffix in _TORCH_SUFFIXES else 1.0)
   if set(alphas) != {module for module, _ in tensors} or len(set(alphas.values())) != 1:
     raise UserError(f"{file} has .alpha keys that differ or do not cover every adapter.")
   return next(iter(alphas.values()))

@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -22,6 +23,22 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.weights.maps import Entry, KeyTable
 
 _STEMS = ("diffusion_pytorch_model", "model")
+_DTYPES = {
+  "F64": np.float64,
+  "F32": np.float32,
+  "F16": np.float16,
+  "BF16": ml_dtypes.bfloat16,
+  "F8_E4M3": ml_dtypes.float8_e4m3fn,
+  "F8_E5M2": ml_dtypes.float8_e5m2,
+  "I64": np.int64,
+  "I32": np.int32,
+  "I16": np.int16,
+  "I8": np.int8,
+  "U8": np.uint8,
+  "BOOL": np.bool_,
+}
+# A tensor is read in rows of about this size, so that little lies beside the leaf it goes to.
+_BLOCK_BYTES = 16 << 20
 
 
 def load_params(
@@ -41,7 +58,8 @@ def load_params(
     table: maps leaves to checkpoint keys.
     dtype: type of the floating-point leaves; None takes the type of the abstract leaf.
     sharding: one sharding for all leaves or a tree of them; None follows the sharding table on
-      the current mesh, or without one jax's default device. Host memory holds one leaf at a time.
+      the current mesh, or without one jax's default device. Host memory holds one leaf and 16 MB
+      at a time.
     ignore: regular expressions; a whole key that matches one may stay unread.
 
   Returns:
@@ -50,6 +68,47 @@ def load_params(
   Raises:
     UserError: missing or broken file; unknown, missing, duplicate or mis-shaped key.
   """
+  with _open_files(_checkpoint_files(Path(path))) as tensors:
+    return _build(path, tensors, abstract_params, table, dtype, sharding, ignore)
+
+
+def params_from_tensors(
+  tensors: Mapping[str, np.ndarray],
+  abstract_params: Any,
+  table: KeyTable,
+  *,
+  source: str | os.PathLike,
+  dtype: Any = None,
+  sharding: Any = None,
+  ignore: Sequence[str] = (),
+) -> Any:
+  """`load_params` of tensors that are at hand already, such as views of a PyTorch file.
+
+  Args:
+    tensors: by checkpoint key.
+    abstract_params: see `load_params`, as for the rest.
+    table: maps leaves to the keys.
+    source: where the tensors are from, for error messages.
+    dtype: type of the floating-point leaves.
+    sharding: where leaves go.
+    ignore: keys that may stay unread.
+
+  Raises:
+    UserError: unknown, missing or mis-shaped key.
+  """
+  arrays = {key: _Array(source, tensor) for key, tensor in tensors.items()}
+  return _build(source, arrays, abstract_params, table, dtype, sharding, ignore)
+
+
+def _build(
+  path: str | os.PathLike,
+  tensors: "Mapping[str, _Tensor | _Array]",
+  abstract_params: Any,
+  table: KeyTable,
+  dtype: Any,
+  sharding: Any,
+  ignore: Sequence[str],
+) -> Any:
   entries = table.entries(abstract_params)
   leaves, treedef = jax.tree.flatten(abstract_params)
   mesh = sharding_table.current()
@@ -59,12 +118,12 @@ def load_params(
     shardings = [sharding] * len(leaves)
   else:
     shardings = treedef.flatten_up_to(sharding)
-  with _open_files(_checkpoint_files(Path(path))) as tensors:
-    _check_keys(path, entries, tensors, ignore)
-    loaded = []
-    for entry, leaf, place in zip(entries, leaves, shardings, strict=True):
-      array = _read_leaf(entry, leaf, tensors, _leaf_dtype(leaf.dtype, dtype))
-      loaded.append(jax.device_put(array, place))
+  _check_keys(path, entries, tensors, ignore)
+  loaded = []
+  for entry, leaf, place in zip(entries, leaves, shardings, strict=True):
+    array = _read_leaf(entry, leaf, tensors, _leaf_dtype(leaf.dtype, dtype))
+    # A transfer that is still under way would keep its leaf in host memory.
+    loaded.append(jax.block_until_ready(jax.device_put(array, place)))
   return treedef.unflatten(loaded)
 
 
@@ -128,6 +187,23 @@ def checkpoint_keys(path: str | os.PathLike) -> frozenset[str]:
     return frozenset(tensors)
 
 
+def checkpoint_dtype(path: str | os.PathLike) -> np.dtype:
+  """The one type of a checkpoint's floating-point tensors.
+
+  Args:
+    path: a `.safetensors` file or a directory, as for `load_params`.
+
+  Raises:
+    UserError: missing or broken file, or no or several such types.
+  """
+  with _open_files(_checkpoint_files(Path(path))) as tensors:
+    types = {t.dtype for t in tensors.values() if jax.numpy.issubdtype(t.dtype, jax.numpy.floating)}
+  if len(types) != 1:
+    listed = ", ".join(sorted(t.name for t in types)) or "none"
+    raise UserError(f"{path} has floating-point types {listed}; say which one to use.")
+  return types.pop()
+
+
 def read_config(directory: str | os.PathLike, name: str = "config.json") -> dict[str, Any]:
   """Reads `config.json`, or another JSON file, of a model directory.
 
@@ -184,42 +260,89 @@ def _indexed_files(index: Path) -> dict[Path, frozenset[str]]:
   return {file: frozenset(keys) for file, keys in files.items()}
 
 
-class _Tensors(dict):
-  """From key to (file, open handle)."""
+class _Tensor(NamedTuple):
+  """Where a tensor lies."""
 
-  def read(self, key: str) -> np.ndarray:
-    file, handle = self[key]
-    try:
-      return handle.get_tensor(key)
-    except (SafetensorError, TypeError, OSError) as error:
-      raise UserError(f"{file}: tensor {key} cannot be read ({error}).") from error
+  file: Path
+  stream: BinaryIO
+  dtype: np.dtype
+  shape: tuple[int, ...]
+  offset: int
 
-  def shape(self, key: str) -> tuple[int, ...]:
-    return tuple(self[key][1].get_slice(key).get_shape())
+  def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+    """Runs of the first axis as (first index, array); a scalar is one run.
+
+    The file is read, not mapped: mapped pages would count as memory of the process.
+    """
+    rows = self.shape[0] if self.shape else 1
+    row_shape = self.shape[1:]
+    row_bytes = int(np.prod(row_shape, dtype=np.int64)) * self.dtype.itemsize
+    step = max(1, _BLOCK_BYTES // max(1, row_bytes))
+    buffer = np.empty(min(step, rows) * row_bytes, np.uint8)
+    self.stream.seek(self.offset)
+    for start in range(0, rows, step):
+      count = min(step, rows - start)
+      part = buffer[: count * row_bytes]
+      if self.stream.readinto(part) != len(part):
+        raise UserError(f"{self.file} ended while it was read; is it still being written?")
+      yield start, part.view(self.dtype).reshape((count, *row_shape) if self.shape else ())
+
+
+class _Array(NamedTuple):
+  """A tensor at hand, with what `_Tensor` offers."""
+
+  file: str | os.PathLike
+  array: np.ndarray
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.array.shape
+
+  def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+    yield 0, self.array
 
 
 @contextmanager
-def _open_files(files: Mapping[Path, frozenset[str]]) -> Iterator[_Tensors]:
-  tensors = _Tensors()
+def _open_files(files: Mapping[Path, frozenset[str]]) -> Iterator[dict[str, _Tensor]]:
+  tensors: dict[str, _Tensor] = {}
   with ExitStack() as stack:
     for file, promised in files.items():
-      try:
-        handle = stack.enter_context(safe_open(file, framework="numpy"))
-      except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is not a whole safetensors file ({error}).") from error
-      keys = set(handle.keys())
-      if promised - keys:
-        lacking = sorted(promised - keys)[0]
+      found = _tensors_of(file, stack)
+      if promised - found.keys():
+        lacking = sorted(promised - found.keys())[0]
         raise UserError(f"{file} lacks key {lacking}, although the index promises it there.")
-      for key in keys:
-        if key in tensors:
-          raise UserError(f"{file} holds key {key} again; {tensors[key][0]} has it already.")
-        tensors[key] = (file, handle)
+      for key in found.keys() & tensors.keys():
+        raise UserError(f"{file} holds key {key} again; {tensors[key].file} has it already.")
+      tensors |= found
     yield tensors
 
 
+def _tensors_of(file: Path, stack: ExitStack) -> dict[str, _Tensor]:
+  """The tensors of a file that stays open as long as `stack`."""
+  try:
+    with safe_open(file, framework="numpy"):  # checks the header against the file's length
+      pass
+    stream = stack.enter_context(file.open("rb"))
+  except (SafetensorError, OSError) as error:
+    raise UserError(f"{file} is not a whole safetensors file ({error}).") from error
+  length = int.from_bytes(stream.read(8), "little")
+  header = json.loads(stream.read(length))
+  header.pop("__metadata__", None)
+  tensors = {}
+  for key, value in header.items():
+    if value["dtype"] not in _DTYPES:
+      raise UserError(f"{file}: tensor {key} has type {value['dtype']}, which is not supported.")
+    dtype = np.dtype(_DTYPES[value["dtype"]])
+    offset = 8 + length + value["data_offsets"][0]
+    tensors[key] = _Tensor(file, stream, dtype, tuple(value["shape"]), offset)
+  return tensors
+
+
 def _check_keys(
-  path: str | os.PathLike, entries: Sequence[Entry], tensors: _Tensors, ignore: Sequence[str]
+  path: str | os.PathLike,
+  entries: Sequence[Entry],
+  tensors: Mapping[str, _Tensor | _Array],
+  ignore: Sequence[str],
 ) -> None:
   wanted = {key: entry for entry in entries for key in entry.keys}
   missing = sorted(wanted.keys() - tensors.keys())
@@ -231,12 +354,13 @@ def _check_keys(
   )
   if unknown:
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-    raise UserError(f"{tensors[unknown[0]][0]} holds key {unknown[0]}{more}, unknown to the model.")
+    raise UserError(
+      f"{tensors[unknown[0]].file} holds key {unknown[0]}{more}, unknown to the model."
+    )
   for key, entry in wanted.items():
-    if tensors.shape(key) != entry.shape:
-      raise UserError(
-        f"{tensors[key][0]}: {key} has shape {tensors.shape(key)}, expected {entry.shape}."
-      )
+    found = tensors[key]
+    if found.shape != entry.shape:
+      raise UserError(f"{found.file}: {key} has shape {found.shape}, expected {entry.shape}.")
 
 
 def _leaf_dtype(own: Any, wanted: Any) -> np.dtype:
@@ -245,11 +369,16 @@ def _leaf_dtype(own: Any, wanted: Any) -> np.dtype:
   return np.dtype(wanted)
 
 
-def _read_leaf(entry: Entry, leaf: Any, tensors: _Tensors, dtype: np.dtype) -> np.ndarray:
+def _read_leaf(
+  entry: Entry, leaf: Any, tensors: Mapping[str, _Tensor | _Array], dtype: np.dtype
+) -> np.ndarray:
   out = np.empty(leaf.shape, dtype)
   layers = out if entry.stacked else out[None]
   for i, key in enumerate(entry.keys):
-    # One copy does the transposition, the cast and the stacking; `...` keeps a scalar a view.
-    tensor = tensors.read(key).transpose(entry.inverse_axes)
-    np.copyto(layers[i, ...], tensor, casting="unsafe")
+    # A view of the layer with the checkpoint's axes; `...` keeps a scalar a view.
+    target = layers[i, ...].transpose(entry.axes)
+    for start, block in tensors[key].blocks():
+      # One copy does the transposition, the cast and the stacking.
+      rows = target[start : start + len(block)] if block.ndim else target
+      np.copyto(rows, block, casting="unsafe")
   return out

@@ -104,3 +104,20 @@ def test_weights_need_rewards():
     group_advantages(REWARDS, IDS, {"ocr": 1.0})
   with pytest.raises(ValueError):
     group_advantages(REWARDS, IDS, {})
+
+
+@pytest.mark.parametrize("weight_advantages", [True, False])
+def test_a_reward_of_weight_zero_may_fail(weight_advantages):
+  values = jnp.array([0.0, 1.0, 3.0, 2.0, 5.0, 1.0])
+  ids = jnp.array([0, 0, 0, 1, 1, 1])
+  broken = {"a": values, "b": jnp.full(6, jnp.nan)}
+  options = {"weight_advantages": weight_advantages}
+  alone = group_advantages({"a": values}, ids, {"a": 1.0}, **options)
+  both = group_advantages(broken, ids, {"a": 1.0, "b": 0.0}, **options)
+  np.testing.assert_allclose(both, alone, atol=1e-6)
+  # The other way round, the sample that only a weightless reward scored does not count.
+  partly = values.at[2].set(jnp.nan)
+  alone = group_advantages({"a": partly}, ids, {"a": 1.0}, **options)
+  both = group_advantages({"a": partly, "b": values}, ids, {"a": 1.0, "b": 0.0}, **options)
+  np.testing.assert_allclose(both, alone, atol=1e-6)
+  assert both[2] == 0.0

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import build_transformer, lora
 from rtdmd_jax.models.load import load_transformer
 from rtdmd_jax.weights.peft import load_peft, save_peft
@@ -131,3 +132,31 @@ def test_their_files_are_read(case, tmp_path, writer):
     torch_velocity(model), transformer.apply(collections, *inputs()), atol=2e-4
   )
   assert jax.tree.leaves(adapters)[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("described", [False, True])
+def test_the_published_flat_file_is_read(case, tmp_path, described):
+  """`generator_ema.pt`: bfloat16, the adapter's name in every key, wrappers' prefixes."""
+  base, transformer, abstract, _, _ = case
+  config = peft.LoraConfig(r=RANK, lora_alpha=8.0, target_modules=TARGETS, init_lora_weights=False)
+  torch.manual_seed(4)
+  model = diffusers.SD3Transformer2DModel.from_pretrained(base)
+  model.add_adapter(config)
+  state = {k: v.bfloat16() for k, v in model.state_dict().items() if ".lora_" in k}
+  file = tmp_path / "generator_ema.pt"
+  torch.save({f"module.{key}": value for key, value in state.items()}, file)
+  if described:  # the PEFT directory that the published code writes beside it
+    (tmp_path / "transformer").mkdir()
+    text = '{"peft_type": "LORA", "r": 4, "lora_alpha": 12}'
+    (tmp_path / "transformer/adapter_config.json").write_text(text)
+  adapters, alpha = load_peft(file, abstract, transformer.table)
+  assert alpha == (12.0 if described else 2.0 * RANK)
+  model.load_state_dict(state, strict=False)
+  _, params = load_transformer(base)
+  collections = {"params": params, "lora": lora.fold_scale(adapters, 8.0)}
+  np.testing.assert_allclose(
+    torch_velocity(model), transformer.apply(collections, *inputs()), atol=2e-4
+  )
+  torch.save({"model_generator": state}, file)
+  with pytest.raises(UserError, match="entry 'model_generator' is no tensor"):
+    load_peft(file, abstract, transformer.table)

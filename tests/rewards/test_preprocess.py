@@ -1,10 +1,12 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.rewards.preprocess import ClipTransform, resize, resize_matrix
+from rtdmd_jax.rewards.preprocess import ClipTransform, PadTransform, resize, resize_matrix
 
 CONFIG = dict(
   size={"shortest_edge": 20},
@@ -81,3 +83,36 @@ def test_programmer_mistakes():
     resize_matrix(4, 2, "nearest")
   with pytest.raises(ValueError, match="expected"):
     ClipTransform.from_dict(CONFIG, method="bilinear")(jnp.zeros((30, 30, 3)))
+
+
+def test_borders_are_black_and_larger_at_the_end():
+  transform = PadTransform(8, (0.5, 0.4, 0.3), (0.25, 0.5, 1.0))
+  out = np.asarray(transform(jnp.ones((1, 10, 16, 3))))[0]
+  black = -np.array([0.5, 0.4, 0.3]) / np.array([0.25, 0.5, 1.0])
+  np.testing.assert_allclose(out[:1], np.broadcast_to(black, (1, 8, 3)), atol=1e-6)
+  np.testing.assert_allclose(out[6:], np.broadcast_to(black, (2, 8, 3)), atol=1e-6)
+  assert (out[1:6] > 0.5).all()
+
+
+@pytest.mark.parametrize("rounding", ["bytes", "pillow"])
+def test_rounding_ignores_less_than_half_a_step_and_has_no_gradient(rounding):
+  transform = ClipTransform.from_dict(CONFIG, method="bicubic")
+  rounded = dataclasses.replace(transform, rounding=rounding)
+  images = np.random.default_rng(0).integers(1, 255, (1, 30, 40, 3)) / np.float32(255)
+  moved = images + 0.4 / 255
+  np.testing.assert_array_equal(rounded(images), rounded(moved))
+  assert np.abs(transform(images) - transform(moved)).max() > 1e-3
+  assert float(jnp.abs(jax.grad(lambda x: rounded(x).sum())(images)).max()) == 0.0
+  np.testing.assert_allclose(rounded(images), transform(images), atol=0.1)
+
+
+def test_margin_rules_differ_at_half_a_pixel():
+  even = ClipTransform(20, 17, (0.0,), (1.0,), "bicubic")
+  down = dataclasses.replace(even, margin="down")
+  image = jnp.arange(20.0)[None, :, None, None] * jnp.ones((1, 20, 20, 1))
+  assert (float(even(image)[0, 0, 0, 0]), float(down(image)[0, 0, 0, 0])) == (2.0, 1.0)
+  for change in (dict(margin="up"), dict(rounding="half")):
+    with pytest.raises(ValueError, match=next(iter(change.values()))):
+      dataclasses.replace(even, **change)(image)
+  with pytest.raises(ValueError, match="PadTransform cannot round as Pillow"):
+    PadTransform(8, (0.0,), (1.0,), rounding="pillow")(image)

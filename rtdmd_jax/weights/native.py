@@ -1,0 +1,278 @@
+"""Adapters under the names of the models' first releases, which ComfyUI knows models by.
+
+There q, k and v of an attention are one projection (in FLUX.1's single blocks together with the
+feed-forward's input), and the last norms give the shift before the scale. An adapter file for
+ComfyUI has keys `diffusion_model.<module>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r];
+without an `.alpha` key its strength is 1.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from rtdmd_jax.errors import UserError
+from rtdmd_jax.models.flux1 import Flux1Config
+from rtdmd_jax.models.flux2 import Flux2Config
+from rtdmd_jax.models.lora import dense_entries, module_names
+from rtdmd_jax.models.sd3 import SD3Config
+from rtdmd_jax.models.transformer import Transformer
+from rtdmd_jax.weights.peft import adapter_layers
+
+PREFIX = "diffusion_model."
+_KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:A|B|down|up)\.weight|alpha)")
+_PARTS = {f"lora_{n}.weight": p for n, p in (("A", "a"), ("down", "a"), ("B", "b"), ("up", "b"))}
+
+# (diffusers' module, the first release's) as regular expressions. `#n` numbers the parts of a fused
+# projection, `~` marks rows whose halves are swapped.
+_EMBEDDERS = [
+  (r"(.+\.)?timestep_embedder\.linear_1", "time_in.in_layer"),
+  (r"(.+\.)?timestep_embedder\.linear_2", "time_in.out_layer"),
+  (r"(.+\.)?text_embedder\.linear_1", "vector_in.in_layer"),
+  (r"(.+\.)?text_embedder\.linear_2", "vector_in.out_layer"),
+  (r"(.+\.)?guidance_embedder\.linear_1", "guidance_in.in_layer"),
+  (r"(.+\.)?guidance_embedder\.linear_2", "guidance_in.out_layer"),
+  (r"x_embedder", "img_in"),
+  (r"context_embedder", "txt_in"),
+  (r"proj_out", "final_layer.linear"),
+  (r"norm_out\.linear", "final_layer.adaLN_modulation.1~"),
+]
+_DOUBLE, _SINGLE = r"transformer_blocks\.(\d+)\.", r"single_transformer_blocks\.(\d+)\."
+_FLUX_ATTENTION = [
+  *(
+    (rf"{_DOUBLE}attn\.{part}", rf"double_blocks.\1.{stream}_attn.qkv#{i}")
+    for i, c in enumerate("qkv")
+    for part, stream in ((f"to_{c}", "img"), (f"add_{c}_proj", "txt"))
+  ),
+  (rf"{_DOUBLE}attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
+  (rf"{_DOUBLE}attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
+]
+_FLUX1 = [
+  *_FLUX_ATTENTION,
+  (rf"{_DOUBLE}ff\.net\.0\.proj", r"double_blocks.\1.img_mlp.0"),
+  (rf"{_DOUBLE}ff\.net\.2", r"double_blocks.\1.img_mlp.2"),
+  (rf"{_DOUBLE}ff_context\.net\.0\.proj", r"double_blocks.\1.txt_mlp.0"),
+  (rf"{_DOUBLE}ff_context\.net\.2", r"double_blocks.\1.txt_mlp.2"),
+  (rf"{_DOUBLE}norm1\.linear", r"double_blocks.\1.img_mod.lin"),
+  (rf"{_DOUBLE}norm1_context\.linear", r"double_blocks.\1.txt_mod.lin"),
+  *((rf"{_SINGLE}attn\.to_{c}", rf"single_blocks.\1.linear1#{i}") for i, c in enumerate("qkv")),
+  (rf"{_SINGLE}proj_mlp", r"single_blocks.\1.linear1#3"),
+  (rf"{_SINGLE}proj_out", r"single_blocks.\1.linear2"),
+  (rf"{_SINGLE}norm\.linear", r"single_blocks.\1.modulation.lin"),
+  *_EMBEDDERS,
+]
+_FLUX2 = [
+  *_FLUX_ATTENTION,
+  (rf"{_DOUBLE}ff\.linear_in", r"double_blocks.\1.img_mlp.0"),
+  (rf"{_DOUBLE}ff\.linear_out", r"double_blocks.\1.img_mlp.2"),
+  (rf"{_DOUBLE}ff_context\.linear_in", r"double_blocks.\1.txt_mlp.0"),
+  (rf"{_DOUBLE}ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2"),
+  (rf"{_SINGLE}attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
+  (rf"{_SINGLE}attn\.to_out", r"single_blocks.\1.linear2"),
+  (r"(double_stream_modulation_(?:img|txt)|single_stream_modulation)\.linear", r"\1.lin"),
+  *_EMBEDDERS,
+]
+
+
+def _sd3(config: SD3Config) -> list[tuple[str, str]]:
+  last = rf"transformer_blocks\.({config.num_layers - 1})\."
+  x, context = r"joint_blocks.\1.x_block.", r"joint_blocks.\1.context_block."
+  return [
+    *((rf"{_DOUBLE}(attn2?)\.to_{c}", rf"{x}\2.qkv#{i}") for i, c in enumerate("qkv")),
+    *((rf"{_DOUBLE}attn\.add_{c}_proj", rf"{context}attn.qkv#{i}") for i, c in enumerate("qkv")),
+    (rf"{_DOUBLE}(attn2?)\.to_out\.0", rf"{x}\2.proj"),
+    (rf"{_DOUBLE}attn\.to_add_out", rf"{context}attn.proj"),
+    (rf"{_DOUBLE}ff\.net\.0\.proj", rf"{x}mlp.fc1"),
+    (rf"{_DOUBLE}ff\.net\.2", rf"{x}mlp.fc2"),
+    (rf"{_DOUBLE}ff_context\.net\.0\.proj", rf"{context}mlp.fc1"),
+    (rf"{_DOUBLE}ff_context\.net\.2", rf"{context}mlp.fc2"),
+    (rf"{_DOUBLE}norm1\.linear", rf"{x}adaLN_modulation.1"),
+    # The last block's text is only attended to: two modulations, scale and shift.
+    (rf"{last}norm1_context\.linear", rf"{context}adaLN_modulation.1~"),
+    (rf"{_DOUBLE}norm1_context\.linear", rf"{context}adaLN_modulation.1"),
+    (r"time_text_embed\.timestep_embedder\.linear_1", "t_embedder.mlp.0"),
+    (r"time_text_embed\.timestep_embedder\.linear_2", "t_embedder.mlp.2"),
+    (r"time_text_embed\.text_embedder\.linear_1", "y_embedder.mlp.0"),
+    (r"time_text_embed\.text_embedder\.linear_2", "y_embedder.mlp.2"),
+    (r"context_embedder", "context_embedder"),
+    (r"proj_out", "final_layer.linear"),
+    (r"norm_out\.linear", "final_layer.adaLN_modulation.1~"),
+  ]
+
+
+_RULES = {SD3Config: _sd3, Flux1Config: lambda _: _FLUX1, Flux2Config: lambda _: _FLUX2}
+
+
+class Fused(NamedTuple):
+  """One dense layer of the first release.
+
+  Attributes:
+    parts: (diffusers' module, its number of outputs), from the first row on.
+    swapped: the halves of its rows are in the other order.
+  """
+
+  parts: tuple[tuple[str, int], ...]
+  swapped: bool
+
+
+def native_layers(transformer: Transformer) -> dict[str, Fused]:
+  """Every dense layer of the first release by its name there, without a prefix."""
+  rules = _RULES[type(transformer.config)](transformer.config)
+  found: dict[str, list[tuple[int, str, int]]] = {}
+  swapped = set()
+  for entry in dense_entries(transformer.init_abstract(), transformer.table):
+    for module in module_names(entry):
+      name, part = _rename(module, rules)
+      if name.endswith("~"):
+        name = name.removesuffix("~")
+        swapped.add(name)
+      found.setdefault(name, []).append((part, module, entry.shape[0]))
+  return {
+    name: Fused(tuple((module, rows) for _, module, rows in sorted(parts)), name in swapped)
+    for name, parts in found.items()
+  }
+
+
+def _rename(module: str, rules: Sequence[tuple[str, str]]) -> tuple[str, int]:
+  for pattern, replacement in rules:
+    if match := re.fullmatch(pattern, module):
+      name, _, part = match.expand(replacement).partition("#")
+      return name, int(part or 0)
+  raise ValueError(f"{module} has no name in the first release")
+
+
+def save_native(
+  path: str | os.PathLike, adapters: dict[str, Any], transformer: Transformer
+) -> None:
+  """Writes adapters as one file for ComfyUI, float32.
+
+  A fused projection's adapter is block diagonal: its rank is the sum of its parts' ranks.
+
+  Args:
+    path: the safetensors file; it appears whole or not.
+    adapters: adapter tree with the scale folded in.
+    transformer: what they adapt.
+  """
+  layers = adapter_layers(adapters, transformer.table)
+  tensors = {}
+  for name, fused in native_layers(transformer).items():
+    adapted = [module for module, _ in fused.parts if module in layers]
+    if not adapted:
+      continue
+    down = np.concatenate([layers[module][0].T for module in adapted])
+    up = np.zeros((sum(rows for _, rows in fused.parts), len(down)), np.float32)
+    row = column = 0
+    for module, rows in fused.parts:
+      if module in layers:
+        part = layers[module][1].T
+        up[row : row + rows, column : column + part.shape[1]] = part
+        column += part.shape[1]
+      row += rows
+    if fused.swapped:
+      up = _swap_halves(up)
+    tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(down)
+    tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(up)
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(path.name + ".partial")
+  save_file(tensors, partial, metadata={"format": "pt"})
+  partial.replace(path)
+
+
+def _swap_halves(rows: np.ndarray) -> np.ndarray:
+  return np.roll(rows, len(rows) // 2, axis=0)
+
+
+def is_native(path: str | os.PathLike) -> bool:
+  """Whether a path is a safetensors file with the first release's names."""
+  path = Path(path)
+  if path.suffix != ".safetensors" or not path.is_file():
+    return False
+  try:
+    with safe_open(path, framework="numpy") as handle:
+      return any(key.startswith(PREFIX) for key in handle.keys())
+  except (SafetensorError, OSError) as error:
+    raise UserError(f"{path} is not a readable safetensors file ({error}).") from error
+
+
+def load_native(path: str | os.PathLike, transformer: Transformer) -> dict[str, Any]:
+  """Reads a file with the first release's names.
+
+  Args:
+    path: a safetensors file; `lora_down` and `lora_up` are taken for `lora_A` and `lora_B`.
+    transformer: what it adapts.
+
+  Returns:
+    A float32 adapter tree with the scale alpha / r folded in. Layers of a stack that the file
+    leaves out add nothing.
+
+  Raises:
+    UserError: a broken file, or an unknown, missing or mis-shaped key.
+  """
+  path = Path(path)
+  native = native_layers(transformer)
+  halves = _read(path, native)
+  layers: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+  for name, parts in halves.items():
+    if not {"a", "b"} <= parts.keys():
+      raise UserError(f"{path} lacks one of lora_A and lora_B of {PREFIX}{name}.")
+    down, up, fused = parts["a"], parts["b"], native[name]
+    rows = sum(n for _, n in fused.parts)
+    if down.ndim != 2 or up.shape != (rows, len(down)):
+      raise UserError(
+        f"{path}: {PREFIX}{name} has lora_B of shape {up.shape} for lora_A of shape {down.shape},"
+        f" expected {(rows, len(down))}."
+      )
+    up = up * (float(parts.get("alpha", len(down))) / len(down))
+    if fused.swapped:
+      up = _swap_halves(up)
+    for module, n in fused.parts:
+      part, up = up[:n], up[n:]
+      used = part.any(axis=0)
+      if used.any():
+        layers[module] = (down[used].T, part[:, used].T)
+  return _to_tree(path, layers, transformer)
+
+
+def _read(path: Path, native: Mapping[str, Fused]) -> dict[str, dict[str, np.ndarray]]:
+  """Arrays by native module and "a", "b" or "alpha"."""
+  halves: dict[str, dict[str, np.ndarray]] = {}
+  for key, tensor in load_file(path).items():
+    match = _KEY.fullmatch(key.removeprefix(PREFIX))
+    if not match or not key.startswith(PREFIX) or match["module"] not in native:
+      raise UserError(f"{path} holds key {key}, which adapts no layer of the model.")
+    part = _PARTS.get(match["part"], "alpha")
+    halves.setdefault(match["module"], {})[part] = tensor.astype(np.float32)
+  return halves
+
+
+def _to_tree(
+  path: Path, layers: Mapping[str, tuple[np.ndarray, np.ndarray]], transformer: Transformer
+) -> dict[str, Any]:
+  flat = {}
+  for entry in dense_entries(transformer.init_abstract(), transformer.table):
+    names = module_names(entry)
+    rank = max((layers[name][0].shape[1] for name in names if name in layers), default=0)
+    if not rank:
+      continue
+    outputs, inputs = entry.shape
+    a = np.zeros((len(names), inputs, rank), np.float32)
+    b = np.zeros((len(names), rank, outputs), np.float32)
+    for i, name in enumerate(names):
+      if name in layers:
+        down, up = layers[name]
+        if len(down) != inputs:
+          raise UserError(f"{path}: the adapter of {name} has {len(down)} inputs, not {inputs}.")
+        a[i, :, : down.shape[1]], b[i, : down.shape[1]] = down, up
+    for part, array in (("a", a), ("b", b)):
+      flat[(*entry.path[:-1], part)] = jnp.asarray(array if entry.stacked else array[0])
+  if not flat:
+    raise UserError(f"{path} holds no LoRA weights.")
+  return unflatten_dict(flat)
