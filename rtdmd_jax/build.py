@@ -122,13 +122,7 @@ def _stage_one(path: str, pipeline: Pipeline) -> Tree:
   """Adapters of an earlier stage with their scale folded in; empty without a path."""
   if not path:
     return {}
-<<<<<<< HEAD
-  transformer = pipeline.transformer
-  adapters, alpha = load_peft(Path(path), transformer.init_abstract(), transformer.table)
-  return place(fold_scale(adapters, alpha))
-=======
-  return load_adapters([Lora.parse(path)], pipeline.transformer)
->>>>>>> main
+  return place(load_adapters([Lora.parse(path)], pipeline.transformer))
 
 
 def _encoder(pipeline: Pipeline, models: dict[str, Any]):

@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 from PIL import Image, PngImagePlugin
 
-from rtdmd_jax import __version__, cli, sampling
+from rtdmd_jax import __version__, cli, sampling, sharding
 from rtdmd_jax.data import PromptCache
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.grids import grid, save_png
