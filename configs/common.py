@@ -10,6 +10,10 @@ def base() -> config_dict.ConfigDict:
 
   c.model = config_dict.ConfigDict()
   c.model.pretrained = ""  # a diffusers directory
+  # A role's own transformer (a diffusers directory or file); empty: that of `pretrained`.
+  c.model.generator_init = ""
+  c.model.fake_score_init = ""
+  c.model.teacher_init = ""
   c.model.image_size = 512
   c.model.dtype = "bfloat16"  # of the frozen networks; adapters are always float32
 

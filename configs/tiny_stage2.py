@@ -10,8 +10,8 @@ def get_config():
   c.load.fake_score = str(TINY / "stage1/fake_score")
   c.generator.learning_rate = 3e-4
   c.fake_score.learning_rate = 3e-4
-  c.dmd.guidance_low = c.dmd.guidance_high = 4.0
-  c.eval.teacher_guidance = 4.0
+  c.dmd.guidance_low = c.dmd.guidance_high = 3.0
+  c.eval.teacher_guidance = 3.0
   c.batch.prompts = 8
   c.batch.repeats = 12
   c.policy.micro_batches = 2

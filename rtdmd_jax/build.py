@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from rtdmd_jax.data import PromptCache
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.models import Transformer, build_transformer
 from rtdmd_jax.models.lora import build_adapters
 from rtdmd_jax.models.vae import decode_images
 from rtdmd_jax.optim import OptimizerConfig
@@ -21,6 +23,7 @@ from rtdmd_jax.stage1 import Consistency, DMDConfig, Roles
 from rtdmd_jax.stage2 import PolicyConfig, Scoring
 from rtdmd_jax.state import Conditioning, Frozen
 from rtdmd_jax.weights.adapters import Lora, load_adapters
+from rtdmd_jax.weights.safetensors import load_params, read_config
 
 Tree = Any
 
@@ -63,14 +66,14 @@ def build(config: Any) -> Setup:
   held_out = load_prompts(config.data.held_out, split="test", metadata=True)
   pipeline = Pipeline.from_pretrained(config.model.pretrained, dtype=jnp.dtype(config.model.dtype))
   sigmas = pipeline.few_step_sigmas(config.dmd.steps, config.model.image_size)
+  bases, keys = _bases(config.model, pipeline)
   roles = Roles(
     apply=pipeline.transformer.apply,
-    generator="base",
-    fake_score="base",
-    teacher="base",
+    **keys,
     adapter_scale=config.lora.alpha / config.lora.rank,
     sigmas=jnp.asarray(sigmas),
     latent_shape=pipeline.latent_shape(config.model.image_size),
+    embedded_guidance=pipeline.transformer.embedded_guidance,
   )
   weights = {name: float(reward.weight) for name, reward in config.rewards.items()}
   options = {
@@ -88,7 +91,7 @@ def build(config: Any) -> Setup:
     gradient={name: models[name].gradient_score for name in differentiable},
   )
   frozen = Frozen(
-    bases={"base": pipeline.params},
+    bases=bases,
     generator=_stage_one(config.load.generator, pipeline),
     fake_score=_stage_one(config.load.fake_score, pipeline),
     vae=pipeline.vae_params,
@@ -105,6 +108,29 @@ def build(config: Any) -> Setup:
     prompts,
     held_out,
   )
+
+
+def _bases(model: Any, pipeline: Pipeline) -> tuple[dict[str, Tree], dict[str, str]]:
+  """Parameters by resolved path, and the path of each role; a path is loaded once."""
+  own = str((Path(model.pretrained) / "transformer").resolve())
+  bases, keys = {own: pipeline.params}, {}
+  for role in ("generator", "fake_score", "teacher"):
+    path = Path(model[f"{role}_init"] or own)
+    path = (path / "transformer" if (path / "transformer").is_dir() else path).resolve()
+    keys[role] = str(path)
+    if keys[role] not in bases:
+      bases[keys[role]] = _base(path, pipeline.transformer, jnp.dtype(model.dtype), role)
+  return bases, keys
+
+
+def _base(path: Path, transformer: Transformer, dtype: Any, role: str) -> Tree:
+  """A role's own parameters: a diffusers transformer directory, or one file of the same network."""
+  if path.is_dir() and build_transformer(read_config(path)).config != transformer.config:
+    raise UserError(
+      f"model.{role}_init is {path}, whose config.json describes another network than that of"
+      " model.pretrained; the roles must be of one architecture."
+    )
+  return load_params(path, transformer.init_abstract(), transformer.table, dtype=dtype)
 
 
 def _differentiable(config: Any, models: dict[str, device.DeviceReward]) -> tuple[str, ...]:

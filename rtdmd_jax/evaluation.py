@@ -30,6 +30,7 @@ class System(NamedTuple):
   guidance: float
   sigmas: np.ndarray
   eta: float
+  base: str  # key in `Frozen.bases`
   adapters: Tree  # {"lora_frozen": ..., "lora": ...}, either may be missing
 
 
@@ -37,7 +38,7 @@ def teacher(setup: Setup, config: Any) -> System:
   """The base with classifier-free guidance and many Euler steps."""
   steps, guidance = config.eval.teacher_steps, config.eval.teacher_guidance
   sigmas = setup.pipeline.euler_sigmas(steps, config.model.image_size)
-  return System("teacher", steps, guidance, sigmas, 0.0, {})
+  return System("teacher", steps, guidance, sigmas, 0.0, setup.roles.teacher, {})
 
 
 def generator(setup: Setup, config: Any, name: str, adapters: Tree) -> System:
@@ -46,7 +47,8 @@ def generator(setup: Setup, config: Any, name: str, adapters: Tree) -> System:
   if adapters is not None:
     variables["lora"] = fold_scale(adapters, config.lora.alpha)
   sigmas = np.asarray(setup.roles.sigmas)
-  return System(name, len(sigmas) - 1, 1.0, sigmas, config.dmd.eta, variables)
+  base = setup.roles.generator
+  return System(name, len(sigmas) - 1, 1.0, sigmas, config.dmd.eta, base, variables)
 
 
 class Evaluator:
@@ -69,23 +71,25 @@ class Evaluator:
     return np.concatenate(parts)[: len(prompts)]
 
   def _program(self, system: System) -> Callable:
-    key = (system.steps, system.guidance, jax.tree.structure(system.adapters))
+    key = (system.steps, system.guidance, system.base, jax.tree.structure(system.adapters))
     if key not in self._programs:
       self._programs[key] = self._compile(system)
     return self._programs[key]
 
   def _compile(self, system: System) -> Callable:
     setup = self._setup
-    guided = system.guidance > 1.0
+    embedded = setup.roles.embedded_guidance
+    guided = system.guidance > 1.0 and not embedded
 
     def run(frozen, adapters, conditioning: Conditioning, index: jax.Array) -> jax.Array:
-      variables = role_variables(frozen.bases[setup.roles.generator]) | adapters
+      variables = role_variables(frozen.bases[system.base]) | adapters
       velocity = role_velocity(
         setup.roles.apply,
         variables,
         conditioning,
         unconditional=setup.unconditional if guided else None,
         guidance=system.guidance,
+        embedded_guidance=embedded,
       )
       key = jax.random.key(self._config.eval.seed)
       latents = sampling.sample(

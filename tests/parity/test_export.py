@@ -83,7 +83,7 @@ def images(case, pipe):
     num_inference_steps=STEPS,
     guidance_scale=1.0,
     latents=latents,
-    max_sequence_length=16 if name == "sd3" else LENGTH,
+    max_sequence_length=12 if name == "sd3" else LENGTH,
     output_type="np",
   ).images
 

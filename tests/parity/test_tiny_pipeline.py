@@ -38,7 +38,7 @@ def theirs():
 def test_conditioning_equals_diffusers(ours, theirs):
   with torch.no_grad():
     tokens, _, pooled, _ = theirs.encode_prompt(
-      PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=16
+      PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=12
     )
   conditioning = ours.encode(PROMPTS)
   np.testing.assert_allclose(conditioning.tokens, tokens.numpy(), atol=1e-4)
@@ -58,7 +58,7 @@ def test_guided_euler_samples_equal_diffusers(ours, theirs):
     num_inference_steps=8,
     guidance_scale=4.0,
     latents=latents,
-    max_sequence_length=16,
+    max_sequence_length=12,
     output_type="np",
   ).images
   np.testing.assert_allclose(images, expected, atol=TOLERANCE)
