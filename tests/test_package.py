@@ -19,7 +19,9 @@ from rtdmd_jax.config import load_config
 from rtdmd_jax.sample import Settings
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "common.py")
+CONFIGS = sorted(
+  p for p in (ROOT / "configs").glob("*.py") if p.name not in ("common.py", "families.py")
+)
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "launch").glob("*.sh")])
 # Distributions whose module has another name.
 DISTRIBUTIONS = {"PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint"}

@@ -1,0 +1,134 @@
+"""What differs between the five published backbones, and the configs of each stage.
+
+Checkpoint directories and prompt sets are looked for below `checkpoints/` and `prompts/`; override
+the paths on the command line. docs/backbones.md lists where each comes from.
+"""
+
+from typing import NamedTuple
+
+import common
+from ml_collections import config_dict
+
+CHECKPOINTS = "checkpoints"
+PROMPTS = "prompts"
+_KLEIN_TARGETS = (
+  "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+  "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+  "attn.to_qkv_mlp_proj", "attn.to_out",
+)  # fmt: skip
+
+
+class Family(NamedTuple):
+  """Published values of one backbone; levels of guidance are the teacher's."""
+
+  pretrained: str
+  guidance: float
+  generator_init: str = ""
+  targets: tuple[str, ...] | None = None
+  stage1_rate: float = 3e-5
+  stage2_fake_rate: float = 3e-5
+  image_size: int = 512
+  prompts: int = 64
+  repeats: int = 24
+  stage2_consistency: bool = True
+  stage2_save_every: int = 100
+
+
+FAMILIES = {
+  "sd3": Family(
+    "stable-diffusion-3-medium-diffusers", 7.0, image_size=1024, prompts=32, repeats=16
+  ),
+  "sd35": Family("stable-diffusion-3.5-medium", 4.5, prompts=48),
+  "flux1": Family(
+    "FLUX.1-dev", 3.5, stage2_fake_rate=1e-6, stage2_consistency=False, stage2_save_every=50
+  ),
+  "flux2": Family(
+    "FLUX.2-klein-base-4B", 4.0, "FLUX.2-klein-4B", _KLEIN_TARGETS, 1e-6, 1e-6
+  ),
+  "flux2_9b": Family(
+    "FLUX.2-klein-base-9B", 4.0, "FLUX.2-klein-9B", _KLEIN_TARGETS, 1e-6, 1e-6,
+    stage2_consistency=False, stage2_save_every=50,
+  ),
+}  # fmt: skip
+
+
+def stage1(name: str) -> config_dict.ConfigDict:
+  """AC-DMD of a family of `FAMILIES`."""
+  family = FAMILIES[name]
+  c = _model(common.stage1(), family)
+  c.data.prompts = f"{PROMPTS}/pickscore"
+  c.data.held_out = f"{PROMPTS}/drawbench"
+  c.generator.learning_rate = c.fake_score.learning_rate = family.stage1_rate
+  c.train.save_every = 5000
+  for reward in ("clipscore", "pickscore", "hpsv2", "aesthetic", "imagereward"):
+    c.rewards[reward] = _device_reward(reward)
+  return c
+
+
+def stage2(name: str) -> config_dict.ConfigDict:
+  """RTDMD of a family of `FAMILIES`, on top of `runs/<name>_stage1`."""
+  family = FAMILIES[name]
+  c = _model(common.stage2(), family)
+  c.lora.init = "normal"
+  c.load.generator = f"runs/{name}_stage1/export/generator"
+  c.load.fake_score = f"runs/{name}_stage1/export/fake_score"
+  c.data.prompts = f"{PROMPTS}/geneval"
+  c.data.held_out = f"{PROMPTS}/drawbench"
+  c.fake_score.learning_rate = family.stage2_fake_rate
+  if not family.stage2_consistency:
+    c.dmd.consistency.weight = 0.0
+  c.batch.prompts, c.batch.repeats = family.prompts, family.repeats
+  c.train.save_every = family.stage2_save_every
+  for reward in ("clipscore", "hpsv2", "pickscore"):
+    c.rewards[reward] = _device_reward(reward, backpropagate=True)
+  # Served by `python -m rtdmd_jax.rewards.serve` or a compatible service.
+  c.rewards.geneval = config_dict.ConfigDict(dict(weight=1.0, url="http://127.0.0.1:18085"))
+  return c
+
+
+def infer(name: str) -> config_dict.ConfigDict:
+  """Four steps at 1024 px with the adapters of both stages."""
+  family = FAMILIES[name]
+  c = config_dict.ConfigDict()
+  c.pipeline = f"{CHECKPOINTS}/{family.generator_init or family.pretrained}"
+  c.dtype = "bfloat16"
+  c.height = c.width = 1024
+  c.few_step = True  # False: Euler steps, for the base with guidance
+  c.steps = 4
+  c.eta = 0.9
+  c.guidance = 1.0
+  c.seed = 42
+  # Stage 2 exports one adapter that holds stage 1's as well.
+  c.loras = ({"path": f"runs/{name}_stage2/export/generator", "scale": 1.0},)
+  c.batch = 4
+  c.out = f"runs/{name}_infer"
+  return c
+
+
+def _model(c: config_dict.ConfigDict, family: Family) -> config_dict.ConfigDict:
+  c.model.pretrained = f"{CHECKPOINTS}/{family.pretrained}"
+  if family.generator_init:
+    c.model.generator_init = f"{CHECKPOINTS}/{family.generator_init}"
+  c.model.image_size = family.image_size
+  if family.targets:
+    c.lora.targets = family.targets
+  c.dmd.guidance_low = c.dmd.guidance_high = c.eval.teacher_guidance = family.guidance
+  return c
+
+
+def _device_reward(name: str, **options) -> config_dict.ConfigDict:
+  files = {
+    "clipscore": {"directory": "clip-vit-large-patch14"},
+    "pickscore": {"directory": "PickScore_v1", "processor": "CLIP-ViT-H-14-laion2B-s32B-b79K"},
+    "hpsv2": {
+      "weights": "HPS_v2.1_compressed.pt",
+      "directory": "CLIP-ViT-H-14-laion2B-s32B-b79K",
+    },
+    "aesthetic": {
+      "weights": "sac+logos+ava1-l14-linearMSE.pth",
+      "directory": "clip-vit-large-patch14",
+    },
+    "imagereward": {"weights": "ImageReward/ImageReward.pt", "tokenizer": "bert-base-uncased"},
+  }
+  paths = {key: f"{CHECKPOINTS}/{file}" for key, file in files[name].items()}
+  return config_dict.ConfigDict(dict(weight=1.0, dtype="bfloat16", **paths, **options))

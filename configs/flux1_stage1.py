@@ -1,0 +1,7 @@
+"""AC-DMD of FLUX.1-dev, with the published values."""
+
+import families
+
+
+def get_config():
+  return families.stage1("flux1")

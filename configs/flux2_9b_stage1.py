@@ -1,0 +1,7 @@
+"""AC-DMD of FLUX.2-klein 9B, with the published values."""
+
+import families
+
+
+def get_config():
+  return families.stage1("flux2_9b")

@@ -1,0 +1,7 @@
+"""RTDMD of FLUX.2-klein 9B, with the published values."""
+
+import families
+
+
+def get_config():
+  return families.stage2("flux2_9b")

@@ -1,0 +1,7 @@
+"""Four-step images of FLUX.2-klein 4B after both stages."""
+
+import families
+
+
+def get_config():
+  return families.infer("flux2")

@@ -1,0 +1,7 @@
+"""Four-step images of SD3.5-M after both stages."""
+
+import families
+
+
+def get_config():
+  return families.infer("sd35")

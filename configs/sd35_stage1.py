@@ -1,0 +1,7 @@
+"""AC-DMD of SD3.5-M, with the published values."""
+
+import families
+
+
+def get_config():
+  return families.stage1("sd35")

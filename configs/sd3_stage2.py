@@ -1,0 +1,7 @@
+"""RTDMD of SD3-M, with the published values."""
+
+import families
+
+
+def get_config():
+  return families.stage2("sd3")

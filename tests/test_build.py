@@ -1,0 +1,69 @@
+"""Bases of the roles: loaded once a path, and checked against the pipeline's network."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from rtdmd_jax import build
+from rtdmd_jax.config import load_config
+from rtdmd_jax.errors import UserError
+from rtdmd_jax.pipeline import Pipeline
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+  return Pipeline.from_pretrained(_model().pretrained)
+
+
+def _model(**inits):
+  overrides = [f"model.{name}={path}" for name, path in inits.items()]
+  return load_config(str(CONFIGS / "tiny_stage1.py"), overrides).model
+
+
+@pytest.fixture
+def other(tmp_path):
+  """A transformer of the same network with another last bias."""
+  directory = tmp_path / "other"
+  shutil.copytree(Path(_model().pretrained) / "transformer", directory / "transformer")
+  tensors = load_file(directory / "transformer" / WEIGHTS)
+  tensors["proj_out.bias"] = tensors["proj_out.bias"] + 1
+  save_file(tensors, directory / "transformer" / WEIGHTS)
+  return directory
+
+
+def test_without_inits_all_roles_share_the_pipelines_arrays(pipeline):
+  bases, keys = build._bases(_model(), pipeline)
+  assert len(set(keys.values())) == 1 and len(bases) == 1
+  assert bases[keys["teacher"]] is pipeline.params
+
+
+def test_a_role_may_have_its_own_base_and_equal_paths_are_loaded_once(pipeline, other):
+  # A pipeline's directory, its transformer's, and a detour to it are the same path.
+  detour = other / "transformer" / ".." / "transformer"
+  model = _model(generator_init=other, teacher_init=detour)
+  bases, keys = build._bases(model, pipeline)
+  assert len(bases) == 2 and keys["generator"] == keys["teacher"]
+  own, new = (bases[keys[role]]["proj_out"] for role in ("fake_score", "generator"))
+  # The checkpoint is float16, where adding 1 rounds.
+  np.testing.assert_allclose(new["bias"], own["bias"] + 1, atol=1e-3)
+  np.testing.assert_array_equal(new["kernel"], own["kernel"])
+
+
+def test_a_single_file_is_a_base_too(pipeline, other):
+  model = _model(fake_score_init=other / "transformer" / WEIGHTS)
+  bases, keys = build._bases(model, pipeline)
+  assert len(bases) == 2 and keys["fake_score"].endswith(WEIGHTS)
+
+
+def test_a_base_of_another_network_is_refused(pipeline, other):
+  file = other / "transformer/config.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": 3}))
+  with pytest.raises(UserError, match="teacher_init.*another network"):
+    build._bases(_model(teacher_init=other), pipeline)
