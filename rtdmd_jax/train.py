@@ -71,7 +71,9 @@ def _keyed(step: Callable, seed: int, stream: int) -> Callable:
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), state.step)
     out = step(state, frozen, *args, key)
     # The state stays where it is, so that the next step finds it where it was compiled for.
-    return (pin(out[0]), *out[1:]) if isinstance(out[0], TrainState) else out
+    if isinstance(out, tuple) and isinstance(out[0], TrainState):
+      return (pin(out[0]), *out[1:])
+    return out
 
   return run
 
