@@ -19,7 +19,7 @@ from rtdmd_jax import cli
 from rtdmd_jax.build import Setup
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import Transformer, build_transformer
-from rtdmd_jax.models.lora import equal_ranks, fold_scale, matches, merge, stack_adapters
+from rtdmd_jax.models.lora import equal_ranks, fold_scale, merge, stack_adapters
 from rtdmd_jax.state import TrainState
 from rtdmd_jax.weights.adapters import Lora, load_adapters
 from rtdmd_jax.weights.native import save_native
@@ -40,10 +40,9 @@ def export_adapters(config: Any, setup: Setup, state: TrainState, directory: Pat
     ("fake_score", setup.frozen.fake_score, state.fake_score),
   ):
     adapters, rank = equal_ranks(stack_adapters(frozen, fold_scale(trained, config.lora.alpha)))
-    targets = list(config.lora.targets)
-    # An earlier stage may have adapted layers that this one does not.
-    names = adapter_layers(adapters, table)
-    targets += [n for n in names if not any(matches(n, t) for t in config.lora.targets)]
+    # Full names: in FLUX.2 the suffix `attn.to_out` also names a list of two modules in the double
+    # blocks, which PEFT refuses; and an earlier stage may have adapted more layers.
+    targets = sorted(adapter_layers(adapters, table))
     # The scale is in b, so alpha equals the rank.
     save_peft(directory / name, adapters, table, rank=rank, alpha=float(rank), targets=targets)
 

@@ -81,19 +81,6 @@ def test_velocity_and_gradient_match_diffusers(tmp_path, config):
   np.testing.assert_allclose(gradient, leaf.grad.numpy(), atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.slow
-def test_bfloat16_stays_close(tmp_path):
-  model = reference(DEV)
-  model.save_pretrained(tmp_path)
-  latents, *rest = inputs(DEV)
-  velocity, params = load_transformer(tmp_path, dtype=jnp.bfloat16)
-  with torch.no_grad():
-    want = run_reference(model, torch.tensor(latents), *rest).numpy()
-  got = jax.jit(velocity)(params, latents, *rest)
-  assert got.dtype == jnp.float32
-  assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
-
-
 def test_positions_equal_the_pipeline():
   want = diffusers.FluxPipeline._prepare_latent_image_ids(1, 5, 3, "cpu", torch.float32)
   got = positions(4, 5, 3)
