@@ -1,1 +1,1 @@
-"""Compiles a run's programs for a TPU topology on a machine without one, and says what they cost."""
+"""What a run costs on a TPU topology, found by compiling it on a machine without one."""

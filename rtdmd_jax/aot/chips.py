@@ -8,8 +8,8 @@ from rtdmd_jax.errors import UserError
 class Chip(NamedTuple):
   """One device as jax sees it.
 
-  `flops` is its dense bfloat16 peak (1/s), `hbm` its memory (bytes), `bandwidth` that memory's speed
-  (bytes/s) and `link` what it can send over all its links to other chips at once (bytes/s).
+  `flops` is its dense bfloat16 peak (1/s), `hbm` its memory (bytes), `bandwidth` that memory's
+  speed (bytes/s) and `link` what it can send over all its links at once (bytes/s).
   """
 
   name: str
@@ -20,8 +20,8 @@ class Chip(NamedTuple):
 
 
 _GIB = 2**30
-# By `device_kind`. Rates: the page of each version at cloud.google.com/tpu/docs; the pages give links
-# in both directions together, of which half counts here. Memory: what libtpu 0.0.52 says is
+# By `device_kind`. Rates: the page of each version at cloud.google.com/tpu/docs; the pages give
+# links in both directions together, of which half counts here. Memory: what libtpu 0.0.52 says is
 # available when a program does not fit. A v4 or TPU7x chip is two devices here.
 CHIPS = {
   "TPU v4": Chip("v4", 275e12 / 2, 15.25 * _GIB, 1200e9 / 2, 300e9 / 2),

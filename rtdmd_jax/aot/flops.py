@@ -1,6 +1,6 @@
 """Floating-point operations of a traced program, loops included.
 
-XLA's own count takes the body of a loop once, so a stack of scanned blocks would count as one block.
+XLA's own count takes the body of a loop once, so scanned blocks would count as one.
 """
 
 import math

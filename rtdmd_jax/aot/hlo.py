@@ -129,10 +129,10 @@ def _bits(kind: str) -> int:
 def traffic(text: str, unknown_turns: int = 1) -> Traffic:
   """Counts a compiled program's traffic.
 
-  Memory counts the operands and results of every fused operation as XLA's own "bytes accessed" does
-  (of a stack that a fusion slices, the slice), times the turns of the loops around it. Sent bytes
-  are those of ring algorithms: (n - 1) / n of the whole array for a gather, a scatter or an exchange
-  among n devices, twice that for an all-reduce.
+  Memory counts the operands and results of every fused operation as XLA's own "bytes accessed"
+  does (of a stack that a fusion slices, the slice), times the turns of the loops around it. Sent
+  bytes are those of ring algorithms: (n - 1) / n of the whole array for a gather, a scatter or an
+  exchange among n devices, twice that for an all-reduce.
 
   Args:
     text: `compiled.as_text()`.
@@ -298,7 +298,9 @@ def _fusion_reads(inner: Computation, shapes: list[str]):
     users = [i for i in inner.instructions.values() if name in i.operands]
     if not _off_chip(shapes[number]):
       yield 0.0
-    elif users and all(i.opcode in ("dynamic-slice", "slice") for i in users):
+    elif users and all(
+      i.opcode in ("dynamic-slice", "slice") and i.operands[0] == name for i in users
+    ):
       yield sum(shape_bytes(i.result) for i in users)
     elif users and all(i.opcode == "dynamic-update-slice" and i.operands[0] == name for i in users):
       yield 0.0
@@ -311,6 +313,8 @@ def _fusion_writes(inner: Computation, ins: Instruction) -> float:
   root = inner.root
   names = root.operands if root.opcode == "tuple" else [root.name]
   layouts = [m[0] for m in _SHAPE.finditer(ins.result)]
+  if len(names) != len(layouts):  # a result inside is a tuple itself
+    return shape_bytes(ins.result, on_chip=False)
   total = 0.0
   for name, layout in zip(names, layouts, strict=True):
     part = inner.instructions[name]
