@@ -3,7 +3,8 @@
 Prints what every program of a training step costs one device: memory against what the device has,
 floating-point operations, traffic, and the least time that its peak rates allow. Nothing is loaded:
 checkpoints that are missing are described by their published configs. Exit code 0: everything fits;
-1: something does not; 2: a mistake on the command line or in the config.
+1: something does not; 2: nothing was found out,
+because of a mistake on the command line or in the config, or because the compiler itself failed.
 """
 
 import json

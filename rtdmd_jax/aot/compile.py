@@ -91,7 +91,8 @@ def measure(config: Any, topology: str, only: str = "") -> dict[str, Any]:
     A report that JSON can hold: the mesh, the chip, what lives where, a `Cost` for each program.
 
   Raises:
-    UserError: a bad config or topology, or a batch that does not split over the devices.
+    UserError: a bad config or topology, a batch that does not split over the devices, or a program
+      on which the compiler itself fails.
   """
   if config.stage not in train.PROGRAMS:
     raise UserError(f"stage is {config.stage!r}; use one of {', '.join(train.PROGRAMS)}.")
@@ -206,7 +207,10 @@ def _cost(
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
+      raise UserError(
+        f"the TPU compiler itself failed on {name}, so it is not known whether it fits; try another"
+        f" topology or batch ({str(error).splitlines()[0]})."
+      ) from error
     reason = re.sub(r"^.*?(Ran out|Used)", r"\1", str(error).splitlines()[0])
     seconds = time.perf_counter() - start
     return Cost(name, False, reason, resident=resident, flops=flops, compile_seconds=seconds), None
