@@ -89,8 +89,8 @@ def _finish(config: Any) -> Callable[[TrainState], TrainState]:
   return jax.jit(finish, donate_argnums=0)
 
 
-def stage1_step(config: Any, setup: Setup, optimizers: Optimizers) -> StepFn:
-  """A fake-score update every step, a generator update every `fake_update_ratio`-th."""
+def stage1_programs(config: Any, setup: Setup, optimizers: Optimizers) -> dict[str, Callable]:
+  """The compiled programs of a step by name, each of (state, frozen, batch) but `finish`."""
   common = {"roles": setup.roles, "config": dmd_config(config, setup.pipeline)}
 
   def fake(state, frozen, batch, key):
@@ -103,22 +103,33 @@ def stage1_step(config: Any, setup: Setup, optimizers: Optimizers) -> StepFn:
       state, frozen, batch, key, optimizer=optimizers.generator, **common
     )
 
-  fake = jax.jit(_keyed(fake, config.seed, 1), donate_argnums=0)
-  generator = jax.jit(_keyed(generator, config.seed, 2), donate_argnums=0)
-  finish = _finish(config)
+  return {
+    "fake_score": jax.jit(_keyed(fake, config.seed, 1), donate_argnums=0),
+    "generator": jax.jit(_keyed(generator, config.seed, 2), donate_argnums=0),
+    "finish": _finish(config),
+  }
+
+
+def stage1_step(config: Any, setup: Setup, optimizers: Optimizers) -> StepFn:
+  """A fake-score update every step, a generator update every `fake_update_ratio`-th."""
+  programs = stage1_programs(config, setup, optimizers)
 
   def step(state: TrainState, batch: Batch, prompts: list[Prompt], number: int):
-    state, metrics = fake(state, setup.frozen, batch)
+    state, metrics = programs["fake_score"](state, setup.frozen, batch)
     if (number + 1) % config.train.fake_update_ratio == 0:
-      state, more = generator(state, setup.frozen, batch)
+      state, more = programs["generator"](state, setup.frozen, batch)
       metrics |= more
-    return finish(state), metrics
+    return programs["finish"](state), metrics
 
   return step
 
 
-def stage2_step(config: Any, setup: Setup, optimizers: Optimizers) -> StepFn:
-  """Rollout, fake-score update while the host scores, policy update."""
+def stage2_programs(config: Any, setup: Setup, optimizers: Optimizers) -> dict[str, Callable]:
+  """The compiled programs of a step by name, of (state, frozen, batch) and earlier results.
+
+  `fake_score` also takes `rollout`'s samples, `policy` those and the rewards, `finish` the state
+  alone.
+  """
   dmd, policy = dmd_config(config, setup.pipeline), policy_config(config)
   common = {"roles": setup.roles, "config": dmd, "policy": policy}
 
@@ -143,27 +154,35 @@ def stage2_step(config: Any, setup: Setup, optimizers: Optimizers) -> StepFn:
       **common,
     )
 
-  roll_out = jax.jit(_keyed(roll_out, config.seed, 3))
-  fake = jax.jit(_keyed(fake, config.seed, 1), donate_argnums=0)
-  update = jax.jit(_keyed(update, config.seed, 2), donate_argnums=0)
-  finish = _finish(config)
+  return {
+    "rollout": jax.jit(_keyed(roll_out, config.seed, 3)),
+    "fake_score": jax.jit(_keyed(fake, config.seed, 1), donate_argnums=0),
+    "policy": jax.jit(_keyed(update, config.seed, 2), donate_argnums=0),
+    "finish": _finish(config),
+  }
+
+
+def stage2_step(config: Any, setup: Setup, optimizers: Optimizers) -> StepFn:
+  """Rollout, fake-score update while the host scores, policy update."""
+  programs = stage2_programs(config, setup, optimizers)
 
   def step(state: TrainState, batch: Batch, prompts: list[Prompt], number: int):
-    samples = roll_out(state, setup.frozen, batch)
-    state, metrics = fake(state, setup.frozen, batch, samples)
+    samples = programs["rollout"](state, setup.frozen, batch)
+    state, metrics = programs["fake_score"](state, setup.frozen, batch, samples)
     rewards = dict(samples.rewards)
     if setup.host_rewards is not None:
       images = jax.device_get(samples.images)
       scores = setup.host_rewards(images, [p.text for p in prompts], [p.record for p in prompts])
       host = {name: scores[name] for name in setup.host_rewards.weights}
       rewards |= replicate(host)
-    state, more = update(state, setup.frozen, batch, samples, rewards)
-    return finish(state), metrics | more
+    state, more = programs["policy"](state, setup.frozen, batch, samples, rewards)
+    return programs["finish"](state), metrics | more
 
   return step
 
 
 STAGES = {"stage1": stage1_step, "stage2": stage2_step}
+PROGRAMS = {"stage1": stage1_programs, "stage2": stage2_programs}
 
 
 def train(config: Any, workdir: Path) -> None:
