@@ -18,7 +18,7 @@ GAUSSIAN = {
 }
 MIXTURE = {
   "weights": np.array([0.5, 0.3, 0.2]),
-  "means": np.array([[-1.6, -1.0], [1.6, -1.0], [0.0, 1.7]]),
+  "means": np.array([[-1.12, -0.7], [1.12, -0.7], [0.0, 1.19]]),
   "covs": np.array(
     [[[0.25, 0.1], [0.1, 0.2]], [[0.2, -0.08], [-0.08, 0.25]], [[0.3, 0.0], [0.0, 0.15]]]
   ),
@@ -79,6 +79,14 @@ def moments(mixture: dict) -> tuple[np.ndarray, np.ndarray]:
   mean = w @ means
   gap = means - mean
   return mean, np.einsum("m,mij->ij", w, mixture["covs"]) + np.einsum("m,mi,mj->ij", w, gap, gap)
+
+
+def noised(mixture: dict, sigma: float) -> dict:
+  """The law of `(1 - sigma) x0 + sigma eps`."""
+  keep, eye = 1 - sigma, np.eye(mixture["means"].shape[1])
+  return mixture | {
+    "means": keep * mixture["means"], "covs": keep**2 * mixture["covs"] + sigma**2 * eye
+  }  # fmt: skip
 
 
 def tilt(mixture: dict, b: float, linear: np.ndarray, quadratic: float) -> dict:

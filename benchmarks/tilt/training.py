@@ -21,6 +21,9 @@ from rtdmd_jax.stage1 import Batch, DMDConfig, Roles
 from rtdmd_jax.stage2 import PolicyConfig, Scoring
 from rtdmd_jax.state import Conditioning, Frozen, TrainState
 
+# Without the normaliser, distribution matching is the gradient of a divergence, whose minimiser is
+# known.
+MATCHING = DMDConfig(guidance_low=1.0, guidance_high=1.0, normalize=False)
 SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)
 WIDTH = 64
 FREQUENCIES = 2.0 ** np.arange(4)
@@ -53,7 +56,7 @@ class Training(NamedTuple):
 
 def init_mlp(key: jax.Array, d: int) -> dict:
   """Three hidden layers; the last layer starts at 0, so that a role starts as the teacher."""
-  sizes = [d + 2 * len(FREQUENCIES), WIDTH, WIDTH, WIDTH, d]
+  sizes = [2 * d + 2 * len(FREQUENCIES), WIDTH, WIDTH, WIDTH, d]
   keys = jax.random.split(key, len(sizes) - 1)
   last = len(sizes) - 2
   return {
@@ -66,6 +69,7 @@ def init_mlp(key: jax.Array, d: int) -> dict:
 
 
 def mlp(params: dict, x: jax.Array, sigma: jax.Array) -> jax.Array:
+  """Of position and teacher's velocity, x [B, 2 d], at sigma [B]."""
   phase = np.pi / 2 * sigma[:, None] * FREQUENCIES
   h = jnp.concatenate([x, jnp.sin(phase), jnp.cos(phase)], axis=-1)
   for i in range(len(params)):
@@ -79,7 +83,9 @@ def apply(variables, x, sigma, tokens, pooled, guidance):
   flat = x.reshape(x.shape[0], -1)
   v = teachers.velocity(variables["params"], flat, sigma)
   adapter = variables.get("lora", variables.get("lora_frozen"))
-  return (v if adapter is None else v + mlp(adapter, flat, sigma)).reshape(x.shape)
+  if adapter is not None:
+    v = v + mlp(adapter, jnp.concatenate([flat, v], axis=-1), sigma)
+  return v.reshape(x.shape)
 
 
 def roles(d: int) -> Roles:
@@ -128,6 +134,14 @@ def optimizers(training: Training) -> tuple:
     optimizer(training.learning_rate, training.updates),
     optimizer(training.fake_learning_rate, training.updates * training.fake_updates),
   )
+
+
+def _no_update(gradients: Any, last: Any, params: Any = None) -> tuple[Any, Any]:
+  return jax.tree.map(jnp.zeros_like, gradients), gradients
+
+
+# Changes nothing and keeps the gradient as its state, where a step leaves it to be read.
+RECORDER = optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), _no_update)
 
 
 def start(problem: Problem, training: Training, earlier: TrainState | None = None) -> TrainState:
