@@ -35,7 +35,8 @@ def ambient(mixture: dict, *, count: int = 400_000, cells: int = 12, seed: int =
     error = np.asarray(target / scale - exact, np.float64)
     position = np.asarray(x_t, np.float64)
     edges = [np.quantile(x, np.linspace(0, 1, cells + 1)[1:-1]) for x in position.T]
-    cell = sum(np.searchsorted(e, x) * cells**i for i, (e, x) in enumerate(zip(edges, position.T)))
+    column, row = (np.searchsorted(e, x) for e, x in zip(edges, position.T, strict=True))
+    cell = cells * column + row
     n = np.maximum(np.bincount(cell, minlength=cells**2), 1)
     mean, square = (
       np.stack([np.bincount(cell, e**k, cells**2) / n for e in error.T]) for k in (1, 2)

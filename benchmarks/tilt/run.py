@@ -63,7 +63,8 @@ def tilted(problem, state, name, beta, config, settings, snapshots=1):
     policy=POLICIES[name], snapshots=snapshots,
   )  # fmt: skip
   jax.block_until_ready(made)
-  return [jax.tree.map(lambda a: a[i], made) for i in range(snapshots)], time.time() - begin
+  parts = [jax.tree.map(lambda a, i=i: a[i], made) for i in range(snapshots)]
+  return parts, time.time() - begin
 
 
 def moment_errors(x: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> dict:

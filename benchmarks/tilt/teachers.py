@@ -90,7 +90,7 @@ def noised(mixture: dict, sigma: float) -> dict:
 
 
 def tilt(mixture: dict, b: float, linear: np.ndarray, quadratic: float) -> dict:
-  """The law `p(x) exp(b r(x)) / Z` of `r(x) = linear . x - quadratic |x|^2 / 2`, a mixture again."""
+  """The law `p(x) exp(b r(x)) / Z`, `r(x) = linear . x - quadratic |x|^2 / 2`: a mixture again."""
   d = mixture["means"].shape[1]
   inverse = np.linalg.inv(mixture["covs"])
   covs = np.linalg.inv(inverse + b * quadratic * np.eye(d))
