@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.tilt.run import RESULTS, SAMPLES
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  after the choice of backend
+import matplotlib.pyplot as plt
 
 DOCS = Path("docs")
 COLOURS = {

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.tilt import optimum, teachers, training  # noqa: E402  reachable only now
-from rtdmd_jax.stage1 import Consistency  # noqa: E402
+from benchmarks.tilt import optimum, teachers, training
+from rtdmd_jax.stage1 import Consistency
 
 MIXTURE = teachers.MIXTURE
 GRID = optimum.Grid(side=60)
@@ -49,10 +49,11 @@ def test_grid_optimum_of_a_gaussian_is_the_closed_form():
   config, linear, beta = training.MATCHING, np.array([0.8, 0.6]), 0.2
   cov = teachers.GAUSSIAN["covs"][0]
   shift = optimum.gaussian_shift(cov, linear, config, 1.0, beta)
-  reward = GRID.points @ linear
-  law = optimum.grid_optimum(teachers.GAUSSIAN, reward, config, 1.0, beta, GRID, nodes=60)
-  mean = np.einsum("ij,ijd->d", law, GRID.points)
-  gap = GRID.points - mean
+  grid = optimum.Grid(side=40)
+  reward = grid.points @ linear
+  law = optimum.grid_optimum(teachers.GAUSSIAN, reward, config, 1.0, beta, grid, nodes=40)
+  mean = np.einsum("ij,ijd->d", law, grid.points)
+  gap = grid.points - mean
   np.testing.assert_allclose(mean - teachers.GAUSSIAN["means"][0], shift, rtol=0.05)
   np.testing.assert_allclose(np.einsum("ij,ija,ijb->ab", law, gap, gap), cov, atol=0.05)
 
@@ -60,7 +61,7 @@ def test_grid_optimum_of_a_gaussian_is_the_closed_form():
 @pytest.mark.slow
 def test_a_short_cold_start_approaches_the_gaussian():
   problem = training.Problem(teachers.GAUSSIAN, np.array([0.8, 0.6]), 0.0)
-  fixed, settings = training.frozen(problem), training.Training(150, 3e-3, 3e-3, 5)
+  fixed, settings = training.frozen(problem), training.Training(400, 3e-3, 3e-3, 5)
   config = training.MATCHING._replace(normalize=True, consistency=Consistency(weight=0.0))
   before = teachers.mmd(training.path({}, fixed, 4000)[-1], problem.teacher)
   state = training.train_stage1(
