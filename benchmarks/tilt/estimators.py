@@ -128,22 +128,27 @@ def _gradients(
 
 
 def subgrpo(problem: Problem, state: TrainState, *, count: int = 300) -> dict:
-  """Variance of the policy gradient at equal samples, by trained steps M and shared noise."""
+  """Variance of the policy gradient at equal samples, by trained steps and shared noise.
+
+  `steps` is what may be chosen: a single index leaves out the randomness of the choice.
+  """
   shape, rows = Training(1, groups=24, repeats=16), []
-  for m in (1, 2, 3):
+  cases = [(3, 0, 2, True)]
+  cases += [(m, 0, 2, own) for m in (1, 2) for own in (True, False)]
+  cases += [(1, i, i, own) for i in range(3) for own in (True, False)]
+  for m, first, last, own in cases:
     policy = PolicyConfig(
-      num_train_steps=m, dm_weight=0.0, reward_weight=0.0, advantage_limit=1e6, **ADVANTAGES
-    )
-    for own in (True, False) if m < 3 else (True,):
-      g, _ = _gradients(problem, state, shape, policy, own, count)
-      mean = g.mean(0)
-      variance = g.var(0, ddof=1).sum()
+      num_train_steps=m, range_start=first, range_end=last, dm_weight=0.0, reward_weight=0.0,
+      advantage_limit=1e6, **ADVANTAGES,
+    )  # fmt: skip
+    g, _ = _gradients(problem, state, shape, policy, own, count)
+    mean = g.mean(0)
+    variance = g.var(0, ddof=1).sum()
+    rows.append({
+      "M": m, "steps": [first, last], "shared_noise": not own, "variance": float(variance),
       # The squared norm of the mean, without what its own noise adds.
-      signal = mean @ mean - variance / count
-      rows.append({
-        "M": m, "shared_noise": not own, "variance": float(variance), "signal": float(signal),
-        "variance_per_signal": float(variance / signal),
-      })  # fmt: skip
+      "signal": float(mean @ mean - variance / count),
+    })  # fmt: skip
   return {"images": shape.groups * shape.repeats, "epochs": count, "rows": rows}
 
 

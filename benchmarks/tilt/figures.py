@@ -77,13 +77,20 @@ def trade(results: dict) -> None:
   save(figure, "trade")
 
 
-def variances(rows: list[dict]) -> None:
-  figure, axes = plt.subplots(figsize=(5, 3))
-  names = [f"M = {r['M']}\n{'shared' if r['shared_noise'] else 'own'}" for r in rows]
-  colours = ["tab:blue" if r["shared_noise"] else "lightgrey" for r in rows]
-  axes.bar(names, [r["variance"] / rows[-1]["variance"] for r in rows], color=colours)
-  axes.axhline(1.0, color="black", linewidth=0.8)
-  axes.set(ylabel="variance / GRPO's", title="Policy gradient at equal samples")
+def variances(estimators: dict) -> None:
+  figure, panels = plt.subplots(1, 2, figsize=(9, 3))
+  for axes, key, title in zip(
+    panels, ("subgrpo", "subgrpo_linear"), ("quadratic reward", "linear reward"), strict=True
+  ):
+    rows = [r for r in estimators[key]["rows"] if r["steps"][0] == r["steps"][1]]
+    for offset, shared in ((-0.2, False), (0.2, True)):
+      parts = [r for r in rows if r["shared_noise"] == shared]
+      axes.bar(
+        [r["steps"][0] + offset for r in parts], [r["variance"] for r in parts], 0.38,
+        color="tab:blue" if shared else "lightgrey", label="shared" if shared else "independent",
+      )  # fmt: skip
+    axes.set(xticks=range(3), xlabel="trained step", ylabel="variance", title=title)
+    axes.legend(fontsize=8)
   save(figure, "variance")
 
 
@@ -92,7 +99,7 @@ def main() -> None:
   shifts(results["gaussian"]["stage2"])
   clouds()
   trade(results["mixture"])
-  variances(results["estimators"]["subgrpo"]["rows"])
+  variances(results["estimators"])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Does the algorithm reach the laws that it should? Everything here is known in closed form.
 
-  python -m benchmarks.tilt.run                     # all, about 20 minutes on one CPU core
+  python -m benchmarks.tilt.run                     # all, about 25 minutes on one slow CPU core
   python -m benchmarks.tilt.run --only=gaussian     # rewrites that section of the results
 
 Writes benchmarks/tilt/results.json, and samples for the figures into runs/tilt.
@@ -207,6 +207,7 @@ def facts() -> dict:
     ("ambient", lambda: estimators.ambient(PLACE.teacher)),
     ("consistency", lambda: estimators.consistency(PLACE.teacher)),
     ("subgrpo", lambda: estimators.subgrpo(PLACE, state)),
+    ("subgrpo_linear", lambda: estimators.subgrpo(PLACE._replace(quadratic=0.0), state)),
     ("hybrid", lambda: estimators.hybrid(PLACE, state)),
   ):
     begin = time.time()
