@@ -108,13 +108,20 @@ class Pipeline:
     """Shape [h, w, C] of an image's latents, given its side or its (height, width).
 
     Raises:
-      UserError: the size does not divide into the transformer's patches.
+      UserError: the size does not divide into the transformer's patches, or is beyond its
+        positions.
     """
     _, patch, _, channels = self.transformer.example[0].shape
     factor = self.vae.config.factor
     sides = (image_size, image_size) if isinstance(image_size, int) else image_size
     if any(side < 1 or side % (factor * patch) for side in sides):
       raise UserError(f"image_size is {image_size}; use a multiple of {factor * patch}.")
+    longest = self.transformer.max_side
+    if longest is not None and max(sides) > longest * factor:
+      raise UserError(
+        f"image_size is {image_size}; this transformer has positions for sides of at most"
+        f" {longest * factor} pixels."
+      )
     return sides[0] // factor, sides[1] // factor, channels
 
   def few_step_sigmas(

@@ -21,12 +21,14 @@ class Transformer:
     table: maps its parameters to the family's checkpoint keys.
     example: the smallest valid inputs, as `jax.ShapeDtypeStruct`s (None for an input not used);
       sides of valid latents are multiples of those of the first.
+    max_side: the longest side of valid latents, where positions come from a table; else None.
   """
 
   config: Any
   module: nn.Module
   table: KeyTable
   example: tuple[Any, ...]
+  max_side: int | None = None
 
   @property
   def embedded_guidance(self) -> bool:
