@@ -82,7 +82,9 @@ def base() -> config_dict.ConfigDict:
   c.train.fake_update_ratio = 10
   c.train.log_every = 10
   c.train.save_every = 1000
-  c.train.keep = 3
+  c.train.keep = 3  # newest checkpoints that stay
+  c.train.keep_every = 0  # steps divisible by this stay too; 0: none
+  c.train.grace_seconds = 120.0  # after SIGTERM or Ctrl-C, to finish the step and save
 
   c.eval = config_dict.ConfigDict()
   c.eval.every = 1000  # steps between scores of held-out prompts during training
