@@ -17,11 +17,6 @@ from etils import epath
 from rtdmd_jax.checksum import checksums
 from rtdmd_jax.errors import UserError
 
-# What Orbax and TensorStore raise on damaged files.
-_UNREADABLE = (
-  ValueError, OSError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError,
-)  # fmt: skip
-
 
 class Checkpoints:
   """Numbered checkpoints `directory/<step>` of one run, written in the background.
@@ -217,7 +212,9 @@ class Checkpoints:
   def _reading(self, step: int) -> Iterator[None]:
     try:
       yield
-    except _UNREADABLE as error:
+    except UserError:
+      raise
+    except Exception as error:  # Orbax raises errors of any kind on damaged files, plain ones too
       raise UserError(
         f"{self._name(step)} cannot be read ({_reason(error)}); "
         "delete that folder to resume from an earlier one"

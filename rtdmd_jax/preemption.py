@@ -15,7 +15,7 @@ _CODES = {signal.SIGTERM: EXIT_PREEMPTED, signal.SIGINT: EXIT_INTERRUPTED}
 
 
 class Preemption:
-  """Turns SIGTERM and SIGINT into `Stopped`: at once, or inside `deferred` when the caller is ready.
+  """Turns SIGTERM and SIGINT into `Stopped`: at once, or in `deferred` when the caller is ready.
 
   From the signal on, `grace_seconds` remain; then the process ends with `EXIT_UNSAVED`, whatever it
   is doing. A second signal does not wait either. Signals belong to the main thread: entered in
@@ -48,7 +48,7 @@ class Preemption:
 
   @contextmanager
   def deferred(self) -> Iterator[None]:
-    """Inside, a signal only sets `requested`; leaving without an exception then raises `Stopped`."""
+    """Inside, a signal only sets `requested`; leaving normally then raises `Stopped`."""
     self._deferred = True
     try:
       yield

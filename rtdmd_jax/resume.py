@@ -73,8 +73,8 @@ def check_weights(
   changes = config_diff(old, new)
   if changes and not allow:
     raise UserError(
-      f"cannot resume {name} on other frozen weights ({'; '.join(changes)}), although they have the "
-      "same paths; restore the files, or give --allow_config_change if you mean it"
+      f"cannot resume {name} on other frozen weights ({'; '.join(changes)}), although they have"
+      " the same paths; restore the files, or give --allow_config_change if you mean it"
     )
   return changes
 

@@ -39,6 +39,7 @@ from rtdmd_jax.resume import (
   versions,
 )
 from rtdmd_jax.sharding import make_mesh, pin, replicate
+from rtdmd_jax.skips import Skips, scalars
 from rtdmd_jax.stage1 import Batch, Metrics
 from rtdmd_jax.state import TrainState
 
@@ -303,6 +304,7 @@ def _loop(
   evaluator = evaluation.Evaluator(setup, config)
   writer = MetricWriter(workdir, resume_step=start if start else -1)
   samples, logged = config.batch.prompts * config.batch.repeats, start
+  skips = Skips(config.train.max_skipped, state)
   with writer, Progress(last, start_step=start) as progress:
     if start == 0:
       _evaluate(config, setup, evaluator, state, 0, writer, workdir)
@@ -320,8 +322,10 @@ def _loop(
         )
         state, metrics = step_fn(state, batch, prompts, number)
         done = number + 1
+        skips.follow(done, metrics)
         if done % config.train.log_every == 0 or done == last:
-          values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+          skips.look()
+          values = scalars(metrics) | skips.totals()
           writer.scalars(done, values)
           progress.update(done, (done - logged) * samples, values)
           logged = done

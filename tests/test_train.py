@@ -1,14 +1,18 @@
 """The entry point on the shipped tiny pipeline: bad input, resume, recompilation, transfers."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from rtdmd_jax import cli, main, train
+from rtdmd_jax import cli, errors, main, train
 from rtdmd_jax.config import load_config
 from rtdmd_jax.weights.safetensors import read_config
 
@@ -28,7 +32,7 @@ SMALL = [
 
 def _run(workdir, *overrides, config="tiny_stage2.py"):
   argv = ["main", f"--config={CONFIGS / config}", f"--workdir={workdir}", *overrides]
-  return cli.run(main.main, argv, requires=("config", "workdir"))
+  return cli.run(main.main, argv, define_flags=main.define_flags, requires=("config", "workdir"))
 
 
 def _tiny():
@@ -125,6 +129,42 @@ def test_an_interrupted_run_resumes_bit_for_bit_and_leaves_everything(tmp_path, 
   assert {"clipscore", "geneval"} <= systems[-1]["scores"].keys()
   assert list((work / "previews").glob("*.png")) and list((work / "tensorboard").iterdir())
   assert read_config(work / "export/generator", "adapter_config.json")["peft_type"] == "LORA"
+
+
+@pytest.mark.slow
+def test_numbers_that_are_not_finite_end_the_run(tmp_path, capsys):
+  overrides = [*SMALL, "--config.policy.policy_weight=nan", "--config.train.max_skipped=2"]
+  assert _run(tmp_path, *overrides, "--config.train.steps=5") == errors.EXIT_NUMBERS
+  seen = capsys.readouterr()
+  assert "step 1: the update of generator was skipped" in seen.out
+  assert seen.err.startswith("stopped: at step 2 the last 2 updates of generator")
+  assert "transformer" not in seen.err and ".to_q" in seen.err and "more" in seen.err
+  assert seen.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+  command = [sys.executable, "-m", "rtdmd_jax.main", f"--config={CONFIGS / 'tiny_stage2.py'}"]
+  command += [*SMALL, "--config.train.steps=4", f"--workdir={tmp_path / 'parts'}"]
+  environment = os.environ | {"PYTHONPATH": str(CONFIGS.parent)}
+  process = subprocess.Popen(
+    command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  line = ""
+  while not line.startswith("step 1/"):
+    line = process.stdout.readline()
+  process.send_signal(signal.SIGTERM)
+  _, said = process.communicate(timeout=200)
+  assert process.returncode == errors.EXIT_PREEMPTED, said
+  assert "the same command goes on from it" in said
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+  assert "resuming after step" in done.stdout
+  assert _run(tmp_path / "whole", *SMALL, "--config.train.steps=4") == 0
+  one, two = (
+    (tmp_path / run / "export/generator/adapter_model.safetensors").read_bytes()
+    for run in ("whole", "parts")
+  )
+  assert one == two
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def run(folder, options, name):
   config = folder / f"{name}.py"
   config.write_text(CONFIG.format(configs=str(CONFIGS), options=options))
   argv = ["main", f"--config={config}", f"--workdir={folder / name}"]
-  code = cli.run(main.main, argv, requires=("config", "workdir"))
+  code = cli.run(main.main, argv, define_flags=main.define_flags, requires=("config", "workdir"))
   export = folder / name / "export/generator/adapter_model.safetensors"
   return code, export.read_bytes() if export.exists() else None
 

@@ -61,7 +61,9 @@ def _run(root, stage, *overrides):
   pretrained = root / "pipeline"
   argv = ["main", f"--config={root / stage}.py", f"--workdir={root / 'runs' / stage}"]
   argv += [f"--config.model.pretrained={pretrained}", "--config.model.generator_init=", *COMMON]
-  return cli.run(main.main, [*argv, *overrides], requires=("config", "workdir"))
+  return cli.run(
+    main.main, [*argv, *overrides], define_flags=main.define_flags, requires=("config", "workdir")
+  )
 
 
 def test_both_stages_run_to_their_end(family):
