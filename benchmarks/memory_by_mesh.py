@@ -1,7 +1,7 @@
 """What lies on every device during stage 2 of each family: python benchmarks/memory_by_mesh.py
 
-Bytes at rest by the sharding table (parameters, adapters with moments and moving average, the
-text encoders, autoencoder, rewards on the device) without the temporaries of a step, which
+Bytes at rest by the sharding table (parameters, adapters with moments and moving average, text
+encoders, autoencoder, rewards on the device) without the temporaries of a step, which
 `python -m rtdmd_jax.aot` measures. Nothing is loaded: shapes are those of the published checkpoints.
 """
 
