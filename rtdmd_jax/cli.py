@@ -130,7 +130,7 @@ def _split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _usage(main: Callable[[Invocation], None], values: flags.FlagValues) -> str:
-  lines = [inspect.cleandoc(inspect.getmodule(main).__doc__ or ""), "", "Flags:"]
+  lines = [inspect.cleandoc(main.__globals__.get("__doc__") or ""), "", "Flags:"]
   for name in sorted(values):
     flag = values[name]
     default = "" if flag.default is None else f" (default: {flag.default_as_str})"
