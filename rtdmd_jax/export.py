@@ -5,8 +5,8 @@ python -m rtdmd_jax.export --pipeline DIR --lora PATH[:SCALE] --format peft|comf
 Several --lora are added up in order. `peft` is a directory for PEFT and for diffusers'
 load_lora_weights, `comfyui` one file with the names that ComfyUI knows, `merged` a diffusers
 transformer directory whose weights have the adapters in them. Reads the config of the pipeline's
-transformer (for `merged` its weights too) and the adapters. Writes --out, where a README.md says how
-to load it; for an adapter of a run's export/ it has the run's settings and scores as well.
+transformer (for `merged` its weights too) and the adapters. Writes --out, where a README.md says
+how to load it; for an adapter of a run's export/ it has the run's settings and scores as well.
 """
 
 import json
