@@ -12,7 +12,7 @@ import sys
 
 from absl import flags
 
-from rtdmd_jax import cli
+from rtdmd_jax import cli, distributed
 from rtdmd_jax.errors import EXIT_USER_ERROR, UserError
 
 
@@ -23,6 +23,7 @@ def main(call: cli.Invocation) -> None:
     return
   if call.workdir is None:
     raise UserError(f"--workdir is required: {call.flags['workdir'].help}")
+  distributed.initialize()
   if call.config.get("stage") == "pretrain":
     from rtdmd_jax.pretrain.run import run
 

@@ -152,3 +152,9 @@ def test_workdirs(tmp_path):
   with pytest.raises(UserError, match="seed: 7 -> 42"):
     check._workdir(config, tmp_path, False)
   assert "  changed: seed: 7 -> 42" in check._workdir(config, tmp_path, True)
+
+
+def test_training_needs_a_workdir(capsys):
+  argv = ["main", f"--config={CONFIGS / 'tiny_stage2.py'}"]
+  assert cli.run(main.main, argv, define_flags=main.define_flags, requires=("config",)) == 2
+  assert "--workdir is required: Folder of the run" in capsys.readouterr().err
