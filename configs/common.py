@@ -16,6 +16,9 @@ def base() -> config_dict.ConfigDict:
   c.model.teacher_init = ""
   c.model.image_size = 512
   c.model.dtype = "bfloat16"  # of the frozen networks; adapters are always float32
+  # What is kept of a block for the backward pass: everything, "dots" (weight products), or, with
+  # "full", nothing but its input.
+  c.model.remat = "none"
 
   # Devices along each axis (-1: all that are left); see docs/sharding.md.
   c.mesh = config_dict.ConfigDict()
@@ -76,6 +79,7 @@ def base() -> config_dict.ConfigDict:
   c.batch = config_dict.ConfigDict()
   c.batch.prompts = 72
   c.batch.repeats = 1
+  c.batch.micro_batches = 1  # parts whose gradients are added up, for memory
 
   c.train = config_dict.ConfigDict()
   c.train.steps = 15_000
@@ -113,6 +117,7 @@ def stage2() -> config_dict.ConfigDict:
   c.ema.every = 8
   c.batch.prompts = 48
   c.batch.repeats = 24
+  c.batch.micro_batches = 16
   c.train.steps = 1000
   c.eval.every = 50
 
@@ -133,7 +138,6 @@ def stage2() -> config_dict.ConfigDict:
   c.policy.dm_weight = 1e-3
   c.policy.reward_weight = 1e-4
   c.policy.reward_margin = 3.0
-  c.policy.micro_batches = 16
   return c
 
 

@@ -59,6 +59,7 @@ def stage1(name: str) -> config_dict.ConfigDict:
   c.data.prompts = f"{PROMPTS}/pickscore"
   c.data.held_out = f"{PROMPTS}/drawbench"
   c.generator.learning_rate = c.fake_score.learning_rate = family.stage1_rate
+  c.batch.micro_batches = 9  # of 8 images
   c.train.save_every = 5000
   for reward in ("clipscore", "pickscore", "hpsv2", "aesthetic", "imagereward"):
     c.rewards[reward] = _device_reward(reward)
@@ -110,6 +111,7 @@ def _model(c: config_dict.ConfigDict, family: Family) -> config_dict.ConfigDict:
   if family.generator_init:
     c.model.generator_init = f"{CHECKPOINTS}/{family.generator_init}"
   c.model.image_size = family.image_size
+  c.model.remat = "full"
   if family.targets:
     c.lora.targets = family.targets
   c.dmd.guidance_low = c.dmd.guidance_high = c.eval.teacher_guidance = family.guidance

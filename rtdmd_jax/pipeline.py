@@ -60,7 +60,12 @@ class Pipeline:
 
   @classmethod
   def from_pretrained(
-    cls, directory: str | os.PathLike, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
+    cls,
+    directory: str | os.PathLike,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    remat: str = "none",
   ) -> "Pipeline":
     """Loads a directory with `model_index.json`.
 
@@ -68,13 +73,14 @@ class Pipeline:
       directory: transformer/, vae/, text encoders, tokenizers and scheduler/ in diffusers' layout.
       dtype: of parameters and computation.
       mesh: splits every parameter as the sharding table says; the current mesh by default.
+      remat: what a backward pass through the transformer recomputes; see `build_transformer`.
 
     Raises:
       UserError: a missing or broken file, or a pipeline class that is not supported.
     """
     if mesh is not None:
       with jax.set_mesh(mesh):
-        return cls.from_pretrained(directory, dtype=dtype)
+        return cls.from_pretrained(directory, dtype=dtype, remat=remat)
     directory = Path(directory)
     kind = read_config(directory, "model_index.json").get("_class_name")
     if kind not in _FAMILIES:
@@ -87,7 +93,9 @@ class Pipeline:
     schedule = sampling.Schedule.from_config(
       family.schedule, read_config(directory / "scheduler", "scheduler_config.json")
     )
-    transformer = build_transformer(read_config(directory / "transformer"), dtype=dtype)
+    transformer = build_transformer(
+      read_config(directory / "transformer"), dtype=dtype, remat=remat
+    )
     params = load_params(
       directory / "transformer",
       transformer.init_abstract(),

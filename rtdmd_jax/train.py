@@ -14,6 +14,7 @@ from rtdmd_jax.build import (
   Setup,
   build,
   dmd_config,
+  micro_batches,
   new_adapters,
   optimizer_config,
   policy_config,
@@ -46,10 +47,11 @@ from rtdmd_jax.state import TrainState
 
 # A resumed run must agree with itself in these sections.
 FIXED = (
-  *("stage", "seed", "model", "lora", "load", "data", "dmd", "batch", "rewards"),
-  "train.fake_update_ratio",
-  # How a batch is cut for memory changes nothing else.
-  *(f"policy.{name}" for name in stage2.PolicyConfig._fields if name != "micro_batches"),
+  *("stage", "seed", "lora", "load", "data", "dmd", "policy", "rewards"),
+  # Not batch.micro_batches and model.remat, which only save memory.
+  *("batch.prompts", "batch.repeats", "train.fake_update_ratio"),
+  *(f"model.{key}" for key in ("pretrained", "image_size", "dtype")),
+  *(f"model.{role}_init" for role in ("generator", "fake_score", "teacher")),
 )
 
 # (state, batch, prompts, step) -> (state, metrics); metrics stay on the device.
@@ -106,7 +108,11 @@ def _finish(config: Any) -> Callable[[TrainState], TrainState]:
 
 def stage1_programs(config: Any, setup: Setup, optimizers: Optimizers) -> dict[str, Callable]:
   """The compiled programs of a step by name, each of (state, frozen, batch) but `finish`."""
-  common = {"roles": setup.roles, "config": dmd_config(config, setup.pipeline)}
+  common = {
+    "roles": setup.roles,
+    "config": dmd_config(config, setup.pipeline),
+    "micro_batches": micro_batches(config),
+  }
 
   def fake(state, frozen, batch, key):
     return stage1.fake_score_step(

@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = [
   "--config.batch.prompts=2",
   "--config.batch.repeats=2",
-  "--config.policy.micro_batches=1",
+  "--config.batch.micro_batches=1",
   "--config.eval.final_prompts=4",
   "--config.eval.prompts=4",
   "--config.eval.chunk=4",
@@ -83,7 +83,7 @@ def test_a_checkpoint_with_a_misshaped_tensor(tmp_path, pipeline, capsys):
 
 
 def test_micro_batches_that_do_not_divide(tmp_path, capsys):
-  code = _run(tmp_path, *SMALL, "--config.policy.micro_batches=3")
+  code = _run(tmp_path, *SMALL, "--config.batch.micro_batches=3")
   _expect(capsys, code, "micro_batches", "4")
 
 
@@ -183,7 +183,7 @@ def test_after_the_first_steps_nothing_recompiles_and_nothing_is_transferred_by_
     with config.unlocked():
       config.train.fake_update_ratio = 2
       if config.stage == "stage2":
-        config.policy.micro_batches = 2
+        config.batch.micro_batches = 2
     setup = build(config)
     optimizers = Optimizers(
       *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import flux1, flux2, sd3
+from rtdmd_jax.models.stack import REMAT_POLICIES
 from rtdmd_jax.models.transformer import Transformer
 from rtdmd_jax.weights.safetensors import load_params, read_config
 
@@ -35,8 +36,10 @@ def build_transformer(
     remat: "none", "full" or "dots", what the backward pass recomputes of each block.
 
   Raises:
-    UserError: unknown class name, or a config that the family does not know.
+    UserError: unknown class name or `remat`, or a config that the family does not know.
   """
+  if remat not in REMAT_POLICIES:
+    raise UserError(f"remat is {remat!r}; choose one of {', '.join(REMAT_POLICIES)}.")
   name = config.get("_class_name")
   if name not in FAMILIES:
     raise UserError(f"_class_name is {name!r}; known transformers are {', '.join(FAMILIES)}.")

@@ -71,7 +71,7 @@ def test_both_stages_run_to_their_end(family):
   assert _run(root, "stage1") == 0
   export = root / "runs/stage1/export"
   more = [f"--config.load.{role}={export / role}" for role in ("generator", "fake_score")]
-  more += ["--config.batch.repeats=2", "--config.policy.micro_batches=2"]
+  more += ["--config.batch.repeats=2", "--config.batch.micro_batches=2"]
   assert _run(root, "stage2", *more) == 0
   for stage in ("stage1", "stage2"):
     work = root / "runs" / stage
