@@ -89,6 +89,8 @@ def base() -> config_dict.ConfigDict:
   c.train.keep = 3  # newest checkpoints that stay
   c.train.keep_every = 0  # steps divisible by this stay too; 0: none
   c.train.max_skipped = 20  # updates in a row without a finite gradient end the run
+  c.train.profile_start = 10  # first step of a profile in the workdir (docs/troubleshooting.md)
+  c.train.profile_steps = 0  # its length; 0: none
   c.train.grace_seconds = 120.0  # after SIGTERM or Ctrl-C, to finish the step and save
 
   c.eval = config_dict.ConfigDict()

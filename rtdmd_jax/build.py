@@ -26,6 +26,7 @@ from rtdmd_jax.weights.adapters import Lora, load_adapters
 from rtdmd_jax.weights.safetensors import load_params, read_config
 
 Tree = Any
+OBJECTIVES = ("ac_dmd", "dmd")
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,13 @@ def new_adapters(config: Any, pipeline: Pipeline, key: jax.Array) -> Tree:
 
 
 def dmd_config(config: Any, pipeline: Pipeline) -> DMDConfig:
-  """The typed form of `config.dmd`."""
+  """The typed form of `config.dmd`.
+
+  Raises:
+    UserError: an unknown objective.
+  """
+  if config.dmd.objective not in OBJECTIVES:
+    raise UserError(f"dmd.objective is {config.dmd.objective!r}; use {' or '.join(OBJECTIVES)}.")
   values = {k: v for k, v in config.dmd.items() if k not in ("steps", "consistency")}
   consistency = Consistency(**config.dmd.consistency)
   return DMDConfig(**values, shift=pipeline.schedule.shift, consistency=consistency)

@@ -6,6 +6,7 @@ Nothing here imports jax, so `--help` and mistakes on the command line are answe
 import errno
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,11 +131,12 @@ def _split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _usage(main: Callable[[Invocation], None], values: flags.FlagValues) -> str:
-  lines = [inspect.cleandoc(inspect.getmodule(main).__doc__ or ""), "", "Flags:"]
+  lines = [inspect.cleandoc(main.__globals__.get("__doc__") or ""), "", "Flags:"]
   for name in sorted(values):
     flag = values[name]
     default = "" if flag.default is None else f" (default: {flag.default_as_str})"
-    lines.append(f"  --{name}: {flag.help}{default}")
+    text = f"--{name}: {flag.help}{default}"
+    lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="      ")
     if name == "config":
       lines.append("  --config.KEY=VALUE: Overrides one key of the configuration.")
   return "\n".join(lines)

@@ -3,7 +3,7 @@
   python -m rtdmd_jax.report WORKDIR
 
 Reads what the run left there: metrics.jsonl, evaluation.json, config.json, versions.json, the
-images under evaluation/ and previews/.
+images under evaluation/ and previews/. Writes report.html beside them.
 """
 
 import datetime

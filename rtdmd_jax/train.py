@@ -28,6 +28,7 @@ from rtdmd_jax.grids import grid, save_png
 from rtdmd_jax.metrics import MetricWriter
 from rtdmd_jax.optim import ema_update, make_optimizer
 from rtdmd_jax.preemption import Preemption
+from rtdmd_jax.profile import profiled
 from rtdmd_jax.progress import Progress
 from rtdmd_jax.prompts import Prompt
 from rtdmd_jax.report import write_report
@@ -241,7 +242,7 @@ def _train(config: Any, workdir: Path, stop: Preemption, allow: bool) -> None:
     record = {"config": settings, "versions": versions(), "weights": _weights(setup)}
     if saved.latest_step is not None:
       state = _restore(saved, state, record, allow)
-    step_fn = STAGES[config.stage](config, setup, optimizers)
+    step_fn = profiled(STAGES[config.stage](config, setup, optimizers), config.train, workdir)
     state = _loop(config, setup, step_fn, state, saved, record, stop, workdir)
   evaluator = evaluation.Evaluator(setup, config)
   _final_evaluation(config, setup, evaluator, state, workdir)
