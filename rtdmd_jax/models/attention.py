@@ -17,7 +17,6 @@ from rtdmd_jax.sharding import constrain
 KERNELS = ("auto", "xla", "splash", "cudnn")
 # Below this length "auto" takes XLA's, whose scores are small.
 MIN_LENGTH = 512
-LANES = 128
 
 _kernel: ContextVar[str] = ContextVar("attention_kernel", default="xla")
 
@@ -105,13 +104,12 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
   """The Pallas kernel of TPUs, [B, L, H, D] each; interpreted, and slow, on other platforms.
 
-  Tokens are padded to whole tiles, and a segment of their own hides the padding; heads are padded
-  to whole lanes with zeros.
+  Tokens are padded to whole tiles, and a segment of their own hides the padding.
   """
-  length, heads, width = q.shape[1:]
+  length, heads = q.shape[1:3]
   padded, block = tiles(length)
   q = (q.astype(jnp.float32) * scale).astype(q.dtype)
-  pad = ((0, 0), (0, 0), (0, padded - length), (0, -width % LANES))
+  pad = ((0, 0), (0, 0), (0, padded - length), (0, 0))
   q, k, v = (jnp.pad(jnp.swapaxes(x, 1, 2), pad) for x in (q, k, v))
   kernel = splash.make_splash_mha_single_device(
     splash_mask.MultiHeadMask([splash_mask.FullMask((padded, padded))] * heads),
@@ -130,7 +128,7 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array
     ids = (jnp.arange(padded) >= length).astype(jnp.int32)
     segments = splash.SegmentIds(ids, ids)
   out = jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(q, k, v)
-  return jnp.swapaxes(out, 1, 2)[:, :length, :, :width]
+  return jnp.swapaxes(out, 1, 2)[:, :length]
 
 
 def tiles(length: int) -> tuple[int, int]:
