@@ -19,6 +19,8 @@ def base() -> config_dict.ConfigDict:
   # What is kept of a block for the backward pass: everything, "dots" (weight products), or, with
   # "full", nothing but its input.
   c.model.remat = "none"
+  # Of the velocity networks: "auto" is "splash" on TPUs, "cudnn" on GPUs and "xla" elsewhere.
+  c.model.attention = "auto"
 
   # Devices along each axis (-1: all that are left); see docs/sharding.md.
   c.mesh = config_dict.ConfigDict()

@@ -66,7 +66,10 @@ def build(config: Any) -> Setup:
   prompts = load_prompts(config.data.prompts, split="train", metadata=True)
   held_out = load_prompts(config.data.held_out, split="test", metadata=True)
   pipeline = Pipeline.from_pretrained(
-    config.model.pretrained, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat
+    config.model.pretrained,
+    dtype=jnp.dtype(config.model.dtype),
+    remat=config.model.remat,
+    attention=config.model.attention,
   )
   sigmas = pipeline.few_step_sigmas(config.dmd.steps, config.model.image_size)
   bases, keys = _bases(config.model, pipeline)

@@ -66,6 +66,7 @@ class Pipeline:
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     remat: str = "none",
+    attention: str = "auto",
   ) -> "Pipeline":
     """Loads a directory with `model_index.json`.
 
@@ -74,13 +75,14 @@ class Pipeline:
       dtype: of parameters and computation.
       mesh: splits every parameter as the sharding table says; the current mesh by default.
       remat: what a backward pass through the transformer recomputes; see `build_transformer`.
+      attention: the transformer's attention kernel; see `build_transformer`.
 
     Raises:
       UserError: a missing or broken file, or a pipeline class that is not supported.
     """
     if mesh is not None:
       with jax.set_mesh(mesh):
-        return cls.from_pretrained(directory, dtype=dtype, remat=remat)
+        return cls.from_pretrained(directory, dtype=dtype, remat=remat, attention=attention)
     directory = Path(directory)
     kind = read_config(directory, "model_index.json").get("_class_name")
     if kind not in _FAMILIES:
@@ -94,7 +96,7 @@ class Pipeline:
       family.schedule, read_config(directory / "scheduler", "scheduler_config.json")
     )
     transformer = build_transformer(
-      read_config(directory / "transformer"), dtype=dtype, remat=remat
+      read_config(directory / "transformer"), dtype=dtype, remat=remat, attention=attention
     )
     params = load_params(
       directory / "transformer",

@@ -48,7 +48,7 @@ from rtdmd_jax.state import TrainState
 # A resumed run must agree with itself in these sections.
 FIXED = (
   *("stage", "seed", "lora", "load", "data", "dmd", "policy", "rewards"),
-  # Not batch.micro_batches and model.remat, which only save memory.
+  # Not batch.micro_batches, model.remat and model.attention, which only save memory.
   *("batch.prompts", "batch.repeats", "train.fake_update_ratio"),
   *(f"model.{key}" for key in ("pretrained", "image_size", "dtype")),
   *(f"model.{role}_init" for role in ("generator", "fake_score", "teacher")),
