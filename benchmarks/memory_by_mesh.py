@@ -2,7 +2,7 @@
 
 Bytes at rest by the sharding table (parameters, adapters with moments and moving average, text
 encoders, autoencoder, rewards on the device) without the temporaries of a step, which
-`python -m rtdmd_jax.aot` measures. Nothing is loaded: shapes are those of the published checkpoints.
+`python -m rtdmd_jax.aot` measures. Nothing is loaded: shapes are those of published checkpoints.
 """
 
 from pathlib import Path
