@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
-
 from rtdmd_jax.config import flatten, load_config
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +18,10 @@ def test_keys_of_the_configuration():
   config = load_config(str(ROOT / "configs/sd35_stage2.py")).to_dict()
   sections = "|".join(name for name, value in config.items() if isinstance(value, dict))
   text = (DOCS / "troubleshooting.md").read_text()
-  named = set(re.findall(rf"\b((?:{sections})(?:\.[a-z_]+)+)", text)) - {"rewards.md", "rewards.serve"}
+  named = set(re.findall(rf"\b((?:{sections})(?:\.[a-z_]+)+)", text)) - {
+    "rewards.md",
+    "rewards.serve",
+  }
   known = {key for key, _ in flatten(config)}
   assert len(named) > 10 and named <= known, named - known
 
@@ -40,9 +41,3 @@ def test_scripts():
   text = (DOCS / "launch.md").read_text()
   scripts = {p.name for p in (ROOT / "launch").glob("*.sh")} - {"lib.sh", "test.sh"}
   assert scripts == set(re.findall(r"^\| `launch/(\w+\.sh)`", text, re.M))
-
-
-@pytest.mark.parametrize("page", sorted(p.name for p in DOCS.glob("*.md")))
-def test_links_to_other_pages(page):
-  for target in re.findall(r"\]\(([\w/.-]+\.(?:md|svg|png))", (DOCS / page).read_text()):
-    assert (DOCS / target).is_file(), target
