@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from rtdmd_jax import cli, errors, evaluation, main, train
+from rtdmd_jax import cli, errors, evaluation, main
 from rtdmd_jax.config import load_config
 from rtdmd_jax.weights.safetensors import read_config
 
