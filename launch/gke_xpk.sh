@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on TPU slices of a GKE cluster, as a workload of XPK.
 # Usage: PROJECT=.. ZONE=.. CLUSTER=.. NAME=.. TYPE=v5litepod-16 IMAGE=registry/image:tag \
-#   [SLICES=2] launch/gke_xpk.sh [--dry-run] --config=FILE --workdir=DIR [--config.KEY=VALUE ...]
+#   [SLICES=2] launch/gke_xpk.sh [--dry-run] --config=configs/sd35_stage2.py --workdir=DIR [OVERRIDES]
 # Assumes: `pip install xpk`, a cluster made by it; IMAGE has this clone as its working directory and
 # the package installed with the extra `tpu`; --workdir, checkpoints and prompts lie on a mounted disk.
 # With several slices mesh.data must be a multiple of SLICES.

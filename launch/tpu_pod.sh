@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Asks for a TPU slice, or SLICES of them, waits, installs on every worker and trains.
 # Usage: PROJECT=.. ZONE=.. NAME=.. TYPE=v5litepod-16 RUNTIME=v2-alpha-tpuv5-lite SOURCE=https://.. \
-#   [SLICES=2] launch/tpu_pod.sh [--dry-run] --config=FILE --workdir=DIR [--config.KEY=VALUE ...]
+#   [SLICES=2] launch/tpu_pod.sh [--dry-run] --config=configs/sd35_stage2.py --workdir=DIR [OVERRIDES]
 # Assumes: gcloud is logged in and has quota; workers can clone SOURCE and have Python 3.11 or newer;
 # --workdir, checkpoints and prompts lie on a disk that every worker has mounted at the same path.
 # With several slices mesh.data must be a multiple of SLICES. Delete it afterwards:

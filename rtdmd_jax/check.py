@@ -14,7 +14,7 @@ from rtdmd_jax import sharding, train
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup
 from rtdmd_jax.aot.compile import program_arguments
 from rtdmd_jax.aot.published import PUBLISHED
-from rtdmd_jax.build import Setup, optimizer_config, policy_config
+from rtdmd_jax.build import Setup, micro_batches, optimizer_config, policy_config
 from rtdmd_jax.config import flatten
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import build_transformer
@@ -186,8 +186,7 @@ def _transformers(config: Any, directory: Path) -> None:
 def _programs(problems: list[str], config: Any, setup: Setup) -> list[str]:
   """Traces the programs on the current mesh; what they keep on every device."""
   _try(problems, _divides, config, setup)
-  if config.stage == "stage2":
-    _try(problems, policy_config, config)
+  _try(problems, policy_config if config.stage == "stage2" else micro_batches, config)
   optimizers = train.Optimizers(
     *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
   )

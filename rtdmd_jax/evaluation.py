@@ -162,3 +162,11 @@ def _summary(values: np.ndarray) -> dict:
     return {"mean": None, "ci95": None, "n": 0}
   ci = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
   return {"mean": float(values.mean()), "ci95": ci, "n": len(values)}
+
+
+def score_text(score: dict[str, float | None]) -> str:
+  """A row's mean with its 95 % interval, as far as enough samples could be scored."""
+  if score["mean"] is None:
+    return "failed"
+  interval = "" if score["ci95"] is None else f" ± {score['ci95']:.4f}"
+  return f"{score['mean']:.4f}{interval}"

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rtdmd_jax.evaluation import score_text
 from rtdmd_jax.models import Transformer
 
 FILE_NAME = "README.md"
@@ -95,7 +96,7 @@ def _scores(evaluation: Mapping[str, Any]) -> list[str]:
   systems = evaluation["systems"]
   names = list(systems[0]["scores"])
   rows = [
-    (s["name"], str(s["steps"]), f"{s['guidance']:g}", *(_score(s["scores"][n]) for n in names))
+    (s["name"], str(s["steps"]), f"{s['guidance']:g}", *(score_text(s["scores"][n]) for n in names))
     for s in systems
   ]
   counts = sorted({score["n"] for s in systems for score in s["scores"].values()})
@@ -104,13 +105,6 @@ def _scores(evaluation: Mapping[str, Any]) -> list[str]:
     _table(("system", "steps", "guidance", *names), rows),
     f"Means over {span} prompts that were not trained on, with 95 % intervals.",
   ]
-
-
-def _score(score: Mapping[str, Any]) -> str:
-  if score["mean"] is None:
-    return "failed"
-  interval = "" if score["ci95"] is None else f" ± {score['ci95']:.4f}"
-  return f"{score['mean']:.4f}{interval}"
 
 
 def _loading(kind: str, pipeline: str, network: str, base: str) -> list[str]:

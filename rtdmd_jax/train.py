@@ -391,13 +391,5 @@ def _final_evaluation(
     evaluation.generator(setup, config, "result, few steps", state.ema),
   ]
   for row in evaluator.compare(systems, prompts, workdir)["systems"]:
-    scores = "  ".join(f"{name} {score_text(s)}" for name, s in row["scores"].items())
+    scores = "  ".join(f"{name} {evaluation.score_text(s)}" for name, s in row["scores"].items())
     print(f"{row['name']:24s} {row['steps']:3d} steps  guidance {row['guidance']}  {scores}")
-
-
-def score_text(score: dict[str, float | None]) -> str:
-  """A row's mean with its 95 % interval, as far as enough samples could be scored."""
-  if score["mean"] is None:
-    return "failed"
-  interval = "" if score["ci95"] is None else f" ± {score['ci95']:.4f}"
-  return f"{score['mean']:.4f}{interval}"

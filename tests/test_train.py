@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from rtdmd_jax import cli, errors, main, train
+from rtdmd_jax import cli, errors, evaluation, main
 from rtdmd_jax.config import load_config
 from rtdmd_jax.weights.safetensors import read_config
 
@@ -103,7 +103,7 @@ def _rewrite(file, drop=None, cut=None):
   [(0.5, 0.25, "0.5000 ± 0.2500"), (0.5, None, "0.5000"), (None, None, "failed")],
 )
 def test_a_score_is_shown_as_far_as_it_exists(mean, ci95, text):
-  assert train.score_text({"mean": mean, "ci95": ci95, "n": 1}) == text
+  assert evaluation.score_text({"mean": mean, "ci95": ci95, "n": 1}) == text
 
 
 @pytest.mark.slow
