@@ -218,6 +218,11 @@ def train(config: Any, workdir: Path, *, allow_config_change: bool = False) -> N
     UserError: a bad configuration, a missing or broken file, or a workdir of another run.
     Stopped: a signal came, or too many updates in a row were not finite.
   """
+  if jax.process_count() > 1:
+    raise UserError(
+      f"training in {jax.process_count()} processes is not there yet: each would write the same"
+      " checkpoints and metrics; use the devices of one process."
+    )
   with jax.set_mesh(make_mesh(**config.mesh)), Preemption(config.train.grace_seconds) as stop:
     _train(config, workdir, stop, allow_config_change)
 
