@@ -1,8 +1,9 @@
 """Compiles a run for TPUs without one: `python -m rtdmd_jax.aot --config=FILE --topology=v5e:8x8`.
 
 Prints what every program of a training step costs one device: memory against what the device has,
-floating-point operations, traffic, and the least time that its peak rates allow. Nothing is loaded:
-checkpoints that are missing are described by their published configs. Exit code 0: everything fits;
+floating-point operations, traffic, and the least time that its peak rates allow. Reads config files
+alone: checkpoints that are missing are described by their published configs. Writes the file of
+--json. Exit code 0: everything fits;
 1: something does not; 2: nothing was found out,
 because of a mistake on the command line or in the config, or because the compiler itself failed.
 """

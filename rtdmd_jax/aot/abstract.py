@@ -61,7 +61,9 @@ def abstract_setup(config: Any) -> Setup:
     UserError: neither a checkpoint nor a published one, or an unsupported config.
   """
   dtype = jnp.dtype(config.model.dtype)
-  pipeline = abstract_pipeline(config.model.pretrained, dtype)
+  pipeline = abstract_pipeline(
+    config.model.pretrained, dtype, remat=config.model.remat, attention=config.model.attention
+  )
   keys = {
     role: config.model[f"{role}_init"] or config.model.pretrained
     for role in ("generator", "fake_score", "teacher")
@@ -115,13 +117,17 @@ def abstract_batch(config: Any, setup: Setup) -> Batch:
   return Batch(encoded, index, samples, setup.unconditional, text)
 
 
-def abstract_pipeline(directory: str, dtype: Any) -> Pipeline:
+def abstract_pipeline(
+  directory: str, dtype: Any, *, remat: str = "none", attention: str = "auto"
+) -> Pipeline:
   """`Pipeline.from_pretrained` without parameters, and without tokenizers."""
   kind = _kind(directory)
   schedule = Schedule.from_config(
     _SCHEDULES[kind], read(directory, "scheduler", "scheduler_config.json")
   )
-  transformer = build_transformer(read(directory, "transformer"), dtype=dtype)
+  transformer = build_transformer(
+    read(directory, "transformer"), dtype=dtype, remat=remat, attention=attention
+  )
   decoder = _autoencoder(read(directory, "vae"), dtype)
   side = decoder.config.factor
   pixels = jnp.zeros((1, side, side, decoder.config.in_channels))

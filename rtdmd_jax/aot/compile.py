@@ -134,7 +134,7 @@ def _measure(config: Any, setup: Setup, mesh: Mesh, topology: str, only: str) ->
     needed = only in ("", name) or (name == "rollout" and only in ("fake_score", "policy"))
     if not needed:
       continue
-    args = [known[key] for key in _arguments(config.stage, name)]
+    args = [known[key] for key in program_arguments(config.stage, name)]
     cost, compiled = _cost(name, program, args, mesh, turns, text, _resident(known, args))
     costs.append(cost)
     if name == "rollout":
@@ -142,8 +142,8 @@ def _measure(config: Any, setup: Setup, mesh: Mesh, topology: str, only: str) ->
   return _report(config, topology, mesh, known, text, costs)
 
 
-def _arguments(stage: str, name: str) -> tuple[str, ...]:
-  """What the program reads."""
+def program_arguments(stage: str, name: str) -> tuple[str, ...]:
+  """What the program `name` of a stage reads: state, frozen, batch, samples, rewards."""
   if name == "finish":
     return ("state",)
   extra = (

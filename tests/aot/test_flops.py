@@ -96,14 +96,20 @@ def test_a_stack_of_blocks_counts_like_its_unrolled_form():
   assert counts[0] > blocks
 
 
-def test_a_kernel_of_unknown_cost_is_an_error():
+def test_a_kernel_counts_for_every_tile_of_its_grid():
   from jax.experimental import pallas as pl
 
-  def double(x):
-    def kernel(x_ref, o_ref):
-      o_ref[...] = 2 * x_ref[...]
+  def product(x, w):
+    def kernel(x_ref, w_ref, o_ref):
+      o_ref[...] = x_ref[...] @ w_ref[...]
 
-    return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+    rows = pl.BlockSpec((8, 128), lambda i: (i, 0))
+    return pl.pallas_call(
+      kernel,
+      grid=(4,),
+      in_specs=[rows, pl.BlockSpec((128, 128), lambda i: (0, 0))],
+      out_specs=rows,
+      out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+    )(x, w)
 
-  with pytest.raises(ValueError, match="Pallas"):
-    _count(double, (8, 128))
+  assert _count(product, (32, 128), (128, 128)) == 2 * 32 * 128 * 128

@@ -157,7 +157,7 @@ def test_bad_inputs(base):
     transformer.velocity(params, latents, sigma, tokens)
   with pytest.raises(ValueError, match="guidance"):
     transformer.velocity(params, latents, sigma, tokens, pooled, sigma)
-  with pytest.raises(ValueError, match="remat"):
+  with pytest.raises(UserError, match="remat"):
     build_transformer(CONFIG, remat="some").init_abstract()
 
 
