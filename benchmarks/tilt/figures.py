@@ -77,29 +77,27 @@ def trade(results: dict) -> None:
   save(figure, "trade")
 
 
-def variances(estimators: dict) -> None:
-  figure, panels = plt.subplots(1, 2, figsize=(9, 3))
-  for axes, key, title in zip(
-    panels, ("subgrpo", "subgrpo_linear"), ("quadratic reward", "linear reward"), strict=True
-  ):
-    rows = [r for r in estimators[key]["rows"] if r["steps"][0] == r["steps"][1]]
-    for offset, shared in ((-0.2, False), (0.2, True)):
-      parts = [r for r in rows if r["shared_noise"] == shared]
-      axes.bar(
-        [r["steps"][0] + offset for r in parts], [r["variance"] for r in parts], 0.38,
-        color="tab:blue" if shared else "lightgrey", label="shared" if shared else "independent",
-      )  # fmt: skip
-    axes.set(xticks=range(3), xlabel="trained step", ylabel="variance", title=title)
-    axes.legend(fontsize=8)
+def variances(rows: list[dict]) -> None:
+  figure, axes = plt.subplots(figsize=(5, 3))
+  single = [r for r in rows if r["steps"][0] == r["steps"][1]]
+  for offset, shared in ((-0.2, False), (0.2, True)):
+    parts = [r for r in single if r["shared_noise"] == shared]
+    axes.bar(
+      [r["steps"][0] + offset for r in parts], [r["variance"] for r in parts], 0.38,
+      color="tab:blue" if shared else "lightgrey", label="shared" if shared else "independent",
+    )  # fmt: skip
+  axes.set(xticks=range(3), xlabel="the one trained step", ylabel="variance of the gradient")
+  axes.legend(title="noise of the others", fontsize=8)
   save(figure, "variance")
 
 
 def main() -> None:
   results = json.loads(RESULTS.read_text())
   shifts(results["gaussian"]["stage2"])
-  clouds()
-  trade(results["mixture"])
-  variances(results["estimators"])
+  if "mixture" in results:
+    clouds()
+    trade(results["mixture"])
+  variances(results["estimators"]["subgrpo"]["rows"])
 
 
 if __name__ == "__main__":

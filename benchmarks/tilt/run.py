@@ -207,7 +207,6 @@ def facts() -> dict:
     ("ambient", lambda: estimators.ambient(PLACE.teacher)),
     ("consistency", lambda: estimators.consistency(PLACE.teacher)),
     ("subgrpo", lambda: estimators.subgrpo(PLACE, state)),
-    ("subgrpo_linear", lambda: estimators.subgrpo(PLACE._replace(quadratic=0.0), state)),
     ("hybrid", lambda: estimators.hybrid(PLACE, state)),
   ):
     begin = time.time()
@@ -226,8 +225,8 @@ def main() -> None:
   parser.add_argument("--only", choices=SECTIONS, help="one section instead of all")
   only = parser.parse_args().only
   for name in [only] if only else SECTIONS:
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[name] = SECTIONS[name]()
+    section = SECTIONS[name]()
+    results = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | {name: section}
     short = json.loads(json.dumps(results), parse_float=lambda s: float(f"{float(s):.5g}"))
     RESULTS.write_text(json.dumps(short, indent=1) + "\n")
 
