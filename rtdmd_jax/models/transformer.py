@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.attention import attention_kernel
@@ -40,7 +41,7 @@ class Transformer:
 
   def init(self, key: jax.Array) -> Any:
     """Fresh float32 parameters."""
-    inputs = jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), self.example)
+    inputs = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.example)
     return jax.jit(self.module.init)(key, *inputs)["params"]
 
   def init_abstract(self) -> Any:
@@ -86,7 +87,9 @@ class Transformer:
 
 
 def config_values(cls: type, class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of a diffusers config.json; keys with a leading underscore are its own notes.
+  """The fields of a diffusers config.json, lists as tuples.
+
+  Keys with a leading underscore are diffusers' own notes.
 
   Args:
     cls: the family's frozen dataclass.
@@ -98,8 +101,31 @@ def config_values(cls: type, class_name: str, config: Mapping[str, Any]) -> dict
   """
   if config.get("_class_name") != class_name:
     raise UserError(f"_class_name is {config.get('_class_name')!r}, expected {class_name!r}.")
-  values = {k: v for k, v in config.items() if not k.startswith("_")}
+  values = {
+    k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")
+  }
   unknown = sorted(values.keys() - {f.name for f in fields(cls)})
   if unknown:
     raise UserError(f"{class_name} config has an unknown key {unknown[0]!r}.")
   return values
+
+
+def example_inputs(
+  latents: tuple[int, int, int], tokens: int, pooled: int | None = None, *, guidance: bool = False
+) -> tuple[Any, ...]:
+  """`Transformer.example` for one image and one token.
+
+  Args:
+    latents: the smallest height and width, and the channels.
+    tokens: features of a text token.
+    pooled: features of the pooled text; None where it is not an input.
+    guidance: whether the guidance scale is an input.
+  """
+  shapes = (
+    (1, *latents),
+    (1,),
+    (1, 1, tokens),
+    None if pooled is None else (1, pooled),
+    (1,) if guidance else None,
+  )
+  return tuple(s and jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
