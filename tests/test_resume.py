@@ -46,10 +46,11 @@ def test_frozen_weights_must_not_change():
 
 def test_stored_config(tmp_path):
   path = tmp_path / "config.json"
-  with pytest.raises(UserError, match="config.json is missing or not JSON"):
+  with pytest.raises(UserError, match="config.json cannot be read"):
     read_stored_config(path)
   store_config(path, OLD)
   assert read_stored_config(path) == OLD
-  path.write_text("{")
-  with pytest.raises(UserError, match="config.json is missing or not JSON"):
-    read_stored_config(path)
+  for text, message in (("{", "config.json: is not JSON"), ("[]", "holds no JSON object")):
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+      read_stored_config(path)

@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from rtdmd_jax import sharding as sharding_table
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.jsontext import parse_json
 from rtdmd_jax.weights.maps import Entry, KeyTable
 
 _STEMS = ("diffusion_pytorch_model", "model")
@@ -226,11 +227,10 @@ def read_config(directory: str | os.PathLike, name: str = "config.json") -> dict
 
 def _read_json(path: Path) -> dict[str, Any]:
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    text = path.read_bytes()
   except OSError as error:
     raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-  except ValueError as error:
-    raise UserError(f"{path} is not valid JSON ({error}).") from error
+  value = parse_json(text, str(path))
   if not isinstance(value, dict):
     raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
   return value
