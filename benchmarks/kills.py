@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,13 +163,13 @@ def main() -> int:
   options = parser.parse_args()
   workdir = options.workdir or Path(tempfile.mkdtemp(prefix="kills"))
   draw = random.Random(options.seed)
-  date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+  date = datetime.now(UTC).strftime("%Y-%m-%d")
   lines = [
     "",
     f"`python benchmarks/kills.py --kills={options.kills} --seed={options.seed}`, {date}:",
     "",
-    "| stage | kills | before the first checkpoint | between saves | during a save | runs to the end"
-    " | leaves compared | last checkpoint |",
+    "| stage | kills | before the first checkpoint | between saves | during a save"
+    " | runs to the end | leaves compared | last checkpoint |",
     "|---|---:|---:|---:|---:|---:|---:|---|",
   ]
   fine = True
