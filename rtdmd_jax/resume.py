@@ -14,7 +14,7 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.jsontext import parse_json
 
 _ABSENT = object()
-_SHOWN = 12
+_SHOWN, _LONGEST = 6, 200  # changes of a message, letters of a value
 
 
 def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -54,7 +54,7 @@ def check_resume(
     Lines of `config_diff` for the permitted changes.
 
   Raises:
-    UserError: a fixed key changed; the first twelve such changes are listed.
+    UserError: a fixed key changed; the first of these changes are listed.
   """
   changes = config_diff(old, new)
   refused = [
@@ -107,7 +107,10 @@ def store_config(path: Path, config: dict[str, Any]) -> None:
 
 
 def _show(value: Any) -> str:
-  return "absent" if value is _ABSENT else json.dumps(value)
+  if value is _ABSENT:
+    return "absent"
+  text = json.dumps(value)
+  return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def versions() -> dict[str, str]:

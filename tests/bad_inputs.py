@@ -41,7 +41,7 @@ from rtdmd_jax.weights.safetensors import load_params, read_config
 from rtdmd_jax.weights.state_dict import read_state_dict
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-_LONGEST = 1000  # letters of a sentence
+_LONGEST = 3000  # letters of a sentence
 
 
 class Refused(Exception):

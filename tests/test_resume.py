@@ -36,6 +36,14 @@ def test_fixed_keys_must_not_change():
   assert check_resume("run/3", OLD, NEW, ["lora"], allow=True) == both
 
 
+def test_many_changes_are_counted_and_long_values_cut():
+  old = {"lora": {f"k{i:02}": "x" * 900 for i in range(20)}}
+  with pytest.raises(UserError, match="; and 14 more") as refused:
+    check_resume("run/3", old, {}, ["lora"])
+  assert "lora.k05" in str(refused.value) and "lora.k06" not in str(refused.value)
+  assert len(str(refused.value)) < 2000
+
+
 def test_frozen_weights_must_not_change():
   old, new = {"teacher": "aa", "generator": "bb"}, {"teacher": "aa", "generator": "cc"}
   assert check_weights("run/3", old, old) == []
