@@ -177,7 +177,7 @@ class Pipeline:
     prompts: Sequence[str],
     key: jax.Array,
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     steps: int | Sequence[float] = FEW_STEPS,
     guidance: float = 1.0,
     eta: float = 0.9,
@@ -189,7 +189,7 @@ class Pipeline:
     Args:
       prompts: B prompts.
       key: of the noise.
-      image_size: side in pixels.
+      image_size: side in pixels, or (height, width).
       steps: a number of Euler steps, or the few steps (in 1000ths) of the stochastic sampler.
       guidance: classifier-free guidance scale, off at 1; an input of networks that embed it.
       eta: stochasticity of the few steps.

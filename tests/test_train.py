@@ -159,6 +159,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
   line = ""
   while not line.startswith("step 1/"):
     line = process.stdout.readline()
+    assert line, process.stderr.read()
   process.send_signal(signal.SIGTERM)
   _, said = process.communicate(timeout=200)
   assert process.returncode == errors.EXIT_PREEMPTED, said
