@@ -36,7 +36,7 @@ def load_vae(
   """
   config = read_config(directory)
   name = config.get("_class_name")
-  if name not in _VAES:
+  if not isinstance(name, str) or name not in _VAES:
     raise UserError(f"{directory}: _class_name is {name!r}, expected one of {', '.join(_VAES)}.")
   config_class, module_class = _VAES[name]
   module = module_class(config_class.from_dict(config), dtype)
