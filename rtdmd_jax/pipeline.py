@@ -85,7 +85,7 @@ class Pipeline:
         return cls.from_pretrained(directory, dtype=dtype, remat=remat, attention=attention)
     directory = Path(directory)
     kind = read_config(directory, "model_index.json").get("_class_name")
-    if kind not in _FAMILIES:
+    if not isinstance(kind, str) or kind not in _FAMILIES:
       raise UserError(
         f"{directory / 'model_index.json'}: _class_name is {kind!r}; supported are"
         f" {', '.join(_FAMILIES)}."

@@ -25,6 +25,7 @@ from rtdmd_jax.data import make_batch
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.export import export_adapters
 from rtdmd_jax.grids import grid, save_png
+from rtdmd_jax.limits import check_limits
 from rtdmd_jax.metrics import MetricWriter
 from rtdmd_jax.optim import ema_update, make_optimizer
 from rtdmd_jax.preemption import Preemption
@@ -230,6 +231,7 @@ def train(config: Any, workdir: Path, *, allow_config_change: bool = False) -> N
 def _train(config: Any, workdir: Path, stop: Preemption, allow: bool) -> None:
   if config.stage not in STAGES:
     raise UserError(f"stage is {config.stage!r}; use one of {', '.join(STAGES)} or pretrain.")
+  check_limits(config)
   workdir.mkdir(parents=True, exist_ok=True)
   settings = json.loads(config.to_json_best_effort())
   keep, keep_every = config.train.keep, config.train.keep_every or None

@@ -137,7 +137,7 @@ def abstract_pipeline(
 
 def _kind(directory: str) -> str:
   kind = read(directory, file="model_index.json").get("_class_name")
-  if kind not in _SCHEDULES:
+  if not isinstance(kind, str) or kind not in _SCHEDULES:
     raise UserError(
       f"_class_name in {directory}/model_index.json is {kind!r}; supported are"
       f" {', '.join(_SCHEDULES)}."

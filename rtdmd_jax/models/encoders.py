@@ -55,7 +55,7 @@ def abstract_vae(
     UserError: an unknown class name, or a config that is not supported.
   """
   name = config.get("_class_name")
-  if name not in _VAES:
+  if not isinstance(name, str) or name not in _VAES:
     raise UserError(f"{source}: _class_name is {name!r}, expected one of {', '.join(_VAES)}.")
   config_class, module_class = _VAES[name]
   module = module_class(config_class.from_dict(config), dtype)

@@ -65,8 +65,9 @@ class SD3Config:
     Raises:
       UserError: another class name, an unknown key, or values that do not fit together.
     """
-    values = config_values(cls, CLASS_NAME, config)
-    values["dual_attention_layers"] = values.get("dual_attention_layers") or ()
+    dual = config.get("dual_attention_layers") or ()  # diffusers writes null, too
+    values = config_values(cls, CLASS_NAME, {**config, "dual_attention_layers": dual})
+    values["dual_attention_layers"] = tuple(dual)
     built = cls(**values)
     built._check()
     return built

@@ -1,8 +1,9 @@
 """What every transformer family hands to the rest of the program."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.attention import attention_kernel
 from rtdmd_jax.weights.maps import KeyTable
+
+_LARGEST_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def config_values(cls: type, class_name: str, config: Mapping[str, Any]) -> dict
     config: contents of config.json.
 
   Raises:
-    UserError: another class name, or a key that the dataclass lacks.
+    UserError: another class name, a key that the dataclass lacks, or a value of another type.
   """
   if config.get("_class_name") != class_name:
     raise UserError(f"_class_name is {config.get('_class_name')!r}, expected {class_name!r}.")
@@ -107,6 +110,11 @@ def config_values(cls: type, class_name: str, config: Mapping[str, Any]) -> dict
   unknown = sorted(values.keys() - {f.name for f in fields(cls)})
   if unknown:
     raise UserError(f"{class_name} config has an unknown key {unknown[0]!r}.")
+  hints = get_type_hints(cls)
+  for name, value in values.items():
+    if not _is_of(value, hints[name]):
+      shown = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
+      raise UserError(f"{class_name} config: {name} is {_short(value)}, expected {shown}.")
   return values
 
 
@@ -129,3 +137,23 @@ def example_inputs(
     (1,) if guidance else None,
   )
   return tuple(s and jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+  """Whether a JSON value fits a field's type; sizes are positive, and a list may be a tuple."""
+  if get_origin(hint) is tuple:
+    item = get_args(hint)[0]
+    return isinstance(value, list | tuple) and all(
+      isinstance(v, item) and not isinstance(v, bool) for v in value
+    )
+  if args := get_args(hint):
+    return any(_is_of(value, arg) for arg in args)
+  if hint is int:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST_SIZE
+  if hint is float:
+    return isinstance(value, int | float) and abs(value) < math.inf and not isinstance(value, bool)
+  return isinstance(value, hint)
+
+
+def _short(value: Any) -> str:
+  return repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."

@@ -93,6 +93,9 @@ def test_stacks_follow_the_layers(base):
 @pytest.mark.parametrize("scan, remat", [(False, "none"), (True, "full"), (False, "dots")])
 def test_scan_and_remat_change_nothing(config, scan, remat):
   transformer, params = network(config)
+  # Halved, for without normalised queries and keys larger weights amplify float32's rounding a
+  # thousandfold, differently on each processor.
+  params = jax.tree.map(lambda a: a / 2, params)
   other = build_transformer(config, scan=scan, remat=remat)
   lora, _ = lora_for(params)
 
