@@ -90,6 +90,7 @@ def base() -> config_dict.ConfigDict:
   c.train.save_every = 1000
   c.train.keep = 3  # newest checkpoints that stay
   c.train.keep_every = 0  # steps divisible by this stay too; 0: none
+  c.train.check_numbers = False  # stop at the first NaN and name its line; slow
   c.train.max_skipped = 20  # updates in a row without a finite gradient end the run
   c.train.profile_start = 10  # first step of a profile in the workdir (docs/troubleshooting.md)
   c.train.profile_steps = 0  # its length; 0: none

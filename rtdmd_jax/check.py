@@ -17,6 +17,7 @@ from rtdmd_jax.aot.published import PUBLISHED
 from rtdmd_jax.build import Setup, micro_batches, optimizer_config, policy_config
 from rtdmd_jax.config import flatten
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.limits import check_limits
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.models.text import load_tokenizer
 from rtdmd_jax.optim import make_optimizer
@@ -64,6 +65,10 @@ def check(config: Any, workdir: Path | None = None, *, allow_config_change: bool
   if config.get("stage") not in train.STAGES:
     stages = ", ".join(train.STAGES)
     problems.append(f"stage is {config.get('stage')!r}; use one of {stages} or pretrain.")
+    return Report(lines, problems)
+  before = len(problems)
+  _try(problems, check_limits, config)
+  if len(problems) > before:  # what follows takes such values for granted
     return Report(lines, problems)
   lines += _try(problems, _prompts, config) or []
   usable = config.copy_and_resolve_references().unlock()

@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,12 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     raise UserError(
       f"{path}: get_config() takes no argument, but --config={spec} gives it {arg!r}; drop ':{arg}'"
     )
-  config = get_config(arg) if arg is not None else get_config()
+  try:
+    config = get_config(arg) if arg is not None else get_config()
+  except UserError:
+    raise
+  except Exception as error:
+    raise _does_not_load(path, error) from error
   if not isinstance(config, ConfigDict):
     raise UserError(
       f"{path}: get_config must return a ml_collections.ConfigDict, not {type(config).__name__}"
@@ -108,9 +114,10 @@ def _load_get_config(path: Path):
     module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-  except (SyntaxError, ImportError, NameError) as error:
-    line = f" line {error.lineno}" if isinstance(error, SyntaxError) else ""
-    raise UserError(f"configuration file {path}{line} does not load: {error}") from error
+  except UserError:
+    raise
+  except Exception as error:
+    raise _does_not_load(path, error) from error
   finally:
     sys.path.remove(folder)
     # Siblings imported by this file must not shadow those of a configuration in another folder.
@@ -120,6 +127,19 @@ def _load_get_config(path: Path):
   if not callable(getattr(module, "get_config", None)):
     raise UserError(f"configuration file {path} defines no function get_config")
   return module.get_config
+
+
+def _does_not_load(path: Path, error: Exception) -> UserError:
+  """Says where in the file the user's own code went wrong."""
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+  if isinstance(error, SyntaxError) and error.lineno:
+    lines.append(error.lineno)
+  line = f" line {lines[-1]}" if lines else ""
+  said = str(error) or type(error).__name__
+  known = isinstance(error, (SyntaxError, ImportError, NameError))
+  kind = "" if known or not str(error) else f"{type(error).__name__}: "
+  return UserError(f"configuration file {path}{line} does not load: {kind}{said}")
 
 
 def _unknown_key(config: ConfigDict, key: str, unknown: str) -> UserError:
@@ -148,7 +168,7 @@ def _parse(key: str, text: str, current: Any, value_type: type) -> Any:
     return value_type(_parse_sequence(key, text, tuple(current or ())))
   try:
     return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
     return text
 
 

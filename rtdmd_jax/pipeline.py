@@ -85,7 +85,7 @@ class Pipeline:
         return cls.from_pretrained(directory, dtype=dtype, remat=remat, attention=attention)
     directory = Path(directory)
     kind = read_config(directory, "model_index.json").get("_class_name")
-    if kind not in _FAMILIES:
+    if not isinstance(kind, str) or kind not in _FAMILIES:
       raise UserError(
         f"{directory / 'model_index.json'}: _class_name is {kind!r}; supported are"
         f" {', '.join(_FAMILIES)}."
@@ -177,7 +177,7 @@ class Pipeline:
     prompts: Sequence[str],
     key: jax.Array,
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     steps: int | Sequence[float] = FEW_STEPS,
     guidance: float = 1.0,
     eta: float = 0.9,
@@ -189,7 +189,7 @@ class Pipeline:
     Args:
       prompts: B prompts.
       key: of the noise.
-      image_size: side in pixels.
+      image_size: side in pixels, or (height, width).
       steps: a number of Euler steps, or the few steps (in 1000ths) of the stochastic sampler.
       guidance: classifier-free guidance scale, off at 1; an input of networks that embed it.
       eta: stochasticity of the few steps.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.jsontext import parse_json
 
 # File names of the published prompt sets, in the order in which a folder is searched.
 _NAMES = {
@@ -152,12 +153,21 @@ def _prompt(value: Any, place: str) -> Prompt:
   text = record.get("prompt", record.get("text"))
   if not isinstance(text, str) or not text.strip():
     raise UserError(f"{place}: needs a non-empty string under 'prompt' or 'text'")
+  if any("\ud800" <= letter <= "\udfff" for letter in text):
+    raise UserError(f"{place}: the prompt holds half of a surrogate pair, which is no character")
   return Prompt(text.strip(), record)
+
+
+def _bytes(file: Path) -> bytes:
+  try:
+    return file.read_bytes()
+  except OSError as error:
+    raise UserError(f"{file} cannot be read ({error.strerror})") from error
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
   """Non-empty stripped lines with `file, line n`."""
-  for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+  for number, line in enumerate(_bytes(file).split(b"\n"), start=1):
     place = f"{file}, line {number}"
     try:
       text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -169,19 +179,11 @@ def _lines(file: Path) -> Iterator[tuple[str, str]]:
 
 def _read_jsonl(file: Path) -> Iterator[tuple[str, Any]]:
   for place, line in _lines(file):
-    try:
-      yield place, json.loads(line)
-    except json.JSONDecodeError as error:
-      raise UserError(f"{place}: is not JSON ({error.msg} at column {error.colno})") from error
+    yield place, parse_json(line, place)
 
 
 def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
-  try:
-    values = json.loads(file.read_text(encoding="utf-8-sig") or "[]")
-  except json.JSONDecodeError as error:
-    raise UserError(f"{file}, line {error.lineno}: is not JSON ({error.msg})") from error
-  except UnicodeDecodeError as error:
-    raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start})") from error
+  values = parse_json(_bytes(file) or b"[]", str(file))
   if not isinstance(values, list):
     raise UserError(f"{file} must hold a JSON list of prompts, not {type(values).__name__}")
   yield from ((f"{file}, entry {number}", value) for number, value in enumerate(values, start=1))

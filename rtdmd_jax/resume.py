@@ -11,8 +11,10 @@ import jax
 
 from rtdmd_jax.config import flatten
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.jsontext import parse_json
 
 _ABSENT = object()
+_SHOWN, _LONGEST = 6, 200  # changes of a message, letters of a value
 
 
 def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -52,16 +54,18 @@ def check_resume(
     Lines of `config_diff` for the permitted changes.
 
   Raises:
-    UserError: a fixed key changed; all such changes are listed.
+    UserError: a fixed key changed; the first of these changes are listed.
   """
   changes = config_diff(old, new)
   refused = [
     line for line in changes if any(f"{line.partition(':')[0]}.".startswith(f"{f}.") for f in fixed)
   ]
   if refused and not allow:
+    more = f"; and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
     raise UserError(
-      f"cannot resume {name} with another objective or model ({'; '.join(refused)}); restore these "
-      "keys, start in a new workdir, or give --allow_config_change if you mean it"
+      f"cannot resume {name} with another objective or model "
+      f"({'; '.join(refused[:_SHOWN])}{more}); restore these keys, start in a new "
+      "workdir, or give --allow_config_change if you mean it"
     )
   return changes
 
@@ -86,9 +90,13 @@ def read_stored_config(path: Path) -> dict[str, Any]:
     UserError: the file is missing or broken.
   """
   try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise UserError(f"cannot resume: {path} is missing or not JSON ({error})") from error
+    text = path.read_bytes()
+  except OSError as error:
+    raise UserError(f"cannot resume: {path} cannot be read ({error.strerror})") from error
+  stored = parse_json(text, f"cannot resume: {path}")
+  if not isinstance(stored, dict):
+    raise UserError(f"cannot resume: {path} holds no JSON object, so no configuration")
+  return stored
 
 
 def store_config(path: Path, config: dict[str, Any]) -> None:
@@ -99,7 +107,10 @@ def store_config(path: Path, config: dict[str, Any]) -> None:
 
 
 def _show(value: Any) -> str:
-  return "absent" if value is _ABSENT else json.dumps(value)
+  if value is _ABSENT:
+    return "absent"
+  text = json.dumps(value)
+  return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def versions() -> dict[str, str]:

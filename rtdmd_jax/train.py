@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,9 @@ from rtdmd_jax.data import make_batch
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.export import export_adapters
 from rtdmd_jax.grids import grid, save_png
+from rtdmd_jax.limits import check_limits
 from rtdmd_jax.metrics import MetricWriter
+from rtdmd_jax.numbers import checked_jit
 from rtdmd_jax.optim import ema_update, make_optimizer
 from rtdmd_jax.preemption import Preemption
 from rtdmd_jax.profile import profiled
@@ -124,9 +127,10 @@ def stage1_programs(config: Any, setup: Setup, optimizers: Optimizers) -> dict[s
       state, frozen, batch, key, optimizer=optimizers.generator, **common
     )
 
+  compiled = partial(checked_jit, check=config.train.check_numbers)
   return {
-    "fake_score": jax.jit(_keyed(fake, config.seed, 1), donate_argnums=0),
-    "generator": jax.jit(_keyed(generator, config.seed, 2), donate_argnums=0),
+    "fake_score": compiled(_keyed(fake, config.seed, 1), donate_argnums=0),
+    "generator": compiled(_keyed(generator, config.seed, 2), donate_argnums=0),
     "finish": _finish(config),
   }
 
@@ -175,10 +179,11 @@ def stage2_programs(config: Any, setup: Setup, optimizers: Optimizers) -> dict[s
       **common,
     )
 
+  compiled = partial(checked_jit, check=config.train.check_numbers)
   return {
-    "rollout": jax.jit(_keyed(roll_out, config.seed, 3)),
-    "fake_score": jax.jit(_keyed(fake, config.seed, 1), donate_argnums=0),
-    "policy": jax.jit(_keyed(update, config.seed, 2), donate_argnums=0),
+    "rollout": compiled(_keyed(roll_out, config.seed, 3)),
+    "fake_score": compiled(_keyed(fake, config.seed, 1), donate_argnums=0),
+    "policy": compiled(_keyed(update, config.seed, 2), donate_argnums=0),
     "finish": _finish(config),
   }
 
@@ -230,6 +235,7 @@ def train(config: Any, workdir: Path, *, allow_config_change: bool = False) -> N
 def _train(config: Any, workdir: Path, stop: Preemption, allow: bool) -> None:
   if config.stage not in STAGES:
     raise UserError(f"stage is {config.stage!r}; use one of {', '.join(STAGES)} or pretrain.")
+  check_limits(config)
   workdir.mkdir(parents=True, exist_ok=True)
   settings = json.loads(config.to_json_best_effort())
   keep, keep_every = config.train.keep, config.train.keep_every or None

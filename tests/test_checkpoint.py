@@ -219,7 +219,10 @@ def test_killed_while_saving_the_last_complete_checkpoint_is_used(tmp_path):
     )
     starts.append(int(process.stdout.readline()))
     deadline = time.time() + 30
-    while time.time() < deadline and not list(tmp_path.glob("ck/*tmp*")):
+    # Steps are saved one after the other, so below the second one is complete.
+    while time.time() < deadline and not [
+      path for path in tmp_path.glob("ck/*tmp*") if int(path.name.split(".")[0]) > starts[-1] + 1
+    ]:
       time.sleep(0.001)
     time.sleep(draw.random() * 0.3)
     process.kill()

@@ -137,6 +137,17 @@ def _requirements():
   return [re.match(r"([\w.-]+)(.*)", line).groups() for line in lines if line]
 
 
+def test_the_lock_file_has_every_pin_with_hashes():
+  locked = (ROOT / "requirements.lock").read_text()
+  entry = r"^([\w.-]+)==(\S+)(?: ; [^\\]*)? \\\n    --hash=sha256:[0-9a-f]{64}"
+  entries = re.findall(entry, locked, re.M)
+  assert len(entries) == len(re.findall(r"^[\w.-]+==", locked, re.M)) > 50
+  pins = {(name.lower().replace("_", "-"), version) for name, version in entries}
+  for name, rest in _requirements():
+    wanted = rest.partition(";")[0].strip().removeprefix("==")
+    assert (name.lower().replace("_", "-"), wanted) in pins, name
+
+
 def test_requirements_are_exact_pins():
   for name, rest in _requirements():
     assert re.match(r'==[\d.]+(; python_version (<|>=) "[\d.]+")?$', rest), (name, rest)

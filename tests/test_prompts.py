@@ -74,7 +74,7 @@ def test_folder_search_order(tmp_path):
     ("p.jsonl", '"a"\n\n{"prompt": \n', "p.jsonl, line 3: is not JSON"),
     ("p.jsonl", '{"prompt": "a"}\n{"tag": "x"}\n', "p.jsonl, line 2: needs a non-empty string"),
     ("p.jsonl", "17\n", "p.jsonl, line 1: expected a string or an object, not 17"),
-    ("p.json", '["a",\n "b"', "p.json, line 2: is not JSON"),
+    ("p.json", '["a",\n "b"', "p.json: is not JSON .*line 2"),
     ("p.json", '{"prompt": "a"}', "must hold a JSON list of prompts, not dict"),
     ("p.json", '["a", null]', "p.json, entry 2: expected a string"),
   ],

@@ -36,6 +36,14 @@ def test_fixed_keys_must_not_change():
   assert check_resume("run/3", OLD, NEW, ["lora"], allow=True) == both
 
 
+def test_many_changes_are_counted_and_long_values_cut():
+  old = {"lora": {f"k{i:02}": "x" * 900 for i in range(20)}}
+  with pytest.raises(UserError, match="; and 14 more") as refused:
+    check_resume("run/3", old, {}, ["lora"])
+  assert "lora.k05" in str(refused.value) and "lora.k06" not in str(refused.value)
+  assert len(str(refused.value)) < 2000
+
+
 def test_frozen_weights_must_not_change():
   old, new = {"teacher": "aa", "generator": "bb"}, {"teacher": "aa", "generator": "cc"}
   assert check_weights("run/3", old, old) == []
@@ -46,10 +54,11 @@ def test_frozen_weights_must_not_change():
 
 def test_stored_config(tmp_path):
   path = tmp_path / "config.json"
-  with pytest.raises(UserError, match="config.json is missing or not JSON"):
+  with pytest.raises(UserError, match="config.json cannot be read"):
     read_stored_config(path)
   store_config(path, OLD)
   assert read_stored_config(path) == OLD
-  path.write_text("{")
-  with pytest.raises(UserError, match="config.json is missing or not JSON"):
-    read_stored_config(path)
+  for text, message in (("{", "config.json: is not JSON"), ("[]", "holds no JSON object")):
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+      read_stored_config(path)

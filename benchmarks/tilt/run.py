@@ -26,7 +26,7 @@ LINEAR = Problem(teachers.GAUSSIAN, np.array([0.8, 0.6]), 0.0)
 PLACE = Problem(teachers.MIXTURE, np.array([0.4, 1.4]), 1.0)
 # The cold start as published: with the normaliser and the consistency term.
 COLD = DMDConfig(guidance_low=1.0, guidance_high=1.0)
-# Levels up to 0.4 in stage 2 on the mixture, see docs/evidence.md.
+# Levels up to 0.4 in stage 2 on the mixture.
 LOW = MATCHING._replace(end=400.0)
 LAST = PolicyConfig(policy_weight=0.0, dm_weight=1.0, reward_weight=1.0, reward_margin=1e3)
 HYBRID = LAST._replace(gaussian_log_prob=True, subset_factor=True)

@@ -13,9 +13,10 @@ from rtdmd_jax.aot.published import read
 from rtdmd_jax.build import Setup, new_adapters
 from rtdmd_jax.data import PromptCache
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.models import build_transformer, clip, qwen3, t5, vae, vae_flux2
+from rtdmd_jax.models import build_transformer, clip, qwen3, t5
 from rtdmd_jax.models.blip import BlipVisionConfig, ImageRewardNet
 from rtdmd_jax.models.clip_config import CLIPConfig, TextConfig
+from rtdmd_jax.models.encoders import abstract_vae
 from rtdmd_jax.models.med import MedConfig
 from rtdmd_jax.models.score_head import ScoreHead
 from rtdmd_jax.models.text import (
@@ -128,28 +129,20 @@ def abstract_pipeline(
   transformer = build_transformer(
     read(directory, "transformer"), dtype=dtype, remat=remat, attention=attention
   )
-  decoder = _autoencoder(read(directory, "vae"), dtype)
-  side = decoder.config.factor
-  pixels = jnp.zeros((1, side, side, decoder.config.in_channels))
+  decoder, decoder_params = abstract_vae(read(directory, "vae"), source=directory, dtype=dtype)
   text = TextEncoder(_text_params(directory, kind, dtype), _nothing, _nothing)
   params = _cast(transformer.init_abstract(), dtype)
-  return Pipeline(transformer, params, decoder, _shapes(decoder, dtype, pixels), text, schedule)
+  return Pipeline(transformer, params, decoder, _cast(decoder_params, dtype), text, schedule)
 
 
 def _kind(directory: str) -> str:
   kind = read(directory, file="model_index.json").get("_class_name")
-  if kind not in _SCHEDULES:
+  if not isinstance(kind, str) or kind not in _SCHEDULES:
     raise UserError(
       f"_class_name in {directory}/model_index.json is {kind!r}; supported are"
       f" {', '.join(_SCHEDULES)}."
     )
   return kind
-
-
-def _autoencoder(config: dict[str, Any], dtype: Any) -> nn.Module:
-  if config.get("_class_name") == vae_flux2.CLASS_NAME:
-    return vae_flux2.AutoencoderKLFlux2(vae_flux2.Flux2VAEConfig.from_dict(config), dtype)
-  return vae.AutoencoderKL(vae.VAEConfig.from_dict(config), dtype)
 
 
 def _text_params(directory: str, kind: str, dtype: Any) -> Tree:

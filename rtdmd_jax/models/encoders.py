@@ -1,6 +1,7 @@
 """Loading of the frozen encoders of images and text: directories to (module, params)."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,15 +36,31 @@ def load_vae(
     UserError: missing or broken files, a config that is not supported, or keys that do not fit.
   """
   config = read_config(directory)
+  module, shapes = abstract_vae(config, source=directory, dtype=dtype)
+  ignore = vae_flux2.IGNORED_KEYS if config["_class_name"] == vae_flux2.CLASS_NAME else ()
+  return module, load_params(directory, shapes, vae.TABLE, dtype=dtype, ignore=ignore)
+
+
+def abstract_vae(
+  config: Mapping[str, Any], *, source: str | os.PathLike, dtype: Any = jnp.float32
+) -> tuple[vae.AutoencoderKL, Any]:
+  """The autoencoder that a config.json describes, and its abstract parameters.
+
+  Args:
+    config: contents of config.json.
+    source: where it is from, for error messages.
+    dtype: type of the computation.
+
+  Raises:
+    UserError: an unknown class name, or a config that is not supported.
+  """
   name = config.get("_class_name")
-  if name not in _VAES:
-    raise UserError(f"{directory}: _class_name is {name!r}, expected one of {', '.join(_VAES)}.")
+  if not isinstance(name, str) or name not in _VAES:
+    raise UserError(f"{source}: _class_name is {name!r}, expected one of {', '.join(_VAES)}.")
   config_class, module_class = _VAES[name]
   module = module_class(config_class.from_dict(config), dtype)
   side = module.config.factor
-  shapes = _abstract(module, jnp.zeros((1, side, side, module.config.in_channels)))
-  ignore = vae_flux2.IGNORED_KEYS if name == vae_flux2.CLASS_NAME else ()
-  return module, load_params(directory, shapes, vae.TABLE, dtype=dtype, ignore=ignore)
+  return module, _abstract(module, jnp.zeros((1, side, side, module.config.in_channels)))
 
 
 def load_clip_text(

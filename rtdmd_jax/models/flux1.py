@@ -6,6 +6,7 @@ has `.0`; both runs of blocks are stacked subtrees under the checkpoint's own na
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -14,33 +15,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.models.embeddings import timestep_embedding
 from rtdmd_jax.models.flux_layers import (
+  TABLE,
   JointAttention,
   Streams,
   check_config,
   grid_positions,
-  project_heads,
+  joint_block,
   rotary_attention,
 )
 from rtdmd_jax.models.layers import Dense
-from rtdmd_jax.models.norms import layer_norm
+from rtdmd_jax.models.mmdit_layers import (
+  FeedForward,
+  Modulation,
+  TimeTextEmbed,
+  branch,
+  project_heads,
+  project_out,
+)
 from rtdmd_jax.models.packing import pack, unpack
 from rtdmd_jax.models.rotary import Rotary, rotary_table
-from rtdmd_jax.models.sd3 import FeedForward, Modulation, Perceptron, modulate
 from rtdmd_jax.models.stack import stack_blocks
-from rtdmd_jax.models.transformer import Transformer, config_values
-from rtdmd_jax.weights.maps import KeyTable, Stack
+from rtdmd_jax.models.transformer import Transformer, config_values, example_inputs
 
 CLASS_NAME = "FluxTransformer2DModel"
-TABLE = KeyTable(
-  stacks=[Stack(name, name) for name in ("transformer_blocks", "single_transformer_blocks")],
-  renames=[
-    (r"\bto_out_0$", "to_out.0"),
-    (r"\bnet_0_proj$", "net.0.proj"),
-    (r"\bnet_2$", "net.2"),
-  ],
-)
 _THETA = 10000.0
 _EPS = 1e-6
 
@@ -73,13 +71,8 @@ class Flux1Config:
     Raises:
       UserError: another class name, an unknown key, or values that do not fit together.
     """
-    values = config_values(cls, CLASS_NAME, config)
-    if "axes_dims_rope" in values:
-      values["axes_dims_rope"] = tuple(values["axes_dims_rope"])
-    built = cls(**values)
-    check_config(built)
-    if len(built.axes_dims_rope) != 3:
-      raise UserError(f"axes_dims_rope is {list(built.axes_dims_rope)}, expected 3 numbers.")
+    built = cls(**config_values(cls, CLASS_NAME, config))
+    check_config(built, axes=3)
     if built.in_channels % 4:
       raise UserError(f"in_channels is {built.in_channels}, expected 4 latent pixels' channels.")
     return built
@@ -88,15 +81,13 @@ class Flux1Config:
 def build(config: Mapping[str, Any], *, dtype: Any, scan: bool, remat: str) -> Transformer:
   """Builds the transformer of a config.json; see `models.build_transformer`."""
   c = Flux1Config.from_dict(config)
-  shapes = (
-    (1, 2, 2, c.in_channels // 4),
-    (1,),
-    (1, 1, c.joint_attention_dim),
-    (1, c.pooled_projection_dim),
+  example = example_inputs(
+    (2, 2, c.in_channels // 4),
+    c.joint_attention_dim,
+    c.pooled_projection_dim,
+    guidance=c.guidance_embeds,
   )
-  example = tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
-  guidance = jax.ShapeDtypeStruct((1,), jnp.float32) if c.guidance_embeds else None
-  return Transformer(c, Flux1(c, dtype, scan, remat), TABLE, (*example, guidance))
+  return Transformer(c, Flux1(c, dtype, scan, remat), TABLE, example)
 
 
 class Flux1(nn.Module):
@@ -150,9 +141,7 @@ class Flux1(nn.Module):
     single = stack_blocks(SingleBlock, c.num_single_layers, scan=self.scan, remat=self.remat)
     single = single(c, self.dtype, name="single_transformer_blocks")
     x, _ = single(jnp.concatenate(streams, axis=1), temb, rotary)
-    scale, shift = Modulation(2, self.dtype, name="norm_out")(temb)
-    x = modulate(layer_norm(x[:, length:]), shift, scale)
-    x = Dense(channels, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="proj_out")(x)
+    x = project_out(x[:, length:], temb, channels, dtype=self.dtype)
     return unpack(x.reshape(b, h, w, channels)).astype(jnp.float32)
 
 
@@ -161,25 +150,6 @@ def positions(length: int, height: int, width: int) -> np.ndarray:
   rows, columns = grid_positions(height, width)
   image = np.stack([np.zeros_like(rows), rows, columns], axis=-1)
   return np.concatenate([np.zeros((length, 3), image.dtype), image])
-
-
-class TimeTextEmbed(nn.Module):
-  """Sum of the embedded time, the embedded guidance scale if any, and the embedded pooled text."""
-
-  features: int
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, sigma: jax.Array, pooled: jax.Array, guidance: jax.Array | None) -> jax.Array:
-    """Maps sigma [B], pooled [B, P] and guidance [B] to [B, features]."""
-    # Both scalars stay float32 up to their sinusoids; published pipelines round them to bfloat16.
-    scalars = {"timestep_embedder": sigma, "guidance_embedder": guidance}
-    out = Perceptron(self.features, self.dtype, name="text_embedder")(pooled)
-    for name, value in scalars.items():
-      if value is not None:
-        embedded = timestep_embedding(1000.0 * value.astype(jnp.float32))
-        out += Perceptron(self.features, self.dtype, name=name)(embedded)
-    return out
 
 
 class DoubleBlock(nn.Module):
@@ -191,21 +161,12 @@ class DoubleBlock(nn.Module):
   @nn.compact
   def __call__(self, carry: Streams, temb: jax.Array, rotary: Rotary) -> tuple[Streams, None]:
     """Maps (text [B, L, D], image [B, N, D]) to the same, given activated temb [B, D]."""
-    context, x = carry
-    parts = Modulation(6, self.dtype, name="norm1")(temb)
-    text_parts = Modulation(6, self.dtype, name="norm1_context")(temb)
+    image = Modulation(6, self.dtype, name="norm1")(temb)
+    text = Modulation(6, self.dtype, name="norm1_context")(temb)
     attend = JointAttention(self.config.num_attention_heads, True, _EPS, self.dtype, name="attn")
-    text_attended, attended = attend(
-      modulate(layer_norm(context), *text_parts[:2]), modulate(layer_norm(x), *parts[:2]), rotary
-    )
-    x = self._feed_forward("ff", x + parts[2] * attended, *parts[3:])
-    context = context + text_parts[2] * text_attended
-    return (self._feed_forward("ff_context", context, *text_parts[3:]), x), None
-
-  def _feed_forward(
-    self, name: str, x: jax.Array, shift: jax.Array, scale: jax.Array, gate: jax.Array
-  ) -> jax.Array:
-    return x + gate * FeedForward(self.dtype, name=name)(modulate(layer_norm(x), shift, scale))
+    make = partial(FeedForward, self.dtype)
+    out = joint_block(carry, text, image, rotary, attend=attend, feed_forward=make, eps=_EPS)
+    return out, None
 
 
 class SingleBlock(nn.Module):
@@ -217,13 +178,15 @@ class SingleBlock(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, temb: jax.Array, rotary: Rotary) -> tuple[jax.Array, None]:
     """Maps x [B, L + N, D] to the same, given activated temb [B, D]."""
-    width = x.shape[-1]
-    shift, scale, gate = Modulation(3, self.dtype, name="norm")(temb)
-    y = modulate(layer_norm(x), shift, scale)
+    parts = Modulation(3, self.dtype, name="norm")(temb)
+    return branch(x, lambda y: self._layer(y, rotary), *parts), None
+
+  def _layer(self, y: jax.Array, rotary: Rotary) -> jax.Array:
+    width = y.shape[-1]
     attended = SelfAttention(self.config.num_attention_heads, self.dtype, name="attn")(y, rotary)
     hidden = nn.gelu(Dense(4 * width, dtype=self.dtype, name="proj_mlp")(y), approximate=True)
     y = jnp.concatenate([attended, hidden], axis=-1)
-    return x + gate * Dense(width, dtype=self.dtype, name="proj_out")(y), None
+    return Dense(width, dtype=self.dtype, name="proj_out")(y)
 
 
 class SelfAttention(nn.Module):
@@ -236,7 +199,5 @@ class SelfAttention(nn.Module):
   def __call__(self, x: jax.Array, rotary: Rotary) -> jax.Array:
     """Maps [B, L, D] to the same shape."""
     names, norms = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")
-    q, k, v = project_heads(
-      x, names, norms, heads=self.heads, use_bias=True, eps=_EPS, dtype=self.dtype
-    )
+    q, k, v = project_heads(x, names, norms, heads=self.heads, eps=_EPS, dtype=self.dtype)
     return rotary_attention(q, k, v, rotary)

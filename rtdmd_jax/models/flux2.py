@@ -7,6 +7,7 @@ blocks compute attention and feed-forward from one fused projection (ViT-22B, ar
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -14,28 +15,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax.errors import UserError
-from rtdmd_jax.models.embeddings import timestep_embedding
 from rtdmd_jax.models.flux_layers import (
+  TABLE,
   JointAttention,
   Streams,
   check_config,
   grid_positions,
+  joint_block,
   rotary_attention,
 )
 from rtdmd_jax.models.layers import Dense
-from rtdmd_jax.models.norms import RMSNorm, layer_norm
+from rtdmd_jax.models.mmdit_layers import Modulation, TimeTextEmbed, branch, project_out
+from rtdmd_jax.models.norms import RMSNorm
 from rtdmd_jax.models.rotary import Rotary, rotary_table
-from rtdmd_jax.models.sd3 import Modulation, Perceptron, modulate
 from rtdmd_jax.models.stack import stack_blocks
-from rtdmd_jax.models.transformer import Transformer, config_values
-from rtdmd_jax.weights.maps import KeyTable, Stack
+from rtdmd_jax.models.transformer import Transformer, config_values, example_inputs
 
 CLASS_NAME = "Flux2Transformer2DModel"
-TABLE = KeyTable(
-  stacks=[Stack(name, name) for name in ("transformer_blocks", "single_transformer_blocks")],
-  renames=[(r"\bto_out_0$", "to_out.0")],
-)
 
 
 @dataclass(frozen=True)
@@ -74,23 +70,16 @@ class Flux2Config:
     Raises:
       UserError: another class name, an unknown key, or values that do not fit together.
     """
-    values = config_values(cls, CLASS_NAME, config)
-    if "axes_dims_rope" in values:
-      values["axes_dims_rope"] = tuple(values["axes_dims_rope"])
-    built = cls(**values)
-    check_config(built)
-    if len(built.axes_dims_rope) != 4:
-      raise UserError(f"axes_dims_rope is {list(built.axes_dims_rope)}, expected 4 numbers.")
+    built = cls(**config_values(cls, CLASS_NAME, config))
+    check_config(built, axes=4)
     return built
 
 
 def build(config: Mapping[str, Any], *, dtype: Any, scan: bool, remat: str) -> Transformer:
   """Builds the transformer of a config.json; see `models.build_transformer`."""
   c = Flux2Config.from_dict(config)
-  shapes = ((1, 1, 1, c.in_channels), (1,), (1, 1, c.joint_attention_dim))
-  example = tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
-  guidance = jax.ShapeDtypeStruct((1,), jnp.float32) if c.guidance_embeds else None
-  return Transformer(c, Flux2(c, dtype, scan, remat), TABLE, (*example, None, guidance))
+  example = example_inputs((1, 1, c.in_channels), c.joint_attention_dim, guidance=c.guidance_embeds)
+  return Transformer(c, Flux2(c, dtype, scan, remat), TABLE, example)
 
 
 class Flux2(nn.Module):
@@ -131,7 +120,9 @@ class Flux2(nn.Module):
     b, h, w, channels = latents.shape
     if channels != c.in_channels:
       raise ValueError(f"latents have {channels} channels, expected {c.in_channels}")
-    temb = nn.silu(TimeEmbed(c, self.dtype, name="time_guidance_embed")(sigma, guidance))
+    sinusoids = c.timestep_guidance_channels
+    embed = TimeTextEmbed(c.width, self.dtype, False, sinusoids, name="time_guidance_embed")
+    temb = nn.silu(embed(sigma, guidance=guidance))
     image = self._modulation(6, "double_stream_modulation_img")(temb)
     text = self._modulation(6, "double_stream_modulation_txt")(temb)
     joint = self._modulation(3, "single_stream_modulation")(temb)
@@ -145,9 +136,8 @@ class Flux2(nn.Module):
     single = stack_blocks(SingleBlock, c.num_single_layers, scan=self.scan, remat=self.remat)
     single = single(c, self.dtype, name="single_transformer_blocks")
     x, _ = single(jnp.concatenate(streams, axis=1), joint, rotary)
-    scale, shift = self._modulation(2, "norm_out")(temb)
-    x = modulate(layer_norm(x[:, length:], c.eps), shift, scale)
-    x = _dense(channels, self.dtype, "proj_out", kernel_init=nn.initializers.zeros)(x)
+    options = {"dtype": self.dtype, "use_bias": False, "eps": c.eps}
+    x = project_out(x[:, length:], temb, channels, **options)
     return x.reshape(b, h, w, channels).astype(jnp.float32)
 
   def _modulation(self, parts: int, name: str) -> Modulation:
@@ -163,29 +153,8 @@ def positions(length: int, height: int, width: int) -> np.ndarray:
   return np.concatenate([text, image])
 
 
-def _dense(features: int, dtype: Any, name: str, **kwargs) -> Dense:
-  return Dense(features, use_bias=False, dtype=dtype, name=name, **kwargs)
-
-
-class TimeEmbed(nn.Module):
-  """Sum of the embedded time and the embedded guidance scale, if any."""
-
-  config: Flux2Config
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, sigma: jax.Array, guidance: jax.Array | None) -> jax.Array:
-    """Maps sigma [B] and guidance [B] to [B, D]."""
-    c = self.config
-    # Both scalars stay float32 up to their sinusoids; published pipelines round them to bfloat16.
-    scalars = {"timestep_embedder": sigma, "guidance_embedder": guidance}
-    out = jnp.zeros((), self.dtype)
-    for name, value in scalars.items():
-      if value is not None:
-        time = 1000.0 * value.astype(jnp.float32)
-        embedded = timestep_embedding(time, c.timestep_guidance_channels)
-        out += Perceptron(c.width, self.dtype, use_bias=False, name=name)(embedded)
-    return out
+def _dense(features: int, dtype: Any, name: str) -> Dense:
+  return Dense(features, use_bias=False, dtype=dtype, name=name)
 
 
 class DoubleBlock(nn.Module):
@@ -204,22 +173,10 @@ class DoubleBlock(nn.Module):
   ) -> tuple[Streams, None]:
     """Maps (text [B, L, D], image [B, N, D]) to the same, given six modulations each, [B, 1, D]."""
     c = self.config
-    context, x = carry
     attend = JointAttention(c.num_attention_heads, False, c.eps, self.dtype, name="attn")
-    text_attended, attended = attend(
-      modulate(layer_norm(context, c.eps), *text[:2]),
-      modulate(layer_norm(x, c.eps), *image[:2]),
-      rotary,
-    )
-    x = self._feed_forward("ff", x + image[2] * attended, *image[3:])
-    context = context + text[2] * text_attended
-    return (self._feed_forward("ff_context", context, *text[3:]), x), None
-
-  def _feed_forward(
-    self, name: str, x: jax.Array, shift: jax.Array, scale: jax.Array, gate: jax.Array
-  ) -> jax.Array:
-    y = modulate(layer_norm(x, self.config.eps), shift, scale)
-    return x + gate * FeedForward(self.config.hidden, self.dtype, name=name)(y)
+    make = partial(FeedForward, c.hidden, self.dtype)
+    out = joint_block(carry, text, image, rotary, attend=attend, feed_forward=make, eps=c.eps)
+    return out, None
 
 
 class FeedForward(nn.Module):
@@ -252,9 +209,8 @@ class SingleBlock(nn.Module):
     self, x: jax.Array, modulation: Sequence[jax.Array], rotary: Rotary
   ) -> tuple[jax.Array, None]:
     """Maps x [B, L + N, D] to the same, given three modulations [B, 1, D]."""
-    shift, scale, gate = modulation
-    y = modulate(layer_norm(x, self.config.eps), shift, scale)
-    return x + gate * ParallelAttention(self.config, self.dtype, name="attn")(y, rotary), None
+    attend = ParallelAttention(self.config, self.dtype, name="attn")
+    return branch(x, lambda y: attend(y, rotary), *modulation, eps=self.config.eps), None
 
 
 class ParallelAttention(nn.Module):

@@ -1,5 +1,6 @@
 """What FLUX.1 and FLUX.2 share: attention with rotary positions over text and image tokens."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,15 +11,22 @@ import numpy as np
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.attention import attention
 from rtdmd_jax.models.layers import Dense
-from rtdmd_jax.models.norms import RMSNorm
+from rtdmd_jax.models.mmdit_layers import RENAMES, branch, modulate, project_heads
+from rtdmd_jax.models.norms import layer_norm
 from rtdmd_jax.models.rotary import Rotary, rotate_pairs
+from rtdmd_jax.weights.maps import KeyTable, Stack
 
+# Both runs of blocks are stacks under the checkpoint's own names.
+TABLE = KeyTable(
+  stacks=[Stack(name, name) for name in ("transformer_blocks", "single_transformer_blocks")],
+  renames=RENAMES,
+)
 # Text comes first wherever the two kinds of tokens stand in one sequence.
 Streams = tuple[jax.Array, jax.Array]
 
 
-def check_config(config: Any) -> None:
-  """Checks what both families' configs have in common.
+def check_config(config: Any, *, axes: int) -> None:
+  """Checks what both families' configs have in common; positions have `axes` coordinates.
 
   Raises:
     UserError: values that do not fit together, or a variant with another use.
@@ -30,6 +38,8 @@ def check_config(config: Any) -> None:
     )
   if any(n % 2 for n in config.axes_dims_rope):
     raise UserError(f"axes_dims_rope is {list(config.axes_dims_rope)}, expected even numbers.")
+  if len(config.axes_dims_rope) != axes:
+    raise UserError(f"axes_dims_rope is {list(config.axes_dims_rope)}, expected {axes} numbers.")
   if config.patch_size != 1:
     raise UserError(f"patch_size is {config.patch_size}, expected 1 (packing is separate).")
   if config.out_channels not in (None, config.in_channels):
@@ -46,26 +56,6 @@ def grid_positions(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
   """Row and column of every image token in row-major order, each [height * width]."""
   rows, columns = np.mgrid[:height, :width]
   return rows.reshape(-1), columns.reshape(-1)
-
-
-def project_heads(
-  x: jax.Array,
-  names: tuple[str, str, str],
-  norms: tuple[str, str],
-  *,
-  heads: int,
-  use_bias: bool,
-  eps: float,
-  dtype: Any,
-) -> list[jax.Array]:
-  """Query, key and value [B, L, H, D / H] of x [B, L, D], the first two normalised.
-
-  Call inside a compact method: the layers take the given names there.
-  """
-  qkv = [Dense(x.shape[-1], use_bias, dtype, name=name)(x) for name in names]
-  qkv = [y.reshape(*y.shape[:2], heads, -1) for y in qkv]
-  normed = [RMSNorm(eps, dtype, name=n)(y) for n, y in zip(norms, qkv[:2], strict=True)]
-  return [*normed, qkv[2]]
 
 
 def rotary_attention(q: jax.Array, k: jax.Array, v: jax.Array, rotary: Rotary) -> jax.Array:
@@ -99,3 +89,32 @@ class JointAttention(nn.Module):
     y = rotary_attention(q, k, v, rotary)
     context_out = Dense(width, self.use_bias, self.dtype, name="to_add_out")(y[:, :length])
     return context_out, Dense(width, self.use_bias, self.dtype, name="to_out_0")(y[:, length:])
+
+
+def joint_block(
+  streams: Streams,
+  text: Sequence[jax.Array],
+  image: Sequence[jax.Array],
+  rotary: Rotary,
+  *,
+  attend: JointAttention,
+  feed_forward: Callable[..., nn.Module],
+  eps: float,
+) -> Streams:
+  """Joint attention, then a feed-forward network each for text and image.
+
+  Args:
+    streams: text [B, L, D] and image [B, N, D].
+    text, image: six modulations each, [B, 1, D].
+    rotary: that of L + N tokens.
+    attend: the attention.
+    feed_forward: makes a network, given its name; inside a compact method.
+    eps: of the norms.
+  """
+  context, x = streams
+  text_attended, attended = attend(
+    modulate(layer_norm(context, eps), *text[:2]), modulate(layer_norm(x, eps), *image[:2]), rotary
+  )
+  x = branch(x + image[2] * attended, feed_forward(name="ff"), *image[3:], eps=eps)
+  context = context + text[2] * text_attended
+  return branch(context, feed_forward(name="ff_context"), *text[3:], eps=eps), x

@@ -48,7 +48,7 @@ def build_transformer(
   if attention not in KERNELS:
     raise UserError(f"attention is {attention!r}; choose one of {', '.join(KERNELS)}.")
   name = config.get("_class_name")
-  if name not in FAMILIES:
+  if not isinstance(name, str) or name not in FAMILIES:
     raise UserError(f"_class_name is {name!r}; known transformers are {', '.join(FAMILIES)}.")
   built = FAMILIES[name](config, dtype=dtype, scan=scan, remat=remat)
   return replace(built, attention=attention)

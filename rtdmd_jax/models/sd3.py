@@ -15,15 +15,24 @@ import jax.numpy as jnp
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.attention import attention
-from rtdmd_jax.models.embeddings import sincos_table, timestep_embedding
+from rtdmd_jax.models.embeddings import sincos_table
 from rtdmd_jax.models.layers import Dense
-from rtdmd_jax.models.norms import RMSNorm, layer_norm
+from rtdmd_jax.models.mmdit_layers import (
+  RENAMES,
+  FeedForward,
+  Modulation,
+  TimeTextEmbed,
+  branch,
+  modulate,
+  project_heads,
+  project_out,
+)
+from rtdmd_jax.models.norms import layer_norm
 from rtdmd_jax.models.stack import remat_block, stack_blocks
-from rtdmd_jax.models.transformer import Transformer, config_values
+from rtdmd_jax.models.transformer import Transformer, config_values, example_inputs
 from rtdmd_jax.weights.maps import KeyTable, Stack
 
 CLASS_NAME = "SD3Transformer2DModel"
-_zeros = nn.initializers.zeros
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,9 @@ class SD3Config:
     Raises:
       UserError: another class name, an unknown key, or values that do not fit together.
     """
-    values = config_values(cls, CLASS_NAME, config)
-    values["dual_attention_layers"] = tuple(values.get("dual_attention_layers") or ())
+    dual = config.get("dual_attention_layers") or ()  # diffusers writes null, too
+    values = config_values(cls, CLASS_NAME, {**config, "dual_attention_layers": dual})
+    values["dual_attention_layers"] = tuple(dual)
     built = cls(**values)
     built._check()
     return built
@@ -89,9 +99,7 @@ def key_table(config: SD3Config) -> KeyTable:
     stacks=[Stack(f"blocks_{first}", "transformer_blocks", first) for first, _, _ in config.runs()],
     renames=[
       (r"^last_block\b", f"transformer_blocks.{config.num_layers - 1}"),
-      (r"\bto_out_0$", "to_out.0"),
-      (r"\bnet_0_proj$", "net.0.proj"),
-      (r"\bnet_2$", "net.2"),
+      *RENAMES,
     ],
   )
 
@@ -99,16 +107,10 @@ def key_table(config: SD3Config) -> KeyTable:
 def build(config: Mapping[str, Any], *, dtype: Any, scan: bool, remat: str) -> Transformer:
   """Builds the transformer of a config.json; see `models.build_transformer`."""
   c = SD3Config.from_dict(config)
-  shapes = (
-    (1, c.patch_size, c.patch_size, c.in_channels),
-    (1,),
-    (1, 1, c.joint_attention_dim),
-    (1, c.pooled_projection_dim),
-  )
-  example = tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
-  network = SD3(c, dtype, scan, remat)
+  latents = (c.patch_size, c.patch_size, c.in_channels)
+  example = example_inputs(latents, c.joint_attention_dim, c.pooled_projection_dim)
   max_side = c.pos_embed_max_size * c.patch_size
-  return Transformer(c, network, key_table(c), (*example, None), max_side)
+  return Transformer(c, SD3(c, dtype, scan, remat), key_table(c), example, max_side)
 
 
 class SD3(nn.Module):
@@ -156,11 +158,8 @@ class SD3(nn.Module):
     last = remat_block(Block, self.remat)
     dual = c.num_layers - 1 in c.dual_attention_layers
     (x, _), _ = last(c, self.dtype, dual, True, name="last_block")(carry, temb)
-    scale, shift = Modulation(2, self.dtype, name="norm_out")(temb)
-    x = modulate(layer_norm(x), shift, scale)
-    channels = c.out_channels or c.in_channels
-    features = c.patch_size**2 * channels
-    x = Dense(features, dtype=self.dtype, kernel_init=_zeros, name="proj_out")(x)
+    features = c.patch_size**2 * (c.out_channels or c.in_channels)
+    x = project_out(x, temb, features, dtype=self.dtype)
     return unpatchify(x, height, width, c.patch_size).astype(jnp.float32)
 
 
@@ -210,7 +209,7 @@ class PatchProjection(nn.Module):
     b, h, w, c = x.shape
     p = self.patch
     kernel = self.param("kernel", nn.initializers.lecun_normal(), (p, p, c, self.features))
-    bias = self.param("bias", _zeros, (self.features,))
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
     x = x.astype(self.dtype).reshape(b, h // p, p, w // p, p, c).swapaxes(2, 3)
     x = x.reshape(b, (h // p) * (w // p), p * p * c)
     return x @ kernel.reshape(-1, self.features).astype(self.dtype) + bias.astype(self.dtype)
@@ -221,54 +220,6 @@ def unpatchify(x: jax.Array, height: int, width: int, patch: int) -> jax.Array:
   b = x.shape[0]
   x = x.reshape(b, height, width, patch, patch, -1).swapaxes(2, 3)
   return x.reshape(b, height * patch, width * patch, -1)
-
-
-class TimeTextEmbed(nn.Module):
-  """Sum of the embedded time and the embedded pooled text."""
-
-  features: int
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, sigma: jax.Array, pooled: jax.Array) -> jax.Array:
-    """Maps sigma [B] and pooled [B, P] to [B, features]."""
-    time = timestep_embedding(1000.0 * sigma.astype(jnp.float32))
-    time = Perceptron(self.features, self.dtype, name="timestep_embedder")(time)
-    return time + Perceptron(self.features, self.dtype, name="text_embedder")(pooled)
-
-
-class Perceptron(nn.Module):
-  """Dense, SiLU, dense."""
-
-  features: int
-  dtype: Any
-  use_bias: bool = True
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [..., D_in] to [..., features]."""
-    x = nn.silu(Dense(self.features, self.use_bias, self.dtype, name="linear_1")(x))
-    return Dense(self.features, self.use_bias, self.dtype, name="linear_2")(x)
-
-
-class Modulation(nn.Module):
-  """Shifts, scales and gates of one adaptive norm; zero at the start of training."""
-
-  parts: int
-  dtype: Any
-  use_bias: bool = True
-
-  @nn.compact
-  def __call__(self, temb: jax.Array) -> list[jax.Array]:
-    """Maps activated [B, D] to `parts` arrays [B, 1, D]."""
-    features = self.parts * temb.shape[-1]
-    out = Dense(features, self.use_bias, self.dtype, kernel_init=_zeros, name="linear")(temb)
-    return jnp.split(out[:, None], self.parts, axis=-1)
-
-
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-  """`x (1 + scale) + shift` for x [B, L, D] and [B, 1, D]."""
-  return x * (1 + scale) + shift
 
 
 class Block(nn.Module):
@@ -298,46 +249,27 @@ class Block(nn.Module):
       shift2, scale2, gate2 = mlp[3:]
       attended, _ = self._attention("attn2", joint=False)(modulate(normed, shift2, scale2), None)
       x += gate2 * attended
-    x = self._feed_forward("ff", x, *mlp[:3])
+    x = branch(x, FeedForward(self.dtype, name="ff"), *mlp[:3])
     if not self.last:
       context += text[2] * text_attended
-      context = self._feed_forward("ff_context", context, *text[3:])
+      context = branch(context, FeedForward(self.dtype, name="ff_context"), *text[3:])
     return (x, context), None
 
   def _attention(self, name: str, *, joint: bool) -> nn.Module:
     c = self.config
     return Attention(
       c.num_attention_heads,
-      c.attention_head_dim,
       c.qk_norm is not None,
       joint and not self.last,
       self.dtype,
       name=name,
     )
 
-  def _feed_forward(
-    self, name: str, x: jax.Array, shift: jax.Array, scale: jax.Array, gate: jax.Array
-  ) -> jax.Array:
-    return x + gate * FeedForward(self.dtype, name=name)(modulate(layer_norm(x), shift, scale))
-
-
-class FeedForward(nn.Module):
-  """Dense to four times the width, tanh-approximated GELU, dense back."""
-
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [B, L, D] to [B, L, D]."""
-    y = Dense(4 * x.shape[-1], dtype=self.dtype, name="net_0_proj")(x)
-    return Dense(x.shape[-1], dtype=self.dtype, name="net_2")(nn.gelu(y, approximate=True))
-
 
 class Attention(nn.Module):
   """Self-attention of image tokens, or of image and text tokens with projections of their own."""
 
   heads: int
-  head_dim: int
   qk_norm: bool
   text_out: bool
   dtype: Any
@@ -346,10 +278,10 @@ class Attention(nn.Module):
   def __call__(self, x: jax.Array, context: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
     """Maps x [B, N, D] and context [B, L, D] to the same; context out only if `text_out`."""
     n, features = x.shape[1], x.shape[2]
-    q, k, v = self._heads(x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+    q, k, v = self._project(x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
     if context is not None:
       names = ("add_q_proj", "add_k_proj", "add_v_proj")
-      added = self._heads(context, names, ("norm_added_q", "norm_added_k"))
+      added = self._project(context, names, ("norm_added_q", "norm_added_k"))
       q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip((q, k, v), added, strict=True))
     y = attention(q, k, v)
     y = y.reshape(*y.shape[:2], features)
@@ -358,13 +290,8 @@ class Attention(nn.Module):
       return x_out, None
     return x_out, Dense(features, dtype=self.dtype, name="to_add_out")(y[:, n:])
 
-  def _heads(
+  def _project(
     self, x: jax.Array, names: tuple[str, str, str], norms: tuple[str, str]
   ) -> list[jax.Array]:
-    """Projects [B, L, D] to query, key and value [B, L, H, D / H]."""
-    width = self.heads * self.head_dim
-    qkv = [Dense(width, dtype=self.dtype, name=name)(x) for name in names]
-    qkv = [y.reshape(*x.shape[:2], self.heads, self.head_dim) for y in qkv]
-    if self.qk_norm:
-      qkv[:2] = [RMSNorm(dtype=self.dtype, name=n)(y) for n, y in zip(norms, qkv[:2], strict=True)]
-    return qkv
+    norms = norms if self.qk_norm else None
+    return project_heads(x, names, norms, heads=self.heads, dtype=self.dtype)

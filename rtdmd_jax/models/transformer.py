@@ -1,15 +1,19 @@
 """What every transformer family hands to the rest of the program."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.attention import attention_kernel
 from rtdmd_jax.weights.maps import KeyTable
+
+_LARGEST_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Transformer:
 
   def init(self, key: jax.Array) -> Any:
     """Fresh float32 parameters."""
-    inputs = jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), self.example)
+    inputs = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.example)
     return jax.jit(self.module.init)(key, *inputs)["params"]
 
   def init_abstract(self) -> Any:
@@ -86,7 +90,9 @@ class Transformer:
 
 
 def config_values(cls: type, class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of a diffusers config.json; keys with a leading underscore are its own notes.
+  """The fields of a diffusers config.json, lists as tuples.
+
+  Keys with a leading underscore are diffusers' own notes.
 
   Args:
     cls: the family's frozen dataclass.
@@ -94,12 +100,60 @@ def config_values(cls: type, class_name: str, config: Mapping[str, Any]) -> dict
     config: contents of config.json.
 
   Raises:
-    UserError: another class name, or a key that the dataclass lacks.
+    UserError: another class name, a key that the dataclass lacks, or a value of another type.
   """
   if config.get("_class_name") != class_name:
     raise UserError(f"_class_name is {config.get('_class_name')!r}, expected {class_name!r}.")
-  values = {k: v for k, v in config.items() if not k.startswith("_")}
+  values = {
+    k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")
+  }
   unknown = sorted(values.keys() - {f.name for f in fields(cls)})
   if unknown:
     raise UserError(f"{class_name} config has an unknown key {unknown[0]!r}.")
+  hints = get_type_hints(cls)
+  for name, value in values.items():
+    if not _is_of(value, hints[name]):
+      shown = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
+      raise UserError(f"{class_name} config: {name} is {_short(value)}, expected {shown}.")
   return values
+
+
+def example_inputs(
+  latents: tuple[int, int, int], tokens: int, pooled: int | None = None, *, guidance: bool = False
+) -> tuple[Any, ...]:
+  """`Transformer.example` for one image and one token.
+
+  Args:
+    latents: the smallest height and width, and the channels.
+    tokens: features of a text token.
+    pooled: features of the pooled text; None where it is not an input.
+    guidance: whether the guidance scale is an input.
+  """
+  shapes = (
+    (1, *latents),
+    (1,),
+    (1, 1, tokens),
+    None if pooled is None else (1, pooled),
+    (1,) if guidance else None,
+  )
+  return tuple(s and jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+  """Whether a JSON value fits a field's type; sizes are positive, and a list may be a tuple."""
+  if get_origin(hint) is tuple:
+    item = get_args(hint)[0]
+    return isinstance(value, list | tuple) and all(
+      isinstance(v, item) and not isinstance(v, bool) for v in value
+    )
+  if args := get_args(hint):
+    return any(_is_of(value, arg) for arg in args)
+  if hint is int:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST_SIZE
+  if hint is float:
+    return isinstance(value, int | float) and abs(value) < math.inf and not isinstance(value, bool)
+  return isinstance(value, hint)
+
+
+def _short(value: Any) -> str:
+  return repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."

@@ -60,8 +60,7 @@ class VAEConfig:
 def read_vae_config(cls: type, class_name: str, config: Mapping[str, Any]) -> Any:
   """Reads a config.json into a dataclass with the fields of `VAEConfig` that the blocks need."""
   config = {k: v for k, v in config.items() if k not in _IGNORED}
-  values = config_values(cls, class_name, config)
-  built = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+  built = cls(**config_values(cls, class_name, config))
   supported = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
   strange = sorted({*built.down_block_types, *built.up_block_types} - supported)
   if strange or built.act_fn != "silu":
@@ -175,8 +174,8 @@ class Encoder(nn.Module):
     x = _conv(c.block_out_channels[0], 3, self.dtype, name="conv_in")(x)
     last = len(c.block_out_channels) - 1
     for i, width in enumerate(c.block_out_channels):
-      block = DownBlock(width, c.layers_per_block, i < last, c, self.dtype, name=f"down_blocks_{i}")
-      x = block(x)
+      step = "down" if i < last else None
+      x = Level(width, c.layers_per_block, step, c, self.dtype, name=f"down_blocks_{i}")(x)
     x = MidBlock(c, self.dtype, name="mid_block")(x)
     x = nn.silu(_norm(c, self.dtype, "conv_norm_out")(x))
     return _conv(2 * c.latent_channels, 3, self.dtype, name="conv_out")(x)
@@ -197,8 +196,8 @@ class Decoder(nn.Module):
     x = MidBlock(c, self.dtype, name="mid_block")(x)
     last = len(widths) - 1
     for i, width in enumerate(widths):
-      block = UpBlock(width, c.layers_per_block + 1, i < last, c, self.dtype, name=f"up_blocks_{i}")
-      x = block(x)
+      step = "up" if i < last else None
+      x = Level(width, c.layers_per_block + 1, step, c, self.dtype, name=f"up_blocks_{i}")(x)
     x = nn.silu(_norm(c, self.dtype, "conv_norm_out")(x))
     return _conv(c.out_channels, 3, self.dtype, name="conv_out")(x)
 
@@ -229,42 +228,24 @@ class ResnetBlock(nn.Module):
     return x + h
 
 
-class DownBlock(nn.Module):
-  """Residual blocks, then half the resolution."""
+class Level(nn.Module):
+  """Residual blocks at one resolution, then the step to the next: "down", "up" or None."""
 
   features: int
   layers: int
-  downsample: bool
+  step: str | None
   config: VAEConfig
   dtype: Any
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [B, H, W, C_in] to [B, H / 2, W / 2, features] (or the same resolution)."""
+    """Maps [B, H, W, C_in] to `features` channels at half, twice or the same resolution."""
     for i in range(self.layers):
       x = ResnetBlock(self.features, self.config, self.dtype, name=f"resnets_{i}")(x)
-    if self.downsample:
-      x = Resample(self.features, down=True, dtype=self.dtype, name="downsamplers_0")(x)
-    return x
-
-
-class UpBlock(nn.Module):
-  """Residual blocks, then twice the resolution."""
-
-  features: int
-  layers: int
-  upsample: bool
-  config: VAEConfig
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [B, H, W, C_in] to [B, 2 H, 2 W, features] (or the same resolution)."""
-    for i in range(self.layers):
-      x = ResnetBlock(self.features, self.config, self.dtype, name=f"resnets_{i}")(x)
-    if self.upsample:
-      x = Resample(self.features, down=False, dtype=self.dtype, name="upsamplers_0")(x)
-    return x
+    if self.step is None:
+      return x
+    name = f"{self.step}samplers_0"
+    return Resample(self.features, self.step == "down", self.dtype, name=name)(x)
 
 
 class Resample(nn.Module):

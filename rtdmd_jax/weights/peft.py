@@ -5,6 +5,7 @@ loads, and `pytorch_lora_weights.safetensors`, which diffusers pipelines load.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.jsontext import parse_json
 from rtdmd_jax.models.lora import dense_entries, module_names
 from rtdmd_jax.weights.maps import Entry, KeyTable
 from rtdmd_jax.weights.safetensors import read_config
@@ -35,6 +37,7 @@ _PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "transformer.")
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 # alpha / r of every published RTDMD adapter; its flat files do not say.
 _PUBLISHED_SCALE = 2.0
+_LARGEST = 3e38  # of float32, about
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])(?:\.[^.]+)?\.weight")
 _ALPHA_KEY = re.compile(r"(?P<module>.+)\.alpha")
 
@@ -198,8 +201,9 @@ def _locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
 def _read_config(path: Path) -> dict[str, Any]:
   config = read_config(path.parent, path.name)
   for key in ("r", "lora_alpha"):
-    if not isinstance(config.get(key), int | float):
-      raise UserError(f"{path} has no number {key!r}.")
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
+      raise UserError(f"{path} has no positive number {key!r}.")
   for key, plain in _PLAIN_VALUES.items():
     if key in config and config[key] not in plain:
       raise UserError(f"{path}: {key} = {config[key]!r} is not supported, only {plain[0]!r}.")
@@ -223,7 +227,7 @@ def _read(
         raise UserError(f"{file}: {key} and {tensors[index][0]} name the same adapter.")
       tensors[index] = (key, tensor)
     elif match := _ALPHA_KEY.fullmatch(name):
-      alphas[match["module"]] = float(tensor)
+      alphas[match["module"]] = _alpha(file, key, tensor if tensor.size == 1 else None)
     else:
       raise UserError(f"{file} holds key {key}, which is no LoRA weight.")
   return tensors, alphas, notes
@@ -233,7 +237,9 @@ def _read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
   """Every tensor, and diffusers' notes in the header."""
   try:
     with safe_open(file, framework="numpy") as handle:
-      notes = json.loads((handle.metadata() or {}).get(_METADATA_KEY, "{}"))
+      notes = parse_json((handle.metadata() or {}).get(_METADATA_KEY, "{}"), f"{file}, its notes")
+      if not isinstance(notes, dict):
+        raise UserError(f"{file}: the notes under {_METADATA_KEY} are no JSON object.")
       return {key: handle.get_tensor(key) for key in handle.keys()}, notes
   except (SafetensorError, OSError, TypeError, ValueError) as error:
     raise UserError(f"{file} is not a readable safetensors file ({error}).") from error
@@ -289,12 +295,22 @@ def _layer(
     if (name, needed) not in tensors:
       raise UserError(f"{file} lacks key {name}.lora_{needed.upper()}.weight.")
   key, tensor = tensors[name, part]
-  rank = tensors[name, "a"][1].shape[0]
+  rank = tensors[name, "a"][1].shape[0] if tensors[name, "a"][1].ndim else 0
   out_features, in_features = entry.shape
   expected = (rank, in_features) if part == "a" else (out_features, rank)
   if tensor.shape != expected:
     raise UserError(f"{file}: {key} has shape {tensor.shape}, expected {expected}.")
   return tensor.astype(np.float32).T
+
+
+def _alpha(file: Path, name: str, value: Any) -> float:
+  try:
+    number = float(np.asarray(value).item())
+  except (TypeError, ValueError, OverflowError):
+    number = math.nan
+  if not 0 < number < _LARGEST:
+    raise UserError(f"{file}: {name} is no positive number.")
+  return number
 
 
 def _lone_alpha(
@@ -307,7 +323,7 @@ def _lone_alpha(
   """Alpha of a file without adapter_config.json."""
   noted = notes.get("transformer.lora_alpha", notes.get("lora_alpha"))
   if noted is not None:
-    return float(noted)
+    return _alpha(file, "lora_alpha of the notes", noted)
   if not alphas:
     return rank * (_PUBLISHED_SCALE if file.suffix in _TORCH_SUFFIXES else 1.0)
   if set(alphas) != {module for module, _ in tensors} or len(set(alphas.values())) != 1:

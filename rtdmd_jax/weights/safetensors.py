@@ -20,7 +20,9 @@ from safetensors.numpy import save_file
 
 from rtdmd_jax import sharding as sharding_table
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.jsontext import parse_json
 from rtdmd_jax.weights.maps import Entry, KeyTable
+from rtdmd_jax.weights.recognize import recognized
 
 _STEMS = ("diffusion_pytorch_model", "model")
 _DTYPES = {
@@ -226,11 +228,10 @@ def read_config(directory: str | os.PathLike, name: str = "config.json") -> dict
 
 def _read_json(path: Path) -> dict[str, Any]:
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    text = path.read_bytes()
   except OSError as error:
     raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-  except ValueError as error:
-    raise UserError(f"{path} is not valid JSON ({error}).") from error
+  value = parse_json(text, str(path))
   if not isinstance(value, dict):
     raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
   return value
@@ -354,12 +355,14 @@ def _check_keys(
 ) -> None:
   wanted = {key: entry for entry in entries for key in entry.keys}
   missing = sorted(wanted.keys() - tensors.keys())
-  if missing:
-    more = f" and {len(missing) - 1} more keys" if len(missing) > 1 else ""
-    raise UserError(f"{path} lacks key {missing[0]}{more}.")
   unknown = sorted(
     key for key in tensors.keys() - wanted.keys() if not any(re.fullmatch(p, key) for p in ignore)
   )
+  if missing:
+    more = f" and {len(missing) - 1} more keys" if len(missing) > 1 else ""
+    # Where it has other keys instead, it is probably another model altogether.
+    what = recognized(tensors) if unknown else ""
+    raise UserError(f"{path} lacks key {missing[0]}{more}{what}.")
   if unknown:
     more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
     raise UserError(

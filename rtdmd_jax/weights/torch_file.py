@@ -4,10 +4,13 @@ A pickle may name any function and have it called. The reader here knows the few
 and containers need and refuses every other one, so a file can fail to load but can do nothing else.
 """
 
+import io
 import os
 import pickle
+import pickletools
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +33,7 @@ _STORAGES = {
   "ByteStorage": np.uint8,
   "BoolStorage": np.bool_,
 }
+_MEMO = ("PUT", "BINPUT", "LONG_BINPUT")
 _PICKLE_NAME = "data.pkl"
 # Length of a zip entry's own header, and where its two variable lengths stand.
 _ENTRY_HEADER, _ENTRY_LENGTHS = 30, slice(26, 30)
@@ -39,7 +43,8 @@ _BROKEN = (
   AttributeError,
   EOFError,
   LookupError,
-  RecursionError,
+  MemoryError,
+  RuntimeError,  # of zipfile too: encrypted, or a method that it does not know
   TypeError,
   ValueError,
   struct.error,
@@ -72,10 +77,19 @@ def load_torch(path: str | os.PathLike) -> Any:
   try:
     with zipfile.ZipFile(path) as archive:
       root, entries = _entries(path, archive)
-      with archive.open(root + _PICKLE_NAME) as stream:
-        return _Unpickler(stream, path, root, entries).load()
-  except (*_BROKEN, zipfile.BadZipFile, OSError) as error:
-    raise UserError(f"{path} is not a readable PyTorch checkpoint ({error}).") from error
+      program = archive.read(root + _PICKLE_NAME)
+      _check_program(program)
+      return _Unpickler(io.BytesIO(program), path, root, entries).load()
+  except (*_BROKEN, zipfile.BadZipFile, zlib.error, OSError) as error:
+    reason = str(error)[:200] or type(error).__name__
+    raise UserError(f"{path} is not a readable PyTorch checkpoint ({reason}).") from error
+
+
+def _check_program(program: bytes) -> None:
+  """Refuses what would make the unpickler reserve memory at will: numbers beyond the data."""
+  for opcode, argument, _ in pickletools.genops(program):
+    if opcode.name in _MEMO and int(argument) > len(program):
+      raise ValueError(f"a memo entry {argument} in a pickle of {len(program)} bytes")
 
 
 def _entries(path: Path, archive: zipfile.ZipFile) -> tuple[str, dict[str, np.ndarray]]:

@@ -1,10 +1,11 @@
-"""Inputs and reference runs that the tests of both FLUX families share."""
+"""Inputs and reference runs that the tests of the families share."""
 
-import json
-
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax.models import build_transformer
+from rtdmd_jax.models import build_transformer, load_transformer
+from rtdmd_jax.weights.safetensors import load_params, read_config, save_params
 
 
 def randomised(cls, config, scale=0.05):
@@ -25,19 +26,6 @@ def arrays(*shapes, seed=1):
   return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
-def assert_same_sizes(cls, config):
-  """Compares names and shapes at true size, without allocating; returns the parameter count."""
-  import torch
-
-  with torch.device("meta"):
-    model = cls(**config)
-  transformer = build_transformer(json.loads(model.to_json_string()))
-  entries = transformer.table.entries(transformer.init_abstract())
-  got = {key: entry.shape for entry in entries for key in entry.keys}
-  assert got == {key: tuple(value.shape) for key, value in model.state_dict().items()}
-  return sum(int(np.prod(shape)) for shape in got.values())
-
-
 def assert_same_weights(got, want):
   """Compares two models tensor by tensor, exactly."""
   import torch
@@ -46,3 +34,35 @@ def assert_same_weights(got, want):
   assert got.keys() == want.keys()
   for key in want:
     assert torch.equal(got[key], want[key]), key
+
+
+def assert_same_velocity(directory, model, run_reference, latents, *rest, shard_size="10GB"):
+  """Compares velocity and gradient; 1e-4 leaves room for the order of summation only."""
+  import torch
+
+  model.save_pretrained(directory, max_shard_size=shard_size)
+  leaf = torch.tensor(latents, requires_grad=True)
+  want = run_reference(model, leaf, *rest)
+  want.square().sum().backward()
+  velocity, params = load_transformer(directory, dtype=jnp.float32)
+
+  def loss(x):
+    out = velocity(params, x, *rest)
+    return jnp.square(out).sum(), out
+
+  (_, got), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(latents)
+  assert np.abs(want.detach().numpy()).max() > 0.1
+  np.testing.assert_allclose(got, want.detach().numpy(), atol=1e-4, rtol=0)
+  np.testing.assert_allclose(gradient, leaf.grad.numpy(), atol=1e-3, rtol=1e-3)
+
+
+def assert_written_checkpoint_loads(directory, model):
+  """Loads a diffusers transformer, writes it, and has diffusers load that strictly."""
+  model.save_pretrained(directory / "a")
+  transformer = build_transformer(read_config(directory / "a"))
+  params = load_params(directory / "a", transformer.init_abstract(), transformer.table)
+  model.save_config(directory / "b")
+  save_params(directory / "b/diffusion_pytorch_model.safetensors", params, transformer.table)
+  again, info = type(model).from_pretrained(directory / "b", output_loading_info=True)
+  assert not any(info.values())
+  assert_same_weights(again, model)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from parity import test_sd3
-from parity.test_flux_pipelines import LENGTH, PROMPTS, flux1, flux2
+from parity.test_flux_pipelines import LENGTH, PROMPTS, SIZE, flux1, flux2
 from safetensors.numpy import load_file
 
 import rtdmd_jax
@@ -71,7 +71,7 @@ def case(request, tmp_path_factory):
   save_peft(lora, adapters, transformer.table, rank=3, alpha=6.0, targets=targets)
   folded = load_adapters([Lora(lora, 0.5)], transformer)
   plain, changed = (
-    np.asarray(ours.sample(PROMPTS, jax.random.key(3), image_size=64, steps=STEPS, adapters=a))
+    np.asarray(ours.sample(PROMPTS, jax.random.key(3), image_size=SIZE, steps=STEPS, adapters=a))
     for a in ({}, folded)
   )
   assert np.abs(plain - changed).max() > 0.02
@@ -92,7 +92,7 @@ def exported(case, out, kind, *more):
 def images(case, pipe):
   """diffusers' own images from our starting noise."""
   name, _, _, ours, _, _ = case
-  shape = ours.latent_shape(64)
+  shape = ours.latent_shape(SIZE)
   start = sampling.sample_noise(jax.random.split(jax.random.key(3))[0], jnp.arange(2), shape)
   latents = torch.tensor(np.asarray(start).transpose(0, 3, 1, 2))
   if name == "flux1":
@@ -100,8 +100,8 @@ def images(case, pipe):
   pipe.set_progress_bar_config(disable=True)
   return pipe(
     prompt=PROMPTS,
-    height=64,
-    width=64,
+    height=SIZE[0],
+    width=SIZE[1],
     num_inference_steps=STEPS,
     guidance_scale=1.0,
     latents=latents,
@@ -194,5 +194,5 @@ def test_comfyui_file_of_flux2_loads_in_diffusers(case, tmp_path):
   pipe.load_lora_weights(state)
   flat = load_adapters([Lora(case[4], 0.5)], case[3].transformer)
   flat.pop("norm_out")
-  ours = case[3].sample(PROMPTS, jax.random.key(3), image_size=64, steps=STEPS, adapters=flat)
+  ours = case[3].sample(PROMPTS, jax.random.key(3), image_size=SIZE, steps=STEPS, adapters=flat)
   np.testing.assert_allclose(images(case, pipe), ours, atol=1e-3)

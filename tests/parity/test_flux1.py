@@ -1,14 +1,10 @@
 """FLUX.1 against diffusers in float32; 1e-4 leaves room for the order of summation only."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from parity import flux_reference
 
-from rtdmd_jax.models import build_transformer, load_transformer
 from rtdmd_jax.models.flux1 import positions
-from rtdmd_jax.weights.safetensors import load_params, read_config, save_params
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -25,10 +21,6 @@ SCHNELL = dict(
   axes_dims_rope=(4, 6, 6),
 )
 DEV = SCHNELL | dict(guidance_embeds=True)
-# diffusers' conversion script (scripts/convert_flux_to_diffusers.py) keeps the class's defaults
-# and sets guidance_embeds where the checkpoint has a guidance embedding, as FLUX.1-dev's does.
-TRUE_DEV = dict(guidance_embeds=True)
-TRUE_SCHNELL = dict(guidance_embeds=False)
 
 
 def reference(config):
@@ -64,21 +56,7 @@ def run_reference(model, latents, sigma, tokens, pooled, guidance):
 @pytest.mark.parametrize("config", [SCHNELL, DEV], ids=["schnell", "dev"])
 def test_velocity_and_gradient_match_diffusers(tmp_path, config):
   model = reference(config)
-  model.save_pretrained(tmp_path)
-  latents, *rest = inputs(config)
-  leaf = torch.tensor(latents, requires_grad=True)
-  want = run_reference(model, leaf, *rest)
-  want.square().sum().backward()
-  velocity, params = load_transformer(tmp_path, dtype=jnp.float32)
-
-  def loss(x):
-    out = velocity(params, x, *rest)
-    return jnp.square(out).sum(), out
-
-  (_, got), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(latents)
-  assert np.abs(want.detach().numpy()).max() > 0.1
-  np.testing.assert_allclose(got, want.detach().numpy(), atol=1e-4, rtol=0)
-  np.testing.assert_allclose(gradient, leaf.grad.numpy(), atol=1e-3, rtol=1e-3)
+  flux_reference.assert_same_velocity(tmp_path, model, run_reference, *inputs(config))
 
 
 def test_positions_equal_the_pipeline():
@@ -90,20 +68,4 @@ def test_positions_equal_the_pipeline():
 
 @pytest.mark.parametrize("config", [SCHNELL, DEV], ids=["schnell", "dev"])
 def test_written_checkpoint_loads_in_diffusers(tmp_path, config):
-  model = reference(config)
-  model.save_pretrained(tmp_path / "a")
-  transformer = build_transformer(read_config(tmp_path / "a"))
-  params = load_params(tmp_path / "a", transformer.init_abstract(), transformer.table)
-  model.save_config(tmp_path / "b")
-  save_params(tmp_path / "b" / "diffusion_pytorch_model.safetensors", params, transformer.table)
-  again, info = diffusers.FluxTransformer2DModel.from_pretrained(
-    tmp_path / "b", output_loading_info=True
-  )
-  assert not any(info.values())
-  flux_reference.assert_same_weights(again, model)
-
-
-def test_published_sizes():
-  cls = diffusers.FluxTransformer2DModel
-  assert flux_reference.assert_same_sizes(cls, TRUE_DEV) == 11_901_408_320
-  assert flux_reference.assert_same_sizes(cls, TRUE_SCHNELL) == 11_891_178_560
+  flux_reference.assert_written_checkpoint_loads(tmp_path, reference(config))

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import flux_reference
 
 from rtdmd_jax.models import build_transformer, load_transformer
-from rtdmd_jax.weights.safetensors import load_params, read_config, save_params
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -27,25 +27,10 @@ SD3 = dict(
 )
 SD35 = SD3 | dict(num_layers=5, dual_attention_layers=(0, 1), qk_norm="rms_norm")
 MIXED = SD35 | dict(dual_attention_layers=(1, 4))
-TRUE_SD3 = dict(
-  sample_size=128,
-  num_layers=24,
-  num_attention_heads=24,
-  caption_projection_dim=1536,
-  pos_embed_max_size=192,
-)
-TRUE_SD35 = TRUE_SD3 | dict(
-  pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13))
-)
 
 
 def reference(config):
-  torch.manual_seed(0)
-  model = diffusers.SD3Transformer2DModel(**config).eval()
-  with torch.no_grad():
-    for parameter in model.parameters():
-      parameter.add_(0.05 * torch.randn_like(parameter))
-  return model
+  return flux_reference.randomised(diffusers.SD3Transformer2DModel, config)
 
 
 def inputs(batch=2, height=10, width=14):
@@ -70,24 +55,10 @@ def run_reference(model, latents, sigma, tokens, pooled):
 @pytest.mark.parametrize("config", [SD3, SD35, MIXED], ids=["sd3", "sd35", "mixed"])
 @pytest.mark.parametrize("shard_size", ["10GB", "40KB"])
 def test_velocity_and_gradient_match_diffusers(tmp_path, config, shard_size):
-  model = reference(config)
-  model.save_pretrained(tmp_path, max_shard_size=shard_size)
+  flux_reference.assert_same_velocity(
+    tmp_path, reference(config), run_reference, *inputs(), shard_size=shard_size
+  )
   assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard_size == "40KB")
-  latents, sigma, tokens, pooled = inputs()
-  leaf = torch.tensor(latents, requires_grad=True)
-  want = run_reference(model, leaf, sigma, tokens, pooled)
-  want.square().sum().backward()
-
-  velocity, params = load_transformer(tmp_path, dtype=jnp.float32)
-
-  def loss(x):
-    out = velocity(params, x, sigma, tokens, pooled, None)
-    return jnp.square(out).sum(), out
-
-  (_, got), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(latents)
-  assert np.abs(want.detach().numpy()).max() > 0.1
-  np.testing.assert_allclose(got, want.detach().numpy(), atol=1e-4, rtol=0)
-  np.testing.assert_allclose(gradient, leaf.grad.numpy(), atol=1e-3, rtol=1e-3)
 
 
 def test_full_size_latents_use_the_whole_position_table(tmp_path):
@@ -102,21 +73,7 @@ def test_full_size_latents_use_the_whole_position_table(tmp_path):
 
 @pytest.mark.parametrize("config", [SD3, SD35], ids=["sd3", "sd35"])
 def test_written_checkpoint_loads_in_diffusers(tmp_path, config):
-  model = reference(config)
-  model.save_pretrained(tmp_path / "a")
-  transformer = build_transformer(read_config(tmp_path / "a"))
-  params = load_params(tmp_path / "a", transformer.init_abstract(), transformer.table)
-  model.save_config(tmp_path / "b")
-  save_params(tmp_path / "b" / "diffusion_pytorch_model.safetensors", params, transformer.table)
-  again, info = diffusers.SD3Transformer2DModel.from_pretrained(
-    tmp_path / "b", output_loading_info=True
-  )
-  assert not any(info.values())
-  want = model.state_dict()
-  got = again.state_dict()
-  assert got.keys() == want.keys()
-  for key in want:
-    assert torch.equal(got[key], want[key]), key
+  flux_reference.assert_written_checkpoint_loads(tmp_path, reference(config))
 
 
 @pytest.mark.parametrize("config", [SD3, SD35 | dict(sample_size=10)], ids=["sd3", "sd35"])
@@ -127,17 +84,3 @@ def test_computed_position_table_equals_the_buffer(config):
   np.testing.assert_allclose(
     params["pos_embed"]["pos_embed"], model.pos_embed.pos_embed.numpy(), atol=1e-6, rtol=0
   )
-
-
-@pytest.mark.parametrize("config", [TRUE_SD3, TRUE_SD35], ids=["sd3", "sd35"])
-def test_published_sizes(config):
-  with torch.device("meta"):
-    model = diffusers.SD3Transformer2DModel(**config)
-  transformer = build_transformer(json.loads(model.to_json_string()))
-  entries = transformer.table.entries(transformer.init_abstract())
-  got = {key: entry.shape for entry in entries for key in entry.keys}
-  assert got == {key: tuple(value.shape) for key, value in model.state_dict().items()}
-  count = sum(int(np.prod(s)) for k, s in got.items() if k != "pos_embed.pos_embed")
-  assert count == sum(p.numel() for p in model.parameters())
-  if config is TRUE_SD3:
-    assert count == 2_028_328_000

@@ -68,7 +68,7 @@ def _run(root, stage, *overrides):
 
 def test_both_stages_run_to_their_end(family):
   name, root = family
-  assert _run(root, "stage1") == 0
+  assert _run(root, "stage1", "--config.batch.micro_batches=1") == 0
   export = root / "runs/stage1/export"
   more = [f"--config.load.{role}={export / role}" for role in ("generator", "fake_score")]
   more += ["--config.batch.repeats=2", "--config.batch.micro_batches=2"]

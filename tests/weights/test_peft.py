@@ -204,7 +204,7 @@ def test_missing_and_broken_files(saved, tmp_path):
   with pytest.raises(UserError, match="is no adapter"):
     load(tmp_path / "nowhere")
   (saved / "adapter_config.json").write_text("{")
-  with pytest.raises(UserError, match="not valid JSON"):
+  with pytest.raises(UserError, match="is not JSON"):
     load(saved)
   (saved / "adapter_model.safetensors").write_bytes(b"x")
   with pytest.raises(UserError, match="not a readable safetensors"):

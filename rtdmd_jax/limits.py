@@ -1,0 +1,92 @@
+"""Which values the keys of a configuration may have, whatever else they are combined with."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from rtdmd_jax.errors import UserError
+from rtdmd_jax.models.lora import INITS
+
+Rule = tuple[Callable[[Any], bool], str]
+
+_COUNT: Rule = (lambda v: v >= 1, "a whole number from 1")
+_NATURAL: Rule = (lambda v: v >= 0, "a whole number from 0")
+_POSITIVE: Rule = (lambda v: 0 < v < math.inf, "a number above 0")
+_NOT_NEGATIVE: Rule = (lambda v: 0 <= v < math.inf, "a number from 0")
+_FRACTION: Rule = (lambda v: 0 <= v <= 1, "a number from 0 to 1")
+_DECAY: Rule = (lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
+_SEED: Rule = (lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295")
+_LEVELS: Rule = (
+  lambda v: len(v) > 0 and all(0 < t <= 1000 for t in v) and list(v) == sorted(set(v))[::-1],
+  "decreasing numbers above 0 and up to 1000, at least one",
+)
+_RULES: dict[str, Rule] = {
+  "seed": _SEED,
+  "model.dtype": (lambda v: _is_float(v), "a floating-point type such as bfloat16 or float32"),
+  "model.image_size": _COUNT,
+  "lora.rank": _COUNT,
+  "lora.alpha": _POSITIVE,
+  "lora.init": (lambda v: v in INITS, f"one of {', '.join(INITS)}"),
+  "lora.targets": (len, "at least one name"),
+  "dmd.steps": _LEVELS,
+  "dmd.eta": _FRACTION,
+  "ema.decay": _FRACTION,
+  "ema.every": _COUNT,
+  "batch.prompts": _COUNT,
+  "batch.repeats": _COUNT,
+  "train.steps": _NATURAL,
+  "train.fake_update_ratio": _COUNT,
+  "train.log_every": _COUNT,
+  "train.save_every": _COUNT,
+  "train.keep": _COUNT,
+  "train.keep_every": _NATURAL,
+  "train.max_skipped": _COUNT,
+  "train.profile_start": _NATURAL,
+  "train.profile_steps": _NATURAL,
+  "train.grace_seconds": _POSITIVE,
+  "eval.every": _COUNT,
+  "eval.prompts": _COUNT,
+  "eval.final_prompts": _COUNT,
+  "eval.chunk": _COUNT,
+  "eval.teacher_steps": _COUNT,
+  "eval.preview": _COUNT,
+  "eval.seed": _SEED,
+}
+for _network in ("generator", "fake_score"):
+  _RULES |= {
+    f"{_network}.learning_rate": _NOT_NEGATIVE,
+    f"{_network}.warmup_steps": _NATURAL,
+    f"{_network}.b1": _DECAY,
+    f"{_network}.b2": _DECAY,
+    f"{_network}.eps": _NOT_NEGATIVE,
+    f"{_network}.weight_decay": _NOT_NEGATIVE,
+    f"{_network}.clip_norm": _POSITIVE,
+  }
+
+
+def check_limits(config: Any) -> None:
+  """Checks each value of a training configuration by itself.
+
+  Args:
+    config: as `load_config` returns it, so that types are right already.
+
+  Raises:
+    UserError: a section or key is missing, or the first value that no run can use.
+  """
+  for key, (fits, words) in _RULES.items():
+    section = config
+    for part in key.split("."):
+      if part not in section:
+        raise UserError(f"the configuration has no {key}; it must be {words}.")
+      section = section[part]
+    if not fits(section):
+      raise UserError(f"{key} is {section!r}; it must be {words}.")
+
+
+def _is_float(name: str) -> bool:
+  try:
+    return bool(jnp.issubdtype(jnp.dtype(name), jnp.floating))
+  except TypeError:
+    return False
