@@ -11,7 +11,15 @@ from benchmarks.tilt import teachers, training
 from benchmarks.tilt.training import MATCHING, RECORDER, SCORING, SIGMAS, Problem, Training
 from rtdmd_jax import stage1, stage2
 from rtdmd_jax.algo.losses import ambient_fake_score_loss
-from rtdmd_jax.algo.transitions import add_noise, ambient_target, cps_step, renoise, x0_from_v
+from rtdmd_jax.algo.transitions import (
+  add_noise,
+  ambient_target,
+  cps_log_prob,
+  cps_mean,
+  cps_step,
+  renoise,
+  x0_from_v,
+)
 from rtdmd_jax.stage2 import PolicyConfig
 from rtdmd_jax.state import Conditioning, TrainState
 
@@ -128,15 +136,16 @@ def _gradients(
 
 
 def subgrpo(problem: Problem, state: TrainState, *, count: int = 300) -> dict:
-  """Variance of the policy gradient at equal samples, by trained steps and shared noise.
+  """Variance of the policy gradient at 384 samples, by trained steps, shared noise and group size.
 
   `steps` is what may be chosen: a single index leaves out the randomness of the choice.
   """
-  shape, rows = Training(1, groups=24, repeats=16), []
-  cases = [(3, 0, 2, True)]
-  cases += [(m, 0, 2, own) for m in (1, 2) for own in (True, False)]
-  cases += [(1, i, i, own) for i in range(3) for own in (True, False)]
-  for m, first, last, own in cases:
+  rows = []
+  cases = [(3, 0, 2, True, 16)]
+  cases += [(m, 0, 2, own, 16) for m in (1, 2) for own in (True, False)]
+  cases += [(1, i, i, own, n) for n in (16, 2) for i in range(3) for own in (True, False)]
+  for m, first, last, own, repeats in cases:
+    shape = Training(1, groups=384 // repeats, repeats=repeats)
     policy = PolicyConfig(
       num_train_steps=m, range_start=first, range_end=last, dm_weight=0.0, reward_weight=0.0,
       advantage_limit=1e6, **ADVANTAGES,
@@ -145,11 +154,48 @@ def subgrpo(problem: Problem, state: TrainState, *, count: int = 300) -> dict:
     mean = g.mean(0)
     variance = g.var(0, ddof=1).sum()
     rows.append({
-      "M": m, "steps": [first, last], "shared_noise": not own, "variance": float(variance),
+      "M": m, "steps": [first, last], "shared_noise": not own, "repeats": repeats,
+      "variance": float(variance),
       # The squared norm of the mean, without what its own noise adds.
       "signal": float(mean @ mean - variance / count),
     })  # fmt: skip
-  return {"images": shape.groups * shape.repeats, "epochs": count, "rows": rows}
+  return {"images": 384, "epochs": count, "rows": rows}
+
+
+def half_precision(problem: Problem, state: TrainState, *, images: int = 4096) -> dict:
+  """The ratio of an on-policy update whose generator computes in bfloat16.
+
+  `drift` and `outside_clip` are of the ratio to log-probabilities that another program (the same
+  operations, compiled one by one) computes of the same network. `loss` is that of advantage 1
+  everywhere: exactly -1 if the ratio that trains is 1 for every sample.
+  """
+  rows, fixed, policy = [], training.frozen(problem), PolicyConfig(num_train_steps=3)
+  data, sigmas = training.batch(Training(1, groups=images // 16)), jnp.array(SIGMAS)
+  ones, one = jnp.ones(images), Conditioning(jnp.zeros((images, 1, 1)), None)
+  state = state.replace(generator=state.ema)
+  for dtype in (jnp.float32, jnp.bfloat16):
+    roles = training.roles(2)._replace(apply=partial(training.apply, dtype=dtype))
+    samples = jax.jit(
+      partial(stage2.rollout, roles=roles, config=MATCHING, policy=policy, scoring=SCORING)
+    )(state, fixed, data, jax.random.key(11))
+    velocity = stage1.generator_velocity(roles, fixed, state.generator, one)
+
+    @jax.jit
+    def loss(i: jax.Array, x: jax.Array, x_next: jax.Array, old: jax.Array, velocity=velocity):
+      v = velocity(x, jnp.full(images, sigmas[i]))
+      ends = sigmas[i], sigmas[i + 1]
+      return stage2.policy_loss(v, None, x, x_next, *ends, old, ones, ones, MATCHING, policy, 4)[1]
+
+    for i in range(3):
+      x, x_next = samples.x[i], samples.x[i + 1]
+      v = velocity(x, jnp.full(images, sigmas[i]))
+      old = cps_log_prob(x_next, cps_mean(x, v, sigmas[i], sigmas[i + 1], MATCHING.eta))
+      found = loss(i, x, x_next, old)
+      rows.append({
+        "dtype": jnp.dtype(dtype).name, "step": i, "loss": float(found["loss/policy"]),
+        "drift": float(found["ratio/drift"]), "outside_clip": float(found["ratio/outside_clip"]),
+      })  # fmt: skip
+  return {"images": images, "clip": policy.clip_high, "rows": rows}
 
 
 def hybrid(problem: Problem, state: TrainState, *, count: int = 200) -> dict:

@@ -1,4 +1,4 @@
-"""Draws docs/tilt_*.png from results.json and the samples of the last run; needs matplotlib.
+"""Draws docs/tilt_*.svg from results.json; needs matplotlib.
 
 python -m benchmarks.tilt.figures
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from benchmarks.tilt.run import RESULTS, SAMPLES
+from benchmarks.tilt.run import HISTOGRAM, PLACE, RESULTS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -22,82 +22,102 @@ COLOURS = {
 
 
 def save(figure, name: str) -> None:
+  """The same bytes for the same numbers; text stays text."""
   figure.tight_layout()
-  figure.savefig(DOCS / f"tilt_{name}.png", dpi=80)
+  with matplotlib.rc_context({"svg.hashsalt": "tilt", "svg.fonttype": "none"}):
+    figure.savefig(DOCS / f"tilt_{name}.svg", metadata={"Date": None}, facecolor="white")
   plt.close(figure)
 
 
 def shifts(rows: list[dict]) -> None:
-  figure, axes = plt.subplots(figsize=(5, 3.6))
-  exact = sorted((r["beta"], np.linalg.norm(r["exact_shift"])) for r in rows)
-  axes.plot(*zip(*exact, strict=True), color="grey", label="closed form")
+  figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+  exact = sorted((r["beta"], float(np.linalg.norm(r["exact_shift"]))) for r in rows)
+  left.plot(*zip(*exact, strict=True), color="grey", label="closed form")
   for name in ("last step only", "hybrid, KL"):
-    points = [(r["beta"], np.linalg.norm(r["shift"])) for r in rows if r["method"] == name]
-    axes.plot(*zip(*points, strict=True), "o", color=COLOURS[name], label=name)
-  axes.set(xlabel="reward weight", ylabel="shift of the mean", title="Gaussian, linear reward")
-  axes.legend()
+    parts = [r for r in rows if r["method"] == name]
+    betas = [r["beta"] for r in parts]
+    style = {"color": COLOURS[name], "label": name}
+    left.plot(betas, [np.linalg.norm(r["shift"]) for r in parts], "o", **style)
+    right.plot(betas, [100 * r["shift_error"] for r in parts], "o", **style)
+    covariances = [100 * r["covariance_error"] for r in parts]
+    right.plot(betas, covariances, "s", color=COLOURS[name], mfc="none")
+  right.axhline(3, color="grey", lw=0.8, label="bar of the mean")
+  right.axhline(5, color="grey", lw=0.8, ls="--", label="bar of the covariance (squares)")
+  left.set(xlabel="reward weight beta", ylabel="shift of the mean", title="Gaussian, linear reward")
+  right.set(xlabel="reward weight beta", ylabel="error in %", ylim=(0, None), title="against it")
+  left.legend(fontsize=8)
+  right.legend(fontsize=7)
   save(figure, "gaussian")
 
 
-def clouds() -> None:
+def clouds(histograms: dict) -> None:
   names = [
     "teacher", "DMD alone", "exact optimum",
     "last step only", "hybrid, KL", "hybrid", "GRPO alone", "back-propagation alone",
   ]  # fmt: skip
-  samples, edges = np.load(SAMPLES / "samples.npz"), np.linspace(-3, 3, 61)
+  names = [name for name in names if name in histograms]
   figure, axes = plt.subplots(2, 4, figsize=(10, 5.4), sharex=True, sharey=True)
-  for name, axis in zip(names, axes.ravel(), strict=True):
-    count = np.histogram2d(*samples[name].T, bins=(edges, edges))[0].T
-    axis.imshow(np.sqrt(count), origin="lower", extent=(-3, 3, -3, 3), cmap="Greys")
-    axis.plot(0.4, 1.4, "x", color="tab:red")
+  side, ends = len(HISTOGRAM) - 1, (HISTOGRAM[0], HISTOGRAM[-1]) * 2
+  for name, axis in zip(names, axes.ravel(), strict=False):
+    count = np.reshape(histograms[name], (side, side))
+    axis.imshow(np.sqrt(count), origin="lower", extent=ends, cmap="Greys", interpolation="none")
+    axis.plot(*PLACE.linear, "x", color="tab:red")
     axis.set_title(name, fontsize=10)
   save(figure, "mixture")
 
 
 def trade(results: dict) -> None:
-  figure, axes = plt.subplots(figsize=(6, 4))
+  figure, axes = plt.subplots(figsize=(7, 4.2))
   family = results["tilted_family"]
-  axes.plot(
-    [r["mmd_teacher"] for r in family], [r["reward"] for r in family], color="grey",
-    label="p exp(b r), exact",
-  )  # fmt: skip
+  points = lambda rows: ([r["mmd_teacher"] for r in rows], [r["reward"] for r in rows])  # noqa: E731
+  axes.plot(*points(family), color="grey", label="p exp(b r), exact")
   for name, colour in COLOURS.items():
     rows = [r for r in results["stage2"] if r["method"] == name]
-    points = [(r["mmd_teacher"], r["reward"]) for r in rows]
-    axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=4)
-  rows = [r for r in results["exact"] if r["end"] == 400]
-  axes.plot(
-    [r["mmd_teacher"] for r in rows], [r["reward"] for r in rows], "k*", label="exact optimum"
-  )
+    axes.plot(*points(rows), "o-", color=colour, label=name, markersize=4, lw=0.8)
+  axes.plot(*points(results["exact"]), "k*", label="exact optimum of the loss")
   low = min(r["reward"] for r in family)
-  axes.set(
-    xlabel="MMD to the teacher", ylabel="mean reward", title="Mixture", ylim=(low - 0.5, 1.2)
-  )
+  axes.set(xlabel="MMD to the teacher", ylabel="mean reward", title="Mixture of three Gaussians")
+  axes.set(ylim=(low - 0.4, 1.2))
   axes.legend(fontsize=8)
   save(figure, "trade")
 
 
-def variances(rows: list[dict]) -> None:
-  figure, axes = plt.subplots(figsize=(5, 3))
-  single = [r for r in rows if r["steps"][0] == r["steps"][1]]
-  for offset, shared in ((-0.2, False), (0.2, True)):
-    parts = [r for r in single if r["shared_noise"] == shared]
-    axes.bar(
-      [r["steps"][0] + offset for r in parts], [r["variance"] for r in parts], 0.38,
-      color="tab:blue" if shared else "lightgrey", label="shared" if shared else "independent",
+def facts(estimators: dict) -> None:
+  figure, (first, second, third) = plt.subplots(1, 3, figsize=(11, 3.3))
+  found = estimators["consistency"]["offset_velocity"]
+  names = ("squared_violation", "two_sample", "one_sample")
+  first.bar(["truth", "two samples", "one sample"], [found[n] for n in names], color="tab:blue")
+  first.set(title="Consistency regulariser")
+  row = estimators["hybrid"]["rows"][0]
+  names = ("finite_difference", "hybrid", "last_step_alone")
+  second.bar(
+    ["finite\ndifference", "hybrid", "last step\nalone"], [row[n]["mean"] for n in names],
+    yerr=[row[n]["error"] for n in names], color="tab:green",
+  )  # fmt: skip
+  second.set(title="Slope of the expected reward")
+  rows = estimators["subgrpo"]["rows"]
+  for offset, repeats in ((-0.2, 16), (0.2, 2)):
+    pairs = [
+      {r["shared_noise"]: r["variance"] for r in rows if r["steps"] == [i, i]
+       and r["repeats"] == repeats}
+      for i in range(3)
+    ]  # fmt: skip
+    third.bar(
+      np.arange(3) + offset, [p[True] / p[False] for p in pairs], 0.38,
+      color="tab:orange" if repeats == 16 else "tab:brown", label=f"{repeats} images a group",
     )  # fmt: skip
-  axes.set(xticks=range(3), xlabel="the one trained step", ylabel="variance of the gradient")
-  axes.legend(title="noise of the others", fontsize=8)
-  save(figure, "variance")
+  third.axhline(1, color="grey", lw=0.8)
+  third.set(xticks=range(3), xlabel="the one trained step", title="Variance, shared / independent")
+  third.legend(fontsize=8)
+  save(figure, "estimators")
 
 
 def main() -> None:
   results = json.loads(RESULTS.read_text())
   shifts(results["gaussian"]["stage2"])
-  if "mixture" in results:
-    clouds()
-    trade(results["mixture"])
-  variances(results["estimators"]["subgrpo"]["rows"])
+  clouds(results["mixture"]["histograms"])
+  trade(results["mixture"])
+  facts(results["estimators"])
 
 
 if __name__ == "__main__":

@@ -3,13 +3,17 @@
   python -m benchmarks.tilt.run                     # all, about 25 minutes on one slow CPU core
   python -m benchmarks.tilt.run --only=gaussian     # rewrites that section of the results
 
-Writes benchmarks/tilt/results.json, and samples for the figures into runs/tilt.
+Writes each row into benchmarks/tilt/results.json as soon as it is there.
 """
 
 import argparse
 import json
+import re
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +25,8 @@ from rtdmd_jax.stage1 import DMDConfig
 from rtdmd_jax.stage2 import PolicyConfig
 
 RESULTS = Path(__file__).parent / "results.json"
-SAMPLES = Path("runs/tilt")
+HISTOGRAM = np.linspace(-3, 3, 41)
+BETAS = (0.006, 0.012, 0.024)
 LINEAR = Problem(teachers.GAUSSIAN, np.array([0.8, 0.6]), 0.0)
 PLACE = Problem(teachers.MIXTURE, np.array([0.4, 1.4]), 1.0)
 # The cold start as published: with the normaliser and the consistency term.
@@ -76,7 +81,7 @@ def moment_errors(x: np.ndarray, mean: np.ndarray, cov: np.ndarray) -> dict:
   }  # fmt: skip
 
 
-def gaussian() -> dict:
+def gaussian(keep: Callable[[dict], None]) -> None:
   settings = Training(1500)
   state, seconds = cold_start(LINEAR, settings)
   mean, cov = teachers.moments(LINEAR.teacher)
@@ -107,9 +112,7 @@ def gaussian() -> dict:
       # How far the policy moved the law before the last step, over training.
       "mean_at_half": [np.linalg.norm(y[3].mean(0) - 0.5 * mean) for y in trace],
     } | moment_errors(trace[-1][-1], mean + shift, cov))  # fmt: skip
-    print("gaussian", {k: out["stage2"][-1][k] for k in ("method", "beta", "shift_error",
-          "covariance_error", "mean_at_half", "seconds")}, flush=True)  # fmt: skip
-  return out
+    keep(out)
 
 
 def nearest_tilt(problem: Problem, x: np.ndarray, own: float) -> tuple[float, dict]:
@@ -135,28 +138,32 @@ def judge(problem: Problem, x: np.ndarray, untilted: np.ndarray) -> dict:
   }  # fmt: skip
 
 
-def exact(problem: Problem, beta: float, config: DMDConfig, untilted: np.ndarray) -> dict:
+def exact(problem: Problem, beta: float, config: DMDConfig, untilted: np.ndarray):
+  """The minimiser itself, judged like a generator, and 10,000 samples of it."""
   grid, rng = optimum.Grid(), np.random.default_rng(0)
   law = optimum.grid_optimum(
     problem.teacher, problem.reward(grid.points), config, 1.0, beta, grid, nodes=40
   )
   x = grid.points.reshape(-1, 2)[rng.choice(law.size, 10_000, p=law.ravel())]
   x = x + rng.uniform(-0.5, 0.5, x.shape) * (grid.axis[1] - grid.axis[0])
-  return judge(problem, x, untilted) | {"samples": x}
+  return judge(problem, x, untilted), x
 
 
-def mixture() -> dict:
-  fixed = training.frozen(PLACE)
-  last = lambda made: training.path(made, fixed)[-1]  # noqa: E731
-  floor = teachers.mmd_floor(PLACE.teacher, 10_000)
-  out = {"floor": floor, "teacher_in_4_steps": teachers.mmd(last({}), PLACE.teacher), "stage1": []}
-  for fake_updates, updates in ((5, 2000), (10, 2000), (20, 2000)):
-    settings = Training(updates, 3e-3, 3e-3, fake_updates)
+def histogram(x: np.ndarray) -> list[int]:
+  """Counts of samples [N, 2] in `HISTOGRAM`'s cells, second coordinate first, flat."""
+  return np.histogram2d(*x.T, bins=(HISTOGRAM, HISTOGRAM))[0].T.astype(int).ravel().tolist()
+
+
+def mixture_stage1(out: dict, keep: Callable[[dict], None]) -> tuple[Any, np.ndarray]:
+  """Cold starts by updates of the fake score; the last one's state and samples."""
+  fixed, floor = training.frozen(PLACE), out["floor"]
+  for fake_updates in (5, 20):
+    settings = Training(2000, 3e-3, 3e-3, fake_updates)
     state, seconds = cold_start(PLACE, settings)
     levels = training.path(state.ema, fixed)
     start = levels[-1]
     out["stage1"].append({
-      "fake_updates": fake_updates, "updates": updates, "seconds": seconds,
+      "fake_updates": fake_updates, "updates": settings.updates, "seconds": seconds,
       "mmd_by_level": {
         str(s): teachers.mmd(x, teachers.noised(PLACE.teacher, s))
         for s, x in zip(training.SIGMAS[1:], levels[1:], strict=True)
@@ -164,43 +171,54 @@ def mixture() -> dict:
       "mode_weights": teachers.mode_weights(PLACE.teacher, start).tolist(),
       "over_floor": teachers.mmd(start, PLACE.teacher) / floor,
     } | moment_errors(start, *teachers.moments(PLACE.teacher)))  # fmt: skip
-    print("mixture", out["stage1"][-1], flush=True)
-  samples = {"teacher": teachers.sample(PLACE.teacher, 10_000, np.random.default_rng(0))}
-  samples["DMD alone"] = start
-  out["stage2"] = [judge(PLACE, start, start) | {"method": "DMD alone", "beta": 0.0}]
-  out["exact"], out["tilted_family"] = [], []
-  for beta in (0.006, 0.012, 0.024):
-    for end, config in ((400, LOW), (1000, MATCHING)):
-      found = exact(PLACE, beta, config, start)
-      if beta == 0.012 and end == 400:
-        samples["exact optimum"] = found["samples"]
-      del found["samples"]
-      out["exact"].append(found | {"beta": beta, "end": end})
-  runs = [(n, b, 1) for n in ("last step only", "hybrid, KL") for b in (0.006, 0.012, 0.024)]
-  runs += [("hybrid", 0.012, 4), ("GRPO alone", 1.0, 8), ("back-propagation alone", 1.0, 8)]
+    keep(out)
+  return state, start
+
+
+def mixture_stage2(out: dict, state, start: np.ndarray, keep: Callable[[dict], None]) -> None:
+  fixed = training.frozen(PLACE)
+  runs = [("last step only", b, 1) for b in BETAS] + [("GRPO alone", 1.0, 8)]
+  runs += [("back-propagation alone", 1.0, 8), ("hybrid", 0.012, 4)]
+  runs += [("hybrid, KL", b, 1) for b in BETAS]
   for name, beta, snapshots in runs:
     alone = name.endswith("alone")
     settings = Training(320, 1e-3) if alone else Training(2000, 1e-3, 1e-3, 5)
     made, seconds = tilted(PLACE, state, name, beta, LOW, settings, snapshots)
     for i, generator in enumerate(made):
-      x = last(generator)
+      x = training.path(generator, fixed)[-1]
       row = {"method": name, "beta": beta, "updates": settings.updates * (i + 1) // snapshots}
       out["stage2"].append(judge(PLACE, x, start) | row | {"seconds": seconds})
-    if beta in (0.012, 1.0):
-      samples[name] = x
-    print("mixture", out["stage2"][-1], flush=True)
+    if beta in (BETAS[1], 1.0):
+      out["histograms"][name] = histogram(x)
+    keep(out)
+
+
+def mixture(keep: Callable[[dict], None]) -> None:
+  floor = teachers.mmd_floor(PLACE.teacher, 10_000)
+  last = training.path({}, training.frozen(PLACE))[-1]
+  out = {"floor": floor, "teacher_in_4_steps": teachers.mmd(last, PLACE.teacher), "stage1": []}
+  state, start = mixture_stage1(out, keep)
+  drawn = teachers.sample(PLACE.teacher, 10_000, np.random.default_rng(0))
+  out["histograms"] = {"teacher": histogram(drawn), "DMD alone": histogram(start)}
+  out["stage2"] = [judge(PLACE, start, start) | {"method": "DMD alone", "beta": 0.0}]
+  out["tilted_family"] = []
   for b in np.linspace(0, 2, 21):
     law = teachers.tilt(PLACE.teacher, b, PLACE.linear, PLACE.quadratic)
     x = teachers.sample(law, 10_000, np.random.default_rng(1))
     distance = teachers.mixture_mmd(law, PLACE.teacher)
     row = {"b": float(b), "reward": float(PLACE.reward(x).mean()), "mmd_teacher": distance}
     out["tilted_family"].append(row)
-  SAMPLES.mkdir(parents=True, exist_ok=True)
-  np.savez(SAMPLES / "samples.npz", **samples)
-  return out
+  mixture_stage2(out, state, start, keep)
+  out["exact"] = []
+  for beta in BETAS:
+    row, x = exact(PLACE, beta, LOW, start)
+    out["exact"].append(row | {"beta": beta})
+    if beta == BETAS[1]:
+      out["histograms"]["exact optimum"] = histogram(x)
+    keep(out)
 
 
-def facts() -> dict:
+def facts(keep: Callable[[dict], None]) -> None:
   state, _ = cold_start(PLACE, Training(400, 3e-3, 3e-3, 5))
   out = {}
   for name, measure in (
@@ -208,14 +226,23 @@ def facts() -> dict:
     ("consistency", lambda: estimators.consistency(PLACE.teacher)),
     ("subgrpo", lambda: estimators.subgrpo(PLACE, state)),
     ("hybrid", lambda: estimators.hybrid(PLACE, state)),
+    ("half_precision", lambda: estimators.half_precision(PLACE, state)),
   ):
     begin = time.time()
     out[name] = measure() | {"seconds": time.time() - begin}
-    print(name, out[name], flush=True)
-  return out
+    keep(out)
 
 
 SECTIONS = {"gaussian": gaussian, "mixture": mixture, "estimators": facts}
+
+
+def save(name: str, section: dict) -> None:
+  """Rewrites one section of the results, five digits per number and one line per plain list."""
+  print(name, json.dumps(section)[-400:], flush=True)
+  results = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | {name: section}
+  short = json.loads(json.dumps(results), parse_float=lambda s: float(f"{float(s):.5g}"))
+  flat = lambda found: re.sub(r"\s+", " ", found[0])  # noqa: E731
+  RESULTS.write_text(re.sub(r"\[[^][{}]*\]", flat, json.dumps(short, indent=1)) + "\n")
 
 
 def main() -> None:
@@ -225,10 +252,7 @@ def main() -> None:
   parser.add_argument("--only", choices=SECTIONS, help="one section instead of all")
   only = parser.parse_args().only
   for name in [only] if only else SECTIONS:
-    section = SECTIONS[name]()
-    results = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | {name: section}
-    short = json.loads(json.dumps(results), parse_float=lambda s: float(f"{float(s):.5g}"))
-    RESULTS.write_text(json.dumps(short, indent=1) + "\n")
+    SECTIONS[name](partial(save, name))
 
 
 if __name__ == "__main__":

@@ -68,23 +68,24 @@ def init_mlp(key: jax.Array, d: int) -> dict:
   }
 
 
-def mlp(params: dict, x: jax.Array, sigma: jax.Array) -> jax.Array:
-  """Of position and teacher's velocity, x [B, 2 d], at sigma [B]."""
+def mlp(params: dict, x: jax.Array, sigma: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+  """Of position and teacher's velocity, x [B, 2 d], at sigma [B]; computed in `dtype`."""
   phase = np.pi / 2 * sigma[:, None] * FREQUENCIES
-  h = jnp.concatenate([x, jnp.sin(phase), jnp.cos(phase)], axis=-1)
+  h = jnp.concatenate([x, jnp.sin(phase), jnp.cos(phase)], axis=-1).astype(dtype)
+  params = jax.tree.map(lambda a: a.astype(dtype), params)
   for i in range(len(params)):
     h = h @ params[f"layer{i}"]["kernel"] + params[f"layer{i}"]["bias"]
     h = jax.nn.silu(h) if i < len(params) - 1 else h
-  return h
+  return h.astype(jnp.float32)
 
 
-def apply(variables, x, sigma, tokens, pooled, guidance):
+def apply(variables, x, sigma, tokens, pooled, guidance, dtype=jnp.float32):
   """The teacher, plus the MLP in training or else that of the earlier stage, if there is one."""
   flat = x.reshape(x.shape[0], -1)
   v = teachers.velocity(variables["params"], flat, sigma)
   adapter = variables.get("lora", variables.get("lora_frozen"))
   if adapter is not None:
-    v = v + mlp(adapter, jnp.concatenate([flat, v], axis=-1), sigma)
+    v = v + mlp(adapter, jnp.concatenate([flat, v], axis=-1), sigma, dtype)
   return v.reshape(x.shape)
 
 
