@@ -170,15 +170,12 @@ def half_precision(problem: Problem, state: TrainState, *, images: int = 4096) -
   everywhere: exactly -1 if the ratio that trains is 1 for every sample.
   """
   rows, fixed, policy = [], training.frozen(problem), PolicyConfig(num_train_steps=3)
-  data, sigmas = training.batch(Training(1, groups=images // 16)), jnp.array(SIGMAS)
+  path, sigmas = training.path(state.ema, fixed, images), jnp.array(SIGMAS)
+  path = jnp.asarray(path, jnp.float32).reshape(len(SIGMAS), images, 1, 1, 2)
   ones, one = jnp.ones(images), Conditioning(jnp.zeros((images, 1, 1)), None)
-  state = state.replace(generator=state.ema)
   for dtype in (jnp.float32, jnp.bfloat16):
     roles = training.roles(2)._replace(apply=partial(training.apply, dtype=dtype))
-    samples = jax.jit(
-      partial(stage2.rollout, roles=roles, config=MATCHING, policy=policy, scoring=SCORING)
-    )(state, fixed, data, jax.random.key(11))
-    velocity = stage1.generator_velocity(roles, fixed, state.generator, one)
+    velocity = stage1.generator_velocity(roles, fixed, state.ema, one)
 
     @jax.jit
     def loss(i: jax.Array, x: jax.Array, x_next: jax.Array, old: jax.Array, velocity=velocity):
@@ -187,7 +184,7 @@ def half_precision(problem: Problem, state: TrainState, *, images: int = 4096) -
       return stage2.policy_loss(v, None, x, x_next, *ends, old, ones, ones, MATCHING, policy, 4)[1]
 
     for i in range(3):
-      x, x_next = samples.x[i], samples.x[i + 1]
+      x, x_next = path[i], path[i + 1]
       v = velocity(x, jnp.full(images, sigmas[i]))
       old = cps_log_prob(x_next, cps_mean(x, v, sigmas[i], sigmas[i + 1], MATCHING.eta))
       found = loss(i, x, x_next, old)

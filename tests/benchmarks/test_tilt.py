@@ -1,5 +1,6 @@
-"""The yardsticks of benchmarks/tilt against Monte Carlo and quadrature."""
+"""The yardsticks of benchmarks/tilt against Monte Carlo and quadrature, and its stored results."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.tilt import optimum, teachers, training
+from benchmarks.tilt import estimators, optimum, teachers, training
 from rtdmd_jax.stage1 import Consistency
 
+ROOT = Path(__file__).parents[2]
 MIXTURE = teachers.MIXTURE
 GRID = optimum.Grid(side=60)
 LINEAR, QUADRATIC = np.array([0.4, 1.4]), 1.0
@@ -56,6 +58,37 @@ def test_grid_optimum_of_a_gaussian_is_the_closed_form():
   gap = grid.points - mean
   np.testing.assert_allclose(mean - teachers.GAUSSIAN["means"][0], shift, rtol=0.05)
   np.testing.assert_allclose(np.einsum("ij,ija,ijb->ab", law, gap, gap), cov, atol=0.05)
+
+
+def test_the_ratio_that_trains_is_one_in_bfloat16_though_programs_differ():
+  problem = training.Problem(MIXTURE, LINEAR, QUADRATIC)
+  state = training.start(problem, training.Training(1))
+  last = jax.random.normal(jax.random.key(0), state.ema["layer3"]["kernel"].shape)
+  state = state.replace(ema=state.ema | {"layer3": {"kernel": 0.1 * last, "bias": jnp.ones(2)}})
+  found = estimators.half_precision(problem, state, images=128)
+  assert all(row["loss"] == -1.0 for row in found["rows"])
+  drift = {row["dtype"]: row["drift"] for row in found["rows"]}
+  assert drift["float32"] < found["clip"] < drift["bfloat16"]
+
+
+def test_stored_results_hold_what_the_page_says():
+  results = json.loads((ROOT / "benchmarks/tilt/results.json").read_text())
+  mixture, facts = results["mixture"], results["estimators"]
+  rows = [r for r in mixture["stage2"] if r["method"] in ("last step only", "hybrid, KL")]
+  assert len(rows) == 6 and max(r["ratio"] for r in rows) < 1 / 3
+  for row in results["gaussian"]["stage2"]:
+    if row["method"] != "hybrid" and row["beta"] >= 0.2 and row["fake_updates"] == 5:
+      assert row["shift_error"] < 0.03 and row["covariance_error"] < 0.05
+  assert all(0.8 < level["chi2_per_cell"] < 1.2 for level in facts["ambient"]["levels"])
+  for row in facts["hybrid"]["rows"]:
+    error = np.hypot(row["hybrid"]["error"], row["finite_difference"]["error"])
+    assert abs(row["hybrid"]["mean"] - row["finite_difference"]["mean"]) < 2 * error
+  assert {row["loss"] for row in facts["half_precision"]["rows"]} == {-1.0}
+
+
+def test_figures_are_small():
+  sizes = {path.name: path.stat().st_size for path in (ROOT / "docs").glob("tilt_*.svg")}
+  assert len(sizes) == 4 and max(sizes.values()) < 150_000
 
 
 @pytest.mark.slow
