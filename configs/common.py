@@ -16,6 +16,11 @@ def base() -> config_dict.ConfigDict:
   c.model.teacher_init = ""
   c.model.image_size = 512
   c.model.dtype = "bfloat16"  # of the frozen networks; adapters are always float32
+  # What is kept of a block for the backward pass: everything, "dots" (weight products), or, with
+  # "full", nothing but its input.
+  c.model.remat = "none"
+  # Of the velocity networks: "auto" is "splash" on TPUs, "cudnn" on GPUs and "xla" elsewhere.
+  c.model.attention = "auto"
 
   # Devices along each axis (-1: all that are left); see docs/sharding.md.
   c.mesh = config_dict.ConfigDict()
@@ -76,13 +81,19 @@ def base() -> config_dict.ConfigDict:
   c.batch = config_dict.ConfigDict()
   c.batch.prompts = 72
   c.batch.repeats = 1
+  c.batch.micro_batches = 1  # parts whose gradients are added up, for memory
 
   c.train = config_dict.ConfigDict()
   c.train.steps = 15_000
   c.train.fake_update_ratio = 10
   c.train.log_every = 10
   c.train.save_every = 1000
-  c.train.keep = 3
+  c.train.keep = 3  # newest checkpoints that stay
+  c.train.keep_every = 0  # steps divisible by this stay too; 0: none
+  c.train.max_skipped = 20  # updates in a row without a finite gradient end the run
+  c.train.profile_start = 10  # first step of a profile in the workdir (docs/troubleshooting.md)
+  c.train.profile_steps = 0  # its length; 0: none
+  c.train.grace_seconds = 120.0  # after SIGTERM or Ctrl-C, to finish the step and save
 
   c.eval = config_dict.ConfigDict()
   c.eval.every = 1000  # steps between scores of held-out prompts during training
@@ -108,6 +119,7 @@ def stage2() -> config_dict.ConfigDict:
   c.ema.every = 8
   c.batch.prompts = 48
   c.batch.repeats = 24
+  c.batch.micro_batches = 16
   c.train.steps = 1000
   c.eval.every = 50
 
@@ -128,7 +140,6 @@ def stage2() -> config_dict.ConfigDict:
   c.policy.dm_weight = 1e-3
   c.policy.reward_weight = 1e-4
   c.policy.reward_margin = 3.0
-  c.policy.micro_batches = 16
   return c
 
 

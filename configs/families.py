@@ -59,6 +59,7 @@ def stage1(name: str) -> config_dict.ConfigDict:
   c.data.prompts = f"{PROMPTS}/pickscore"
   c.data.held_out = f"{PROMPTS}/drawbench"
   c.generator.learning_rate = c.fake_score.learning_rate = family.stage1_rate
+  c.batch.micro_batches = 9  # of 8 images
   c.train.save_every = 5000
   for reward in ("clipscore", "pickscore", "hpsv2", "aesthetic", "imagereward"):
     c.rewards[reward] = _device_reward(reward)
@@ -105,11 +106,39 @@ def infer(name: str) -> config_dict.ConfigDict:
   return c
 
 
+def evaluation(name: str) -> config_dict.ConfigDict:
+  """The published suite: base, cold start and result by nine rewards, each on its prompts."""
+  family, drawn = FAMILIES[name], infer(name)
+  c = config_dict.ConfigDict()
+  for key in ("pipeline", "dtype", "height", "width", "seed", "batch"):
+    c[key] = drawn[key]
+  c.preview = 24
+  c.limit = 0  # prompts of each set; 0: all
+  sets = ("drawbench", "hpsv3", "geneval", "geneval2", "ocr")
+  c.prompts = config_dict.ConfigDict({key: f"{PROMPTS}/{key}" for key in sets})
+  few = dict(few_step=True, steps=4, guidance=1.0)
+  lora = lambda stage: ({"path": f"runs/{name}_{stage}/export/generator", "scale": 1.0},)  # noqa: E731
+  c.systems = config_dict.ConfigDict()
+  c.systems.base = dict(few_step=False, steps=50, guidance=family.guidance, loras=())
+  c.systems.cold_start = dict(**few, loras=lora("stage1"))
+  c.systems.result = dict(**few, loras=lora("stage2"))
+  c.rewards = config_dict.ConfigDict()
+  for reward in ("pickscore", "aesthetic", "clipscore", "hpsv2", "imagereward"):
+    c.rewards[reward] = _device_reward(reward, prompts="drawbench")
+    del c.rewards[reward].weight
+  c.rewards.ocr = dict(prompts="ocr")
+  # Served by `python -m rtdmd_jax.rewards.serve` or a compatible service.
+  for reward, port in (("geneval", 18085), ("geneval2", 18086), ("hpsv3", 18087)):
+    c.rewards[reward] = dict(prompts=reward, url=f"http://127.0.0.1:{port}")
+  return c
+
+
 def _model(c: config_dict.ConfigDict, family: Family) -> config_dict.ConfigDict:
   c.model.pretrained = f"{CHECKPOINTS}/{family.pretrained}"
   if family.generator_init:
     c.model.generator_init = f"{CHECKPOINTS}/{family.generator_init}"
   c.model.image_size = family.image_size
+  c.model.remat = "full"
   if family.targets:
     c.lora.targets = family.targets
   c.dmd.guidance_low = c.dmd.guidance_high = c.eval.teacher_guidance = family.guidance

@@ -8,7 +8,7 @@ def get_config() -> config_dict.ConfigDict:
   c.stage = "pretrain"
   c.seed = 0
   # Phases run in this order; one whose output exists in the workdir is not run again.
-  c.phases = ("vae", "clip", "teacher")
+  c.phases = ("vae", "text", "scorer", "teacher")
   c.images = 60_000
   c.max_length = 12
 
@@ -30,11 +30,11 @@ def get_config() -> config_dict.ConfigDict:
     mid_block_add_attention=True,
   )
 
-  c.clip = config_dict.ConfigDict()
-  c.clip.steps = 700
-  c.clip.batch_size = 128
-  c.clip.learning_rate = 1e-3
-  c.clip.projection_dim = 64
+  c.text = config_dict.ConfigDict()
+  c.text.steps = 700
+  c.text.batch_size = 128
+  c.text.learning_rate = 1e-3
+  c.text.projection_dim = 64
   tower = dict(
     hidden_size=64,
     intermediate_size=256,
@@ -43,9 +43,9 @@ def get_config() -> config_dict.ConfigDict:
     hidden_act="quick_gelu",
     layer_norm_eps=1e-5,
   )
-  c.clip.text = dict(tower)
-  c.clip.text_2 = tower | dict(hidden_act="gelu")
-  c.clip.vision = tower | dict(
+  c.text.text = dict(tower)
+  c.text.text_2 = tower | dict(hidden_act="gelu")
+  c.text.vision = tower | dict(
     hidden_size=96,
     intermediate_size=384,
     num_hidden_layers=4,
@@ -53,6 +53,15 @@ def get_config() -> config_dict.ConfigDict:
     image_size=64,
     patch_size=16,
   )
+
+  c.scorer = config_dict.ConfigDict()
+  c.scorer.steps = 1200
+  c.scorer.batch_size = 128
+  c.scorer.learning_rate = 1.5e-3
+  c.scorer.projection_dim = 64
+  wide = tower | dict(hidden_size=128, intermediate_size=512)
+  c.scorer.text = dict(wide)
+  c.scorer.vision = wide | dict(num_hidden_layers=4, image_size=64, patch_size=8)
 
   c.teacher = config_dict.ConfigDict()
   c.teacher.steps = 5000

@@ -8,16 +8,16 @@ def get_config():
   c = tiny(common.stage2())
   c.load.generator = str(TINY / "stage1/generator")
   c.load.fake_score = str(TINY / "stage1/fake_score")
-  c.generator.learning_rate = 3e-4
-  c.fake_score.learning_rate = 3e-4
+  c.generator.learning_rate = 5e-4
+  c.fake_score.learning_rate = 5e-4
   c.dmd.guidance_low = c.dmd.guidance_high = 3.0
   c.eval.teacher_guidance = 3.0
   c.batch.prompts = 8
   c.batch.repeats = 12
-  c.policy.micro_batches = 2
+  c.batch.micro_batches = 2
   c.policy.policy_weight = 1.0
   c.policy.dm_weight = 0.1
-  c.policy.reward_weight = 0.01
+  c.policy.reward_weight = 0.1
   c.ema.decay = 0.9
   c.ema.every = 1
   c.train.steps = 30

@@ -26,6 +26,7 @@ from rtdmd_jax.weights.adapters import Lora, load_adapters
 from rtdmd_jax.weights.safetensors import load_params, read_config
 
 Tree = Any
+OBJECTIVES = ("ac_dmd", "dmd")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,12 @@ def build(config: Any) -> Setup:
   # What fails fast comes first.
   prompts = load_prompts(config.data.prompts, split="train", metadata=True)
   held_out = load_prompts(config.data.held_out, split="test", metadata=True)
-  pipeline = Pipeline.from_pretrained(config.model.pretrained, dtype=jnp.dtype(config.model.dtype))
+  pipeline = Pipeline.from_pretrained(
+    config.model.pretrained,
+    dtype=jnp.dtype(config.model.dtype),
+    remat=config.model.remat,
+    attention=config.model.attention,
+  )
   sigmas = pipeline.few_step_sigmas(config.dmd.steps, config.model.image_size)
   bases, keys = _bases(config.model, pipeline)
   roles = Roles(
@@ -178,7 +184,13 @@ def new_adapters(config: Any, pipeline: Pipeline, key: jax.Array) -> Tree:
 
 
 def dmd_config(config: Any, pipeline: Pipeline) -> DMDConfig:
-  """The typed form of `config.dmd`."""
+  """The typed form of `config.dmd`.
+
+  Raises:
+    UserError: an unknown objective.
+  """
+  if config.dmd.objective not in OBJECTIVES:
+    raise UserError(f"dmd.objective is {config.dmd.objective!r}; use {' or '.join(OBJECTIVES)}.")
   values = {k: v for k, v in config.dmd.items() if k not in ("steps", "consistency")}
   consistency = Consistency(**config.dmd.consistency)
   return DMDConfig(**values, shift=pipeline.schedule.shift, consistency=consistency)
@@ -189,25 +201,34 @@ def optimizer_config(section: Any) -> OptimizerConfig:
   return OptimizerConfig(**section)
 
 
+def micro_batches(config: Any) -> int:
+  """`config.batch.micro_batches`, into how many parts a batch is cut.
+
+  Raises:
+    UserError: it does not divide the batch, or a part does not split over the devices.
+  """
+  number, count = config.batch.micro_batches, config.batch.prompts * config.batch.repeats
+  if number < 1 or count % number:
+    raise UserError(
+      f"batch.micro_batches is {number}, which does not divide the batch of {count} images"
+      " (batch.prompts x batch.repeats)."
+    )
+  parts = batch_parts()
+  if count // number % parts:
+    raise UserError(
+      f"a micro-batch has {count // number} images, which do not split over the {parts} devices of"
+      " mesh.data x mesh.fsdp; change batch.prompts, batch.repeats or batch.micro_batches."
+    )
+  return number
+
+
 def policy_config(config: Any) -> PolicyConfig:
   """The typed form of `config.policy`.
 
   Raises:
-    UserError: the batch does not divide into micro-batches, or too few steps to choose from.
+    UserError: too few steps to choose from, or see `micro_batches`.
   """
-  policy = PolicyConfig(**config.policy)
-  count = config.batch.prompts * config.batch.repeats
-  if count % policy.micro_batches:
-    raise UserError(
-      f"policy.micro_batches is {policy.micro_batches}, which does not divide the batch of"
-      f" {count} images (batch.prompts x batch.repeats)."
-    )
-  parts = batch_parts()
-  if count // policy.micro_batches % parts:
-    raise UserError(
-      f"a micro-batch has {count // policy.micro_batches} images, which do not split over the"
-      f" {parts} devices of mesh.data x mesh.fsdp; change batch or policy.micro_batches."
-    )
+  policy = PolicyConfig(**config.policy, micro_batches=micro_batches(config))
   last = len(config.dmd.steps) - 2
   if not 0 <= policy.range_start <= policy.range_end <= last:
     raise UserError(

@@ -1,7 +1,10 @@
-"""Checkpoints of the training state with Orbax, and the configuration kept beside them."""
+"""Checkpoints of the training state with Orbax."""
 
 import json
-from collections.abc import Sequence
+import logging
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,17 +14,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from rtdmd_jax.config import flatten
+from rtdmd_jax.checksum import checksums
 from rtdmd_jax.errors import UserError
-
-_ABSENT = object()
 
 
 class Checkpoints:
   """Numbered checkpoints `directory/<step>` of one run, written in the background.
 
-  A checkpoint holds the state's leaves by name and a JSON value; it appears under its final name
-  only when complete. Typed PRNG keys are stored as their data and wrapped again on restore.
+  A checkpoint holds the state's leaves by name, a JSON value and checksums of both; it appears
+  under its final name only when complete, and what a killed process left unfinished is removed by
+  the next one. Typed PRNG keys are stored as their data and wrapped again on restore.
   """
 
   def __init__(
@@ -49,8 +51,14 @@ class Checkpoints:
         raise UserError(f"checkpoint directory {directory} does not exist")
     else:
       _check_writable(self._directory)
+    # Orbax logs with a traceback what it then raises, and what is raised here is one sentence.
+    logging.getLogger("absl").addFilter(_not_an_error_of_orbax)
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, keep_period=keep_every, read_only=read_only, create=False
+      max_to_keep=keep,
+      keep_period=keep_every,
+      read_only=read_only,
+      create=False,
+      cleanup_tmp_directories=not read_only,
     )
     self._manager = ocp.CheckpointManager(
       self._directory.absolute() if "://" not in str(directory) else self._directory,
@@ -92,21 +100,23 @@ class Checkpoints:
       False if the newest checkpoint already has this step (nothing is written), else True.
 
     Raises:
+      UserError: this or the previous checkpoint cannot be written.
       ValueError: a newer checkpoint exists (see `discard_after`).
     """
-    self._manager.wait_until_finished()
+    self.wait()
     latest = self.latest_step
     if latest == step:
       return False
     if latest is not None and latest > step:
       raise ValueError(f"checkpoint {step} would be older than {latest}; call discard_after first")
     leaves = {name: _to_data(leaf) for name, leaf in _named_leaves(state).items()}
-    return self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(leaves), extra=ocp.args.JsonSave({"value": extra})
-      ),
-    )
+    sums = checksums(leaves)
+    item = {"value": extra, "checksums": sums, "checksum": _json_checksum(extra, sums)}
+    with self._writing(step):
+      return self._manager.save(
+        step,
+        args=ocp.args.Composite(state=ocp.args.StandardSave(leaves), extra=ocp.args.JsonSave(item)),
+      )
 
   def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, Any]:
     """Read a checkpoint into the structure, dtypes and shardings of `abstract_state`.
@@ -123,7 +133,61 @@ class Checkpoints:
       UserError: no such checkpoint, an unreadable one, or one of another structure (the leaf is
         named).
     """
-    self._manager.wait_until_finished()
+    self.wait()
+    step = self._existing(step)
+    wanted = _named_leaves(abstract_state)
+    abstract = {name: _abstract_data(leaf) for name, leaf in wanted.items()}
+    with self._reading(step):
+      # Orbax casts and slices silently, so the stored shapes are compared before reading.
+      _check_leaves(self._name(step), self._stored_leaves(step), abstract)
+      items = self._manager.restore(
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+      )
+    data, (extra, sums) = items["state"], self._read_extra(step)
+    found = checksums({name: data[name] for name in sums})
+    for name in sorted(sums):
+      if found[name] != sums[name]:
+        raise UserError(
+          f"{self._name(step)} is damaged: the leaf {name} is not what was written; "
+          "delete that folder to resume from an earlier one"
+        )
+    leaves = [_from_data(data[name], leaf) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), extra
+
+  def read_extra(self, step: int | None = None) -> Any:
+    """The JSON value of a checkpoint, of the newest by default, without its state.
+
+    Raises:
+      UserError: no such checkpoint, or an unreadable one.
+    """
+    self.wait()
+    return self._read_extra(self._existing(step))[0]
+
+  def discard_after(self, step: int) -> None:
+    """Delete the checkpoints newer than `step`, to train on from an older one."""
+    self.wait()
+    for newer in [s for s in self.all_steps if s > step]:
+      self._manager.delete(newer)
+
+  def wait(self) -> None:
+    """Block until the checkpoint being written is complete.
+
+    Raises:
+      UserError: it cannot be written (a full disk, say); older ones are untouched.
+    """
+    with self._writing(None):
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Finish the checkpoint being written and release the directory; raises what `wait` does."""
+    with self._writing(None):
+      self._manager.close()
+
+  def _name(self, step: int) -> str:
+    return f"checkpoint {self._directory / str(step)}"
+
+  def _existing(self, step: int | None) -> int:
+    """`step`, or the newest; an error if there is no such checkpoint."""
     steps = self.all_steps
     step = self.latest_step if step is None else step
     if step is None:
@@ -131,41 +195,42 @@ class Checkpoints:
     if step not in steps:
       found = ", ".join(map(str, steps)) or "none"
       raise UserError(f"{self._directory} has no checkpoint {step}; it has {found}")
-    wanted = _named_leaves(abstract_state)
-    abstract = {name: _abstract_data(leaf) for name, leaf in wanted.items()}
+    return step
+
+  def _read_extra(self, step: int) -> tuple[Any, dict[str, int]]:
+    """The JSON value and the leaves' checksums."""
+    with self._reading(step):
+      item = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))
+      item = item["extra"]
+      if "checksum" not in item:  # written by a version of this package that made none
+        return item["value"], {}
+      if _json_checksum(item["value"], item["checksums"]) != item["checksum"]:
+        raise ValueError("its JSON value is not what was written")
+      return item["value"], item["checksums"]
+
+  @contextmanager
+  def _reading(self, step: int) -> Iterator[None]:
     try:
-      # Orbax casts and slices silently, so the stored shapes are compared before reading.
-      _check_leaves(
-        f"checkpoint {self._directory / str(step)}", self._stored_leaves(step), abstract
-      )
-      items = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract), extra=ocp.args.JsonRestore()
-        ),
-      )
-    except (ValueError, OSError, KeyError, TypeError) as error:
-      reason = str(error).strip().partition("\n")[0][:200]
+      yield
+    except UserError:
+      raise
+    except Exception as error:  # Orbax raises errors of any kind on damaged files, plain ones too
       raise UserError(
-        f"checkpoint {self._directory / str(step)} cannot be read ({reason}); "
+        f"{self._name(step)} cannot be read ({_reason(error)}); "
         "delete that folder to resume from an earlier one"
       ) from error
-    leaves = [_from_data(items["state"][name], leaf) for name, leaf in wanted.items()]
-    return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), items["extra"]["value"]
 
-  def discard_after(self, step: int) -> None:
-    """Delete the checkpoints newer than `step`, to train on from an older one."""
-    self._manager.wait_until_finished()
-    for newer in [s for s in self.all_steps if s > step]:
-      self._manager.delete(newer)
-
-  def wait(self) -> None:
-    """Block until the checkpoint being written is complete; raises what went wrong."""
-    self._manager.wait_until_finished()
-
-  def close(self) -> None:
-    """Finish the checkpoint being written and release the directory."""
-    self._manager.close()
+  @contextmanager
+  def _writing(self, step: int | None) -> Iterator[None]:
+    try:
+      yield
+    except (ValueError, OSError) as error:
+      what = "a checkpoint" if step is None else f"checkpoint {step}"
+      steps = ", ".join(map(str, self.all_steps)) or "none"
+      raise UserError(
+        f"{what} cannot be written to {self._directory} ({_reason(error)}); make room or allow "
+        f"writing there and start again (complete checkpoints: {steps})"
+      ) from error
 
   def _stored_leaves(self, step: int) -> dict[str, Any]:
     stored = self._manager.item_metadata(step)["state"]
@@ -174,61 +239,18 @@ class Checkpoints:
     return dict(stored.tree)
 
 
-def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """Changed keys of two nested dicts as sorted lines `a.b: old -> new`.
-
-  Values are compared as JSON, so a tuple equals the same list. A key of one side only is `absent`
-  on the other.
-  """
-  old_values, new_values = (dict(flatten(json.loads(json.dumps(tree)))) for tree in (old, new))
-  lines = []
-  for key in sorted(old_values | new_values):
-    before, after = old_values.get(key, _ABSENT), new_values.get(key, _ABSENT)
-    if before != after:
-      lines.append(f"{key}: {_show(before)} -> {_show(after)}")
-  return lines
+def _not_an_error_of_orbax(record: logging.LogRecord) -> bool:
+  return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
-def check_resume(path: Path, config: dict[str, Any], fixed: Sequence[str]) -> list[str]:
-  """Compare the configuration of a run with the one it resumes with.
-
-  Args:
-    path: the `config.json` stored by `store_config`.
-    config: the new configuration as nested dicts.
-    fixed: sections or keys (`"lora"`, `"lora.rank"`) that define the run's objective, backbone or
-      adapter shapes and therefore must not change.
-
-  Returns:
-    Lines of `config_diff` for the permitted changes.
-
-  Raises:
-    UserError: the file is missing or broken, or a fixed key changed; all such changes are listed.
-  """
-  try:
-    old = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise UserError(f"cannot resume: {path} is missing or not JSON ({error})") from error
-  changes = config_diff(old, config)
-  refused = [
-    line for line in changes if any(f"{line.partition(':')[0]}.".startswith(f"{f}.") for f in fixed)
-  ]
-  if refused:
-    raise UserError(
-      f"cannot resume {path.parent} with another objective or model ({'; '.join(refused)}); "
-      "restore these keys or start in a new workdir"
-    )
-  return changes
+def _reason(error: Exception) -> str:
+  """The end of a message's first line: TensorStore puts the cause behind the paths."""
+  line = str(error).strip().partition("\n")[0] or type(error).__name__
+  return line if len(line) <= 200 else f"... {line[-196:]}"
 
 
-def store_config(path: Path, config: dict[str, Any]) -> None:
-  """Write `config` as JSON, replacing `path` in one step."""
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-  temporary.replace(path)
-
-
-def _show(value: Any) -> str:
-  return "absent" if value is _ABSENT else json.dumps(value)
+def _json_checksum(value: Any, sums: dict[str, int]) -> int:
+  return zlib.crc32(json.dumps([value, sums], sort_keys=True).encode())
 
 
 def _check_writable(directory: epath.Path) -> None:

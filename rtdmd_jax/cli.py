@@ -3,8 +3,10 @@
 Nothing here imports jax, so `--help` and mistakes on the command line are answered at once.
 """
 
+import errno
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,11 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from rtdmd_jax.config import load_config
-from rtdmd_jax.errors import UserError
+from rtdmd_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Stopped, UserError
 
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 _OVERRIDE = "--config."
+# A disk that takes nothing more is not a defect of the program.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,9 @@ def run(
     requires: names of flags that must be given.
 
   Returns:
-    0, or 2 after a `UserError` (printed as `error: ...`), or 130 after Ctrl-C. Any other exception
-    is a defect of the program and passes through with its traceback.
+    0, or 2 after a `UserError` or on a full disk (printed as `error: ...`), or 130 after Ctrl-C, or
+    the code of `Stopped`. Any other exception is a defect of the program and passes through with
+    its traceback.
   """
   argv = list(sys.argv if argv is None else argv)
   values = flags.FlagValues()
@@ -73,6 +76,17 @@ def run(
   except UserError as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return EXIT_USER_ERROR
+  except OSError as error:
+    if error.errno not in _NO_ROOM:
+      raise
+    print(
+      f"error: {error.filename or 'a file'} cannot be written: {error.strerror}; make room",
+      file=sys.stderr,
+    )
+    return EXIT_USER_ERROR
+  except Stopped as stopped:
+    print(f"stopped: {stopped}", file=sys.stderr)
+    return stopped.code
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     return EXIT_INTERRUPTED
@@ -117,11 +131,12 @@ def _split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _usage(main: Callable[[Invocation], None], values: flags.FlagValues) -> str:
-  lines = [inspect.cleandoc(inspect.getmodule(main).__doc__ or ""), "", "Flags:"]
+  lines = [inspect.cleandoc(main.__globals__.get("__doc__") or ""), "", "Flags:"]
   for name in sorted(values):
     flag = values[name]
     default = "" if flag.default is None else f" (default: {flag.default_as_str})"
-    lines.append(f"  --{name}: {flag.help}{default}")
+    text = f"--{name}: {flag.help}{default}"
+    lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="      ")
     if name == "config":
       lines.append("  --config.KEY=VALUE: Overrides one key of the configuration.")
   return "\n".join(lines)

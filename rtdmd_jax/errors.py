@@ -1,4 +1,10 @@
-"""The one exception that stands for a user's mistake."""
+"""What ends a program early, and the exit codes (docs/robustness.md)."""
+
+EXIT_USER_ERROR = 2
+EXIT_NUMBERS = 3  # training met numbers that are not finite
+EXIT_PREEMPTED = 75  # SIGTERM; what was to be saved is saved
+EXIT_UNSAVED = 76  # SIGTERM or Ctrl-C; the time ran out before the checkpoint was complete
+EXIT_INTERRUPTED = 130  # Ctrl-C
 
 
 class UserError(Exception):
@@ -6,3 +12,15 @@ class UserError(Exception):
 
   Command-line tools print the sentence without a traceback and exit with code 2.
   """
+
+
+class Stopped(BaseException):
+  """A run that ends before its last step on purpose.
+
+  Command-line tools print the sentence and exit with `code`. Like `KeyboardInterrupt` it may be
+  raised by a signal anywhere, so `except Exception` does not catch it.
+  """
+
+  def __init__(self, message: str, code: int):
+    super().__init__(message)
+    self.code = code

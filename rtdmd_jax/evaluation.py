@@ -123,7 +123,7 @@ class Evaluator:
     rows = []
     for system in systems:
       images = self.images(system, prompts)
-      rows.append(_row(system, self.scores(images, prompts), prompts))
+      rows.append(row(system, self.scores(images, prompts), prompts))
       directory = workdir / "evaluation" / system.name
       directory.mkdir(parents=True, exist_ok=True)
       for i in range(min(self._config.eval.preview, len(prompts))):
@@ -139,7 +139,14 @@ def _of_bytes(score: Callable) -> Callable:
   return lambda params, images, text: score(params, images.astype(jnp.float32) / 255.0, text)
 
 
-def _row(system: System, scores: dict[str, np.ndarray], prompts: Sequence[Prompt]) -> dict:
+def row(system: Any, scores: dict[str, np.ndarray], prompts: Sequence[Prompt]) -> dict:
+  """A system's line of the table: name, steps, guidance, and each reward's mean, also by tag.
+
+  Args:
+    system: has `name`, `steps` and `guidance`.
+    scores: [P] of each reward, NaN where there is none.
+    prompts: of the images.
+  """
   tags = np.array([(p.record or {}).get("tag", "") for p in prompts])
   per_tag = {
     str(tag): {name: _summary(values[tags == tag]) for name, values in scores.items()}
@@ -162,3 +169,11 @@ def _summary(values: np.ndarray) -> dict:
     return {"mean": None, "ci95": None, "n": 0}
   ci = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else None
   return {"mean": float(values.mean()), "ci95": ci, "n": len(values)}
+
+
+def score_text(score: dict[str, float | None]) -> str:
+  """A row's mean with its 95 % interval, as far as enough samples could be scored."""
+  if score["mean"] is None:
+    return "failed"
+  interval = "" if score["ci95"] is None else f" ± {score['ci95']:.4f}"
+  return f"{score['mean']:.4f}{interval}"

@@ -4,7 +4,9 @@ python -m rtdmd_jax.export --pipeline DIR --lora PATH[:SCALE] --format peft|comf
 
 Several --lora are added up in order. `peft` is a directory for PEFT and for diffusers'
 load_lora_weights, `comfyui` one file with the names that ComfyUI knows, `merged` a diffusers
-transformer directory whose weights have the adapters in them.
+transformer directory whose weights have the adapters in them. Reads the config of the pipeline's
+transformer (for `merged` its weights too) and the adapters. Writes --out, where a README.md says
+how to load it; for an adapter of a run's export/ it has the run's settings and scores as well.
 """
 
 import json
@@ -18,8 +20,9 @@ from absl import flags
 from rtdmd_jax import cli
 from rtdmd_jax.build import Setup
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.model_card import Run, find_run, read_scores, write_card
 from rtdmd_jax.models import Transformer, build_transformer
-from rtdmd_jax.models.lora import equal_ranks, fold_scale, matches, merge, stack_adapters
+from rtdmd_jax.models.lora import equal_ranks, fold_scale, merge, stack_adapters
 from rtdmd_jax.state import TrainState
 from rtdmd_jax.weights.adapters import Lora, load_adapters
 from rtdmd_jax.weights.native import save_native
@@ -33,19 +36,24 @@ COMFYUI_NAME = "comfyui_lora.safetensors"
 
 
 def export_adapters(config: Any, setup: Setup, state: TrainState, directory: Path) -> None:
-  """Writes `generator/` (the moving average) and `fake_score/`, earlier stages included."""
+  """Writes `generator/` (the moving average) and `fake_score/`, earlier stages included.
+
+  The generator gets a model card with the scores of `evaluation.json` above the directory.
+  """
   table = setup.pipeline.transformer.table
   for name, frozen, trained in (
     ("generator", setup.frozen.generator, state.ema),
     ("fake_score", setup.frozen.fake_score, state.fake_score),
   ):
     adapters, rank = equal_ranks(stack_adapters(frozen, fold_scale(trained, config.lora.alpha)))
-    targets = list(config.lora.targets)
-    # An earlier stage may have adapted layers that this one does not.
-    names = adapter_layers(adapters, table)
-    targets += [n for n in names if not any(matches(n, t) for t in config.lora.targets)]
+    # Full names: in FLUX.2 the suffix `attn.to_out` also names a list of two modules in the double
+    # blocks, which PEFT refuses; and an earlier stage may have adapted more layers.
+    targets = sorted(adapter_layers(adapters, table))
     # The scale is in b, so alpha equals the rank.
     save_peft(directory / name, adapters, table, rank=rank, alpha=float(rank), targets=targets)
+  base = config.model.generator_init or config.model.pretrained
+  run = Run(json.loads(config.to_json_best_effort()), read_scores(directory.parent))
+  write_card(directory / "generator", "peft", setup.pipeline.transformer, base, run)
 
 
 def export_merged(
@@ -99,6 +107,8 @@ def main(call: cli.Invocation) -> None:
     targets = sorted(adapter_layers(adapters, transformer.table))
     table = transformer.table
     save_peft(out, adapters, table, rank=rank, alpha=float(rank), targets=targets)
+  runs = [run for run in (find_run(Lora.parse(value).path) for value in values.lora) if run]
+  write_card(out, values.format, transformer, values.pipeline, runs[-1] if runs else None)
   print(json.dumps({"out": str(out), "files": sorted(p.name for p in out.iterdir())}))
 
 

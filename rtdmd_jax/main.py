@@ -1,24 +1,59 @@
 """Trains a stage: `python -m rtdmd_jax.main --config=configs/tiny_stage2.py --workdir=DIR`.
 
-Started again with the same workdir, a run goes on from its last checkpoint.
+Reads the checkpoints, prompts and adapters that the configuration names. Writes checkpoints,
+metrics, previews, the exported LoRA and report.html into the workdir. Started again with the same
+workdir, a run goes on from its last checkpoint.
+
+With --check nothing is loaded or written: the run is built from shapes alone, and every problem
+with its configuration, files, rewards and devices is a line. --workdir may be left out then.
 """
 
 import sys
 
-from rtdmd_jax import cli
+from absl import flags
+
+from rtdmd_jax import cli, distributed
+from rtdmd_jax.errors import EXIT_USER_ERROR, UserError
 
 
 def main(call: cli.Invocation) -> None:
   """Dispatches on `config.stage`; jax is imported only now, so that mistakes are answered fast."""
-  if call.config.stage == "pretrain":
+  if call.flags.check:
+    _check(call)
+    return
+  if call.workdir is None:
+    raise UserError(f"--workdir is required: {call.flags['workdir'].help}")
+  distributed.initialize()
+  if call.config.get("stage") == "pretrain":
     from rtdmd_jax.pretrain.run import run
 
     print(f"pipeline: {run(call.config, call.workdir)}")
   else:
     from rtdmd_jax.train import train
 
-    train(call.config, call.workdir)
+    train(call.config, call.workdir, allow_config_change=call.flags.allow_config_change)
+
+
+def _check(call: cli.Invocation) -> None:
+  """Prints what would run; every problem is a line of stderr, and makes the exit code 2."""
+  from rtdmd_jax.check import check
+
+  allow = call.flags.allow_config_change
+  report = check(call.config, call.workdir, allow_config_change=allow)
+  print("\n".join(report.lines), flush=True)
+  for sentence in report.problems:
+    print(f"error: {sentence}", file=sys.stderr)
+  if report.problems:
+    sys.exit(EXIT_USER_ERROR)
+  print("no problem found")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  """The tool's own flags."""
+  text = "Resume although the objective, the backbone or the adapters changed."
+  flags.DEFINE_bool("allow_config_change", False, text, flag_values=values)
+  flags.DEFINE_bool("check", False, "Only say what would run, and what is wrong.", values)
 
 
 if __name__ == "__main__":
-  sys.exit(cli.run(main, requires=("config", "workdir")))
+  sys.exit(cli.run(main, define_flags=define_flags, requires=("config",)))

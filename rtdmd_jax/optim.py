@@ -39,7 +39,8 @@ def guarded_update(
 
   Returns:
     The new parameters and optimizer state (the old ones if any gradient entry is not finite), and
-    the metrics `grad_norm` (before clipping) and `skipped` (1 if the update was not applied).
+    the metrics `grad_norm` (before clipping), `skipped` (1 if the update was not applied) and
+    `finite` ([leaves] bool, in the order of the tree: which gradients are).
   """
   norm = optax.global_norm(grads)
   finite = jnp.isfinite(norm)
@@ -54,7 +55,11 @@ def guarded_update(
   return (
     jax.tree.map(keep, new_params, params),
     jax.tree.map(keep, new_opt_state, opt_state),
-    {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)},
+    {
+      "grad_norm": norm,
+      "skipped": 1.0 - finite.astype(jnp.float32),
+      "finite": jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]),
+    },
   )
 
 

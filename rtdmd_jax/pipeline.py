@@ -60,7 +60,13 @@ class Pipeline:
 
   @classmethod
   def from_pretrained(
-    cls, directory: str | os.PathLike, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
+    cls,
+    directory: str | os.PathLike,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    remat: str = "none",
+    attention: str = "auto",
   ) -> "Pipeline":
     """Loads a directory with `model_index.json`.
 
@@ -68,13 +74,15 @@ class Pipeline:
       directory: transformer/, vae/, text encoders, tokenizers and scheduler/ in diffusers' layout.
       dtype: of parameters and computation.
       mesh: splits every parameter as the sharding table says; the current mesh by default.
+      remat: what a backward pass through the transformer recomputes; see `build_transformer`.
+      attention: the transformer's attention kernel; see `build_transformer`.
 
     Raises:
       UserError: a missing or broken file, or a pipeline class that is not supported.
     """
     if mesh is not None:
       with jax.set_mesh(mesh):
-        return cls.from_pretrained(directory, dtype=dtype)
+        return cls.from_pretrained(directory, dtype=dtype, remat=remat, attention=attention)
     directory = Path(directory)
     kind = read_config(directory, "model_index.json").get("_class_name")
     if kind not in _FAMILIES:
@@ -87,7 +95,9 @@ class Pipeline:
     schedule = sampling.Schedule.from_config(
       family.schedule, read_config(directory / "scheduler", "scheduler_config.json")
     )
-    transformer = build_transformer(read_config(directory / "transformer"), dtype=dtype)
+    transformer = build_transformer(
+      read_config(directory / "transformer"), dtype=dtype, remat=remat, attention=attention
+    )
     params = load_params(
       directory / "transformer",
       transformer.init_abstract(),
@@ -108,13 +118,20 @@ class Pipeline:
     """Shape [h, w, C] of an image's latents, given its side or its (height, width).
 
     Raises:
-      UserError: the size does not divide into the transformer's patches.
+      UserError: the size does not divide into the transformer's patches, or is beyond its
+        positions.
     """
     _, patch, _, channels = self.transformer.example[0].shape
     factor = self.vae.config.factor
     sides = (image_size, image_size) if isinstance(image_size, int) else image_size
     if any(side < 1 or side % (factor * patch) for side in sides):
       raise UserError(f"image_size is {image_size}; use a multiple of {factor * patch}.")
+    longest = self.transformer.max_side
+    if longest is not None and max(sides) > longest * factor:
+      raise UserError(
+        f"image_size is {image_size}; this transformer has positions for sides of at most"
+        f" {longest * factor} pixels."
+      )
     return sides[0] // factor, sides[1] // factor, channels
 
   def few_step_sigmas(
@@ -160,7 +177,7 @@ class Pipeline:
     prompts: Sequence[str],
     key: jax.Array,
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     steps: int | Sequence[float] = FEW_STEPS,
     guidance: float = 1.0,
     eta: float = 0.9,
@@ -172,7 +189,7 @@ class Pipeline:
     Args:
       prompts: B prompts.
       key: of the noise.
-      image_size: side in pixels.
+      image_size: side in pixels, or (height, width).
       steps: a number of Euler steps, or the few steps (in 1000ths) of the stochastic sampler.
       guidance: classifier-free guidance scale, off at 1; an input of networks that embed it.
       eta: stochasticity of the few steps.

@@ -1,11 +1,14 @@
 """Progress of a run: a live display on a terminal, plain lines elsewhere."""
 
+import math
 import sys
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from typing import Any, Self, TextIO
 
 import jax
+import numpy as np
 import psutil
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,6 +17,8 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 _GIB = 2**30
+# Metrics whose trend is shown.
+_TRENDS = ("loss/", "reward/")
 
 
 class Rate:
@@ -46,8 +51,33 @@ class Rate:
     return (step1 - step0) / seconds, (samples1 - samples0) / seconds
 
 
+class Trend:
+  """Which way a noisy number goes: the later half of its recent values against the earlier one."""
+
+  def __init__(self, window: int = 40):
+    """`window` is the number of values looked at."""
+    self._values: deque[float] = deque(maxlen=window)
+
+  def update(self, value: float) -> str:
+    """The trend after one more value: rising, falling, steady, or empty before there are eight.
+
+    A difference counts if it is more than two standard errors. Values that are not finite do not.
+    """
+    if math.isfinite(value):
+      self._values.append(value)
+    half = len(self._values) // 2
+    if half < 4:
+      return ""
+    early, late = np.array(self._values)[-2 * half :].reshape(2, half)
+    error = math.sqrt((early.var(ddof=1) + late.var(ddof=1)) / half)
+    change = late.mean() - early.mean()
+    if abs(change) <= 2 * error:
+      return "steady"
+    return "rising" if change > 0 else "falling"
+
+
 class Progress:
-  """Shows step, time left, throughput, current metrics and memory.
+  """Shows step, time left, throughput, current metrics, trends of losses and rewards, memory.
 
   On a terminal a bar and a table are redrawn in place; otherwise one line is printed every
   `every_seconds`, and for the first and last update.
@@ -68,6 +98,7 @@ class Progress:
     self._stream = stream or sys.stdout
     self._rate = Rate(start_step)
     self._last_line: float | None = None
+    self._trends: defaultdict[str, Trend] = defaultdict(Trend)
     self._live: Live | None = None
     if self._stream.isatty():
       self._bar = Bar(
@@ -102,16 +133,21 @@ class Progress:
     rate = self._rate.per_second()
     left = "" if rate is None else f"{format_seconds((self._total - step) / rate[0])} left"
     facts = dict(memory())
+    shown = {
+      name: f"{value:.4g} {self._trends[name].update(value)}".rstrip()
+      if name.startswith(_TRENDS)
+      else f"{value:.4g}"
+      for name, value in metrics.items()
+    }
     if rate is not None:
       facts = {"steps/s": f"{rate[0]:.3g}", f"{self._unit}/s": f"{rate[1]:.4g}", **facts}
     if self._live:
       self._bar.update(self._task, completed=step, eta=left)
-      self._live.update(Group(self._bar, _table(metrics, facts)))
+      self._live.update(Group(self._bar, _table(shown, facts)))
     elif self._last_line is None or step >= self._total or now - self._last_line >= self._every:
       self._last_line = now
-      numbers = [f"{name} {value:.4g}" for name, value in metrics.items()]
-      words = [f"step {step}/{self._total}", *([left] if left else []), *numbers]
-      words += [f"{name} {value}" for name, value in facts.items()]
+      words = [f"step {step}/{self._total}", *([left] if left else [])]
+      words += [f"{name} {value}" for name, value in (shown | facts).items()]
       print(" | ".join(words), file=self._stream, flush=True)
 
 
@@ -140,10 +176,9 @@ def format_seconds(seconds: float) -> str:
   return f"{minutes}m {whole % 60:02d}s" if minutes else f"{whole}s"
 
 
-def _table(metrics: Mapping[str, float], facts: Mapping[str, str]) -> Table:
+def _table(metrics: Mapping[str, str], facts: Mapping[str, str]) -> Table:
   """Two pairs of columns: metrics on the left, throughput and memory on the right."""
-  left = [(name, f"{value:.4g}") for name, value in metrics.items()]
-  right = list(facts.items())
+  left, right = list(metrics.items()), list(facts.items())
   table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
   for style in ("dim", "bold", "dim", ""):
     table.add_column(style=style)

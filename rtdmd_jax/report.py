@@ -2,8 +2,9 @@
 
   python -m rtdmd_jax.report WORKDIR
 
-Reads what the run left there: metrics.jsonl, evaluation.json, config.json, versions.json, the
-images under evaluation/ and previews/.
+Reads what the run left there: metrics.jsonl, evaluation.json (or the summary.json of
+rtdmd_jax.evaluate), config.json, versions.json, the
+images under evaluation/ and previews/. Writes report.html beside them.
 """
 
 import datetime
@@ -58,8 +59,8 @@ def write_report(workdir: Path) -> Path:
   if not workdir.is_dir():
     raise UserError(f"folder {workdir} does not exist; give the --workdir of a run")
   lines = read_metrics(workdir / FILE_NAME) if (workdir / FILE_NAME).exists() else []
-  path = workdir / "evaluation.json"
-  evaluation = read_evaluation(path) if path.exists() else None
+  paths = [workdir / name for name in ("evaluation.json", "summary.json")]
+  evaluation = next((read_evaluation(path) for path in paths if path.exists()), None)
   if not lines and evaluation is None:
     raise UserError(f"{workdir} holds neither {FILE_NAME} nor evaluation.json: nothing to report")
   config = _read_object(workdir / "config.json")

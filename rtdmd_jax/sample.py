@@ -2,6 +2,9 @@
 
 python -m rtdmd_jax.sample --config=configs/tiny_infer.py --prompt "a photo of a red circle"
 
+Reads the pipeline and the LoRAs of the configuration, and prompts of --prompt or a file. Writes
+into --workdir, or else config.out.
+
 An image is a function of the settings, its seed and the number of its prompt: neither the other
 prompts nor the batch size nor the number of devices change it. Its file is
 <prompt number>_<seed>.png and holds the settings as JSON in the text field "rtdmd_jax". A file that

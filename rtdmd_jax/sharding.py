@@ -159,13 +159,26 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
+  return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, mesh, *axes))
+
+
+def activation_spec(shape: Sequence[int], mesh: Any, *axes: str | None) -> PartitionSpec:
+  """The batch's axes for the first side, `axes` for those after it where they divide."""
   batch = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
   rest = [
     axis if axis and size % mesh.shape[axis] == 0 else None
-    for axis, size in zip(axes, x.shape[1:], strict=False)
+    for axis, size in zip(axes, shape[1:], strict=False)
   ]
-  first = BATCH_AXES if x.shape[0] % batch == 0 else None
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(first, *rest))
+  return PartitionSpec(BATCH_AXES if shape[0] % batch == 0 else None, *rest)
+
+
+def platform() -> str:
+  """Where the program that is being traced will run: "tpu", "gpu" or "cpu".
+
+  The current mesh tells, so that ahead of time the answer is not the host's.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
 
 
 def table(trees: Mapping[str, Tree], mesh: Mesh) -> list[tuple[str, int, int, int]]:

@@ -4,6 +4,7 @@ A batch is `Batch` below; a step is a pure function of (state, frozen, batch, ke
 new state and metrics.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -269,6 +270,30 @@ def generator_loss(
   )
 
 
+def micro_rows(count: int, micro_batches: int) -> jax.Array:
+  """Samples of each micro-batch [micro_batches, n], interleaved.
+
+  Split over devices, every micro-batch then takes its share from each device's own samples.
+  """
+  return jnp.arange(count).reshape(-1, micro_batches).T
+
+
+def accumulated_grad(
+  loss_fn: Callable[[Tree, jax.Array], tuple[jax.Array, Metrics]], params: Tree, rows: jax.Array
+) -> tuple[Tree, Metrics]:
+  """Mean gradient and metrics of `loss_fn(params, row)` over the micro-batches, by scan."""
+  grad_fn = jax.grad(loss_fn, has_aux=True)
+  if rows.shape[0] == 1:
+    return grad_fn(params, rows[0])
+
+  def add(total: Tree, row: jax.Array) -> tuple[Tree, Metrics]:
+    grads, parts = grad_fn(params, row)
+    return jax.tree.map(jnp.add, total, grads), parts
+
+  total, parts = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), rows)
+  return jax.tree.map(lambda g: g / rows.shape[0], total), jax.tree.map(jnp.mean, parts)
+
+
 def fake_score_step(
   state: TrainState,
   frozen: Frozen,
@@ -278,21 +303,21 @@ def fake_score_step(
   roles: Roles,
   config: DMDConfig,
   optimizer: optax.GradientTransformation,
+  micro_batches: int = 1,
 ) -> tuple[TrainState, Metrics]:
   """One update of the fake score on fresh samples of the generator."""
   rollout_key, start_key, loss_key = jax.random.split(key, 3)
-  conditioning = batch.conditioning.take(batch.prompt_index)
-  generator = generator_velocity(roles, frozen, state.generator, conditioning)
-  last = roll_out(generator, roles, config, batch.sample_index, rollout_key)
-  x_s, sigma_s = start_of_interval(last, roles, config, batch.sample_index, start_key)
 
-  def loss_fn(adapters: Tree) -> tuple[jax.Array, Metrics]:
+  def loss_fn(adapters: Tree, row: jax.Array) -> tuple[jax.Array, Metrics]:
+    index, conditioning = batch.sample_index[row], batch.conditioning.take(batch.prompt_index[row])
+    generator = generator_velocity(roles, frozen, state.generator, conditioning)
+    last = roll_out(generator, roles, config, index, rollout_key)
+    x_s, sigma_s = start_of_interval(last, roles, config, index, start_key)
     velocity = fake_score_velocity(roles, frozen, adapters, conditioning)
-    return fake_score_loss(
-      velocity, config, roles.sigmas, x_s, sigma_s, batch.sample_index, loss_key
-    )
+    return fake_score_loss(velocity, config, roles.sigmas, x_s, sigma_s, index, loss_key)
 
-  grads, parts = jax.grad(loss_fn, has_aux=True)(state.fake_score)
+  rows = micro_rows(batch.sample_index.shape[0], micro_batches)
+  grads, parts = accumulated_grad(loss_fn, state.fake_score, rows)
   adapters, opt_state, info = guarded_update(
     optimizer, grads, state.fake_score_opt, state.fake_score
   )
@@ -310,21 +335,26 @@ def generator_step(
   roles: Roles,
   config: DMDConfig,
   optimizer: optax.GradientTransformation,
+  micro_batches: int = 1,
 ) -> tuple[TrainState, Metrics]:
   """One update of the generator towards the teacher, against the fake score."""
   rollout_key, start_key, loss_key, guidance_key = jax.random.split(key, 4)
-  conditioning = batch.conditioning.take(batch.prompt_index)
-  fake = fake_score_velocity(roles, frozen, state.fake_score, conditioning)
-  teacher = teacher_velocity(roles, frozen, config, conditioning, batch.unconditional, guidance_key)
 
-  def loss_fn(adapters: Tree) -> jax.Array:
+  def loss_fn(adapters: Tree, row: jax.Array) -> tuple[jax.Array, Metrics]:
+    index, conditioning = batch.sample_index[row], batch.conditioning.take(batch.prompt_index[row])
+    fake = fake_score_velocity(roles, frozen, state.fake_score, conditioning)
+    teacher = teacher_velocity(
+      roles, frozen, config, conditioning, batch.unconditional, guidance_key
+    )
     velocity = generator_velocity(roles, frozen, adapters, conditioning)
-    last = roll_out(velocity, roles, config, batch.sample_index, rollout_key)
-    x_s, sigma_s = start_of_interval(last, roles, config, batch.sample_index, start_key)
-    return generator_loss(x_s, sigma_s, teacher, fake, config, batch.sample_index, loss_key)
+    last = roll_out(velocity, roles, config, index, rollout_key)
+    x_s, sigma_s = start_of_interval(last, roles, config, index, start_key)
+    loss = generator_loss(x_s, sigma_s, teacher, fake, config, index, loss_key)
+    return loss, {"generator": loss}
 
-  loss, grads = jax.value_and_grad(loss_fn)(state.generator)
+  rows = micro_rows(batch.sample_index.shape[0], micro_batches)
+  grads, parts = accumulated_grad(loss_fn, state.generator, rows)
   adapters, opt_state, info = guarded_update(optimizer, grads, state.generator_opt, state.generator)
-  metrics = {"loss/generator": loss}
+  metrics = {f"loss/{name}": value for name, value in parts.items()}
   metrics |= {f"generator/{name}": value for name, value in info.items()}
   return state.replace(generator=adapters, generator_opt=opt_state), metrics

@@ -127,19 +127,11 @@ def rollout(
     return jax.tree.map(constrain, (jnp.moveaxis(x, 0, 1), path.log_prob.T, rewards, pixels))
 
   count = batch.sample_index.shape[0]
-  parts = jax.lax.map(micro, _micro_rows(count, policy))
+  parts = jax.lax.map(micro, stage1.micro_rows(count, policy.micro_batches))
   x, log_prob, rewards, pixels = jax.tree.map(
     lambda a: jnp.swapaxes(a, 0, 1).reshape(count, *a.shape[2:]), parts
   )
   return Rollout(jnp.moveaxis(x, 1, 0), log_prob.T, chosen, rewards, pixels)
-
-
-def _micro_rows(count: int, policy: PolicyConfig) -> jax.Array:
-  """Samples of each micro-batch [micro_batches, n], interleaved.
-
-  Split over devices, every micro-batch then takes its share from each device's own samples.
-  """
-  return jnp.arange(count).reshape(-1, policy.micro_batches).T
 
 
 def fake_score_step(
@@ -156,7 +148,7 @@ def fake_score_step(
 ) -> tuple[TrainState, Metrics]:
   """One update of the fake score on all final samples, gradients accumulated by scan."""
   count = batch.sample_index.shape[0]
-  rows = _micro_rows(count, policy)
+  rows = stage1.micro_rows(count, policy.micro_batches)
   sigma_s = roles.sigmas[-1]
 
   def loss_fn(adapters: Tree, row: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -166,17 +158,11 @@ def fake_score_step(
       velocity, config, roles.sigmas, samples.x[-1][row], sigma_s, batch.sample_index[row], key
     )
 
-  def accumulate(grads: Tree, row: jax.Array) -> tuple[Tree, Metrics]:
-    new, parts = jax.grad(loss_fn, has_aux=True)(state.fake_score, row)
-    return jax.tree.map(jnp.add, grads, new), parts
-
-  zeros = jax.tree.map(jnp.zeros_like, state.fake_score)
-  grads, parts = jax.lax.scan(accumulate, zeros, rows)
-  grads = jax.tree.map(lambda g: g / policy.micro_batches, grads)
+  grads, parts = stage1.accumulated_grad(loss_fn, state.fake_score, rows)
   adapters, opt_state, info = guarded_update(
     optimizer, grads, state.fake_score_opt, state.fake_score
   )
-  metrics = {f"loss/{name}": jnp.mean(value) for name, value in parts.items()}
+  metrics = {f"loss/{name}": value for name, value in parts.items()}
   metrics |= {f"fake_score/{name}": value for name, value in info.items()}
   return state.replace(fake_score=adapters, fake_score_opt=opt_state), metrics
 

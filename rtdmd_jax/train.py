@@ -1,9 +1,7 @@
 """The training loop, one for both stages: build, restore, step, log, evaluate, save."""
 
 import json
-import platform
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,26 +14,45 @@ from rtdmd_jax.build import (
   Setup,
   build,
   dmd_config,
+  micro_batches,
   new_adapters,
   optimizer_config,
   policy_config,
 )
-from rtdmd_jax.checkpoint import Checkpoints, check_resume, store_config
+from rtdmd_jax.checkpoint import Checkpoints
+from rtdmd_jax.checksum import fingerprint
 from rtdmd_jax.data import make_batch
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.export import export_adapters
 from rtdmd_jax.grids import grid, save_png
 from rtdmd_jax.metrics import MetricWriter
 from rtdmd_jax.optim import ema_update, make_optimizer
+from rtdmd_jax.preemption import Preemption
+from rtdmd_jax.profile import profiled
 from rtdmd_jax.progress import Progress
 from rtdmd_jax.prompts import Prompt
 from rtdmd_jax.report import write_report
+from rtdmd_jax.resume import (
+  check_resume,
+  check_weights,
+  config_diff,
+  read_stored_config,
+  store_config,
+  versions,
+)
 from rtdmd_jax.sharding import make_mesh, pin, replicate
+from rtdmd_jax.skips import Skips, scalars
 from rtdmd_jax.stage1 import Batch, Metrics
 from rtdmd_jax.state import TrainState
 
 # A resumed run must agree with itself in these sections.
-FIXED = ("stage", "seed", "model", "lora", "load", "data", "dmd", "batch", "rewards")
+FIXED = (
+  *("stage", "seed", "lora", "load", "data", "dmd", "policy", "rewards"),
+  # Not batch.micro_batches, model.remat and model.attention, which only save memory.
+  *("batch.prompts", "batch.repeats", "train.fake_update_ratio"),
+  *(f"model.{key}" for key in ("pretrained", "image_size", "dtype")),
+  *(f"model.{role}_init" for role in ("generator", "fake_score", "teacher")),
+)
 
 # (state, batch, prompts, step) -> (state, metrics); metrics stay on the device.
 StepFn = Callable[[TrainState, Batch, list[Prompt], int], tuple[TrainState, Metrics]]
@@ -89,9 +106,13 @@ def _finish(config: Any) -> Callable[[TrainState], TrainState]:
   return jax.jit(finish, donate_argnums=0)
 
 
-def stage1_step(config: Any, setup: Setup, optimizers: Optimizers) -> StepFn:
-  """A fake-score update every step, a generator update every `fake_update_ratio`-th."""
-  common = {"roles": setup.roles, "config": dmd_config(config, setup.pipeline)}
+def stage1_programs(config: Any, setup: Setup, optimizers: Optimizers) -> dict[str, Callable]:
+  """The compiled programs of a step by name, each of (state, frozen, batch) but `finish`."""
+  common = {
+    "roles": setup.roles,
+    "config": dmd_config(config, setup.pipeline),
+    "micro_batches": micro_batches(config),
+  }
 
   def fake(state, frozen, batch, key):
     return stage1.fake_score_step(
@@ -103,22 +124,33 @@ def stage1_step(config: Any, setup: Setup, optimizers: Optimizers) -> StepFn:
       state, frozen, batch, key, optimizer=optimizers.generator, **common
     )
 
-  fake = jax.jit(_keyed(fake, config.seed, 1), donate_argnums=0)
-  generator = jax.jit(_keyed(generator, config.seed, 2), donate_argnums=0)
-  finish = _finish(config)
+  return {
+    "fake_score": jax.jit(_keyed(fake, config.seed, 1), donate_argnums=0),
+    "generator": jax.jit(_keyed(generator, config.seed, 2), donate_argnums=0),
+    "finish": _finish(config),
+  }
+
+
+def stage1_step(config: Any, setup: Setup, optimizers: Optimizers) -> StepFn:
+  """A fake-score update every step, a generator update every `fake_update_ratio`-th."""
+  programs = stage1_programs(config, setup, optimizers)
 
   def step(state: TrainState, batch: Batch, prompts: list[Prompt], number: int):
-    state, metrics = fake(state, setup.frozen, batch)
+    state, metrics = programs["fake_score"](state, setup.frozen, batch)
     if (number + 1) % config.train.fake_update_ratio == 0:
-      state, more = generator(state, setup.frozen, batch)
+      state, more = programs["generator"](state, setup.frozen, batch)
       metrics |= more
-    return finish(state), metrics
+    return programs["finish"](state), metrics
 
   return step
 
 
-def stage2_step(config: Any, setup: Setup, optimizers: Optimizers) -> StepFn:
-  """Rollout, fake-score update while the host scores, policy update."""
+def stage2_programs(config: Any, setup: Setup, optimizers: Optimizers) -> dict[str, Callable]:
+  """The compiled programs of a step by name, of (state, frozen, batch) and earlier results.
+
+  `fake_score` also takes `rollout`'s samples, `policy` those and the rewards, `finish` the state
+  alone.
+  """
   dmd, policy = dmd_config(config, setup.pipeline), policy_config(config)
   common = {"roles": setup.roles, "config": dmd, "policy": policy}
 
@@ -143,66 +175,115 @@ def stage2_step(config: Any, setup: Setup, optimizers: Optimizers) -> StepFn:
       **common,
     )
 
-  roll_out = jax.jit(_keyed(roll_out, config.seed, 3))
-  fake = jax.jit(_keyed(fake, config.seed, 1), donate_argnums=0)
-  update = jax.jit(_keyed(update, config.seed, 2), donate_argnums=0)
-  finish = _finish(config)
+  return {
+    "rollout": jax.jit(_keyed(roll_out, config.seed, 3)),
+    "fake_score": jax.jit(_keyed(fake, config.seed, 1), donate_argnums=0),
+    "policy": jax.jit(_keyed(update, config.seed, 2), donate_argnums=0),
+    "finish": _finish(config),
+  }
+
+
+def stage2_step(config: Any, setup: Setup, optimizers: Optimizers) -> StepFn:
+  """Rollout, fake-score update while the host scores, policy update."""
+  programs = stage2_programs(config, setup, optimizers)
 
   def step(state: TrainState, batch: Batch, prompts: list[Prompt], number: int):
-    samples = roll_out(state, setup.frozen, batch)
-    state, metrics = fake(state, setup.frozen, batch, samples)
+    samples = programs["rollout"](state, setup.frozen, batch)
+    state, metrics = programs["fake_score"](state, setup.frozen, batch, samples)
     rewards = dict(samples.rewards)
     if setup.host_rewards is not None:
       images = jax.device_get(samples.images)
       scores = setup.host_rewards(images, [p.text for p in prompts], [p.record for p in prompts])
       host = {name: scores[name] for name in setup.host_rewards.weights}
       rewards |= replicate(host)
-    state, more = update(state, setup.frozen, batch, samples, rewards)
-    return finish(state), metrics | more
+    state, more = programs["policy"](state, setup.frozen, batch, samples, rewards)
+    return programs["finish"](state), metrics | more
 
   return step
 
 
 STAGES = {"stage1": stage1_step, "stage2": stage2_step}
+PROGRAMS = {"stage1": stage1_programs, "stage2": stage2_programs}
 
 
-def train(config: Any, workdir: Path) -> None:
+def train(config: Any, workdir: Path, *, allow_config_change: bool = False) -> None:
   """Runs a stage to its end in `workdir`, from its last checkpoint if it has one.
+
+  Args:
+    config: of the stage.
+    workdir: folder of the run.
+    allow_config_change: resume although the objective, the backbone or the adapters changed.
 
   Raises:
     UserError: a bad configuration, a missing or broken file, or a workdir of another run.
+    Stopped: a signal came, or too many updates in a row were not finite.
   """
-  with jax.set_mesh(make_mesh(**config.mesh)):
-    _train(config, workdir)
+  if jax.process_count() > 1:
+    raise UserError(
+      f"training in {jax.process_count()} processes is not there yet: each would write the same"
+      " checkpoints and metrics; use the devices of one process."
+    )
+  with jax.set_mesh(make_mesh(**config.mesh)), Preemption(config.train.grace_seconds) as stop:
+    _train(config, workdir, stop, allow_config_change)
 
 
-def _train(config: Any, workdir: Path) -> None:
+def _train(config: Any, workdir: Path, stop: Preemption, allow: bool) -> None:
   if config.stage not in STAGES:
     raise UserError(f"stage is {config.stage!r}; use one of {', '.join(STAGES)} or pretrain.")
   workdir.mkdir(parents=True, exist_ok=True)
   settings = json.loads(config.to_json_best_effort())
-  if (workdir / "config.json").exists():
-    for line in check_resume(workdir / "config.json", settings, FIXED):
-      print(f"changed since the last start: {line}")
-  setup = build(config)
-  store_config(workdir / "config.json", settings)
-  (workdir / "versions.json").write_text(json.dumps(versions(), indent=2))
-  optimizers = Optimizers(
-    *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
-  )
-  state = jax.jit(lambda: initial_state(config, setup, optimizers))()
-  _print_placement(setup, state)
-  with Checkpoints(workdir / "checkpoints", keep=config.train.keep, keep_every=None) as saved:
+  keep, keep_every = config.train.keep, config.train.keep_every or None
+  with Checkpoints(workdir / "checkpoints", keep=keep, keep_every=keep_every) as saved:
     if saved.latest_step is not None:
-      state, _ = saved.restore(state)
-      print(f"resuming after step {int(state.step)}")
-    state = _loop(
-      config, setup, STAGES[config.stage](config, setup, optimizers), state, saved, workdir
+      _check_settings(saved, workdir, settings, allow)
+    setup = build(config)
+    store_config(workdir / "config.json", settings)
+    (workdir / "versions.json").write_text(json.dumps(versions(), indent=2))
+    optimizers = Optimizers(
+      *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
     )
+    state = jax.jit(lambda: initial_state(config, setup, optimizers))()
+    _print_placement(setup, state)
+    record = {"config": settings, "versions": versions(), "weights": _weights(setup)}
+    if saved.latest_step is not None:
+      state = _restore(saved, state, record, allow)
+    step_fn = profiled(STAGES[config.stage](config, setup, optimizers), config.train, workdir)
+    state = _loop(config, setup, step_fn, state, saved, record, stop, workdir)
   evaluator = evaluation.Evaluator(setup, config)
   _final_evaluation(config, setup, evaluator, state, workdir)
   export_adapters(config, setup, state, workdir / "export")
   print(f"report: {write_report(workdir)}")
+
+
+def _check_settings(saved: Checkpoints, workdir: Path, settings: dict, allow: bool) -> None:
+  """Before anything is loaded: may the newest checkpoint go on with these settings?"""
+  old = saved.read_extra()
+  # Checkpoints of earlier versions carry nothing; their configuration lies beside them.
+  stored = old["config"] if "config" in old else read_stored_config(workdir / "config.json")
+  name = f"{workdir / 'checkpoints' / str(saved.latest_step)}"
+  for line in check_resume(name, stored, settings, FIXED, allow=allow):
+    print(f"changed since the last start: {line}")
+  for line in config_diff(old.get("versions", {}), versions()):
+    print(f"changed since the last start, results may differ in the last bits: {line}")
+
+
+def _restore(saved: Checkpoints, state: TrainState, record: dict, allow: bool) -> TrainState:
+  state, old = saved.restore(state)
+  if "weights" in old:
+    for line in check_weights(f"step {state.step}", old["weights"], record["weights"], allow=allow):
+      print(f"changed since the last start: {line}")
+  print(f"resuming after step {int(state.step)}")
+  return state
+
+
+def _weights(setup: Setup) -> dict[str, str]:
+  """Fingerprints of the frozen weights that the adapters belong to."""
+  roles, frozen = setup.roles, setup.frozen
+  trees = {
+    role: frozen.bases[getattr(roles, role)] for role in ("generator", "fake_score", "teacher")
+  }
+  trees |= {"load.generator": frozen.generator, "load.fake_score": frozen.fake_score}
+  return {name: fingerprint(tree) for name, tree in trees.items()}
 
 
 def _print_placement(setup: Setup, state: TrainState) -> None:
@@ -227,36 +308,47 @@ def _loop(
   step_fn: StepFn,
   state: TrainState,
   saved: Checkpoints,
+  record: dict[str, Any],
+  stop: Preemption,
   workdir: Path,
 ) -> TrainState:
-  start = int(state.step)
+  start, last = int(state.step), config.train.steps
   evaluator = evaluation.Evaluator(setup, config)
   writer = MetricWriter(workdir, resume_step=start if start else -1)
   samples, logged = config.batch.prompts * config.batch.repeats, start
-  with writer, Progress(config.train.steps, start_step=start) as progress:
+  skips = Skips(config.train.max_skipped, state)
+  with writer, Progress(last, start_step=start) as progress:
     if start == 0:
       _evaluate(config, setup, evaluator, state, 0, writer, workdir)
-    for number in range(start, config.train.steps):
-      batch, prompts = make_batch(
-        setup.prompts,
-        setup.cache,
-        setup.unconditional,
-        seed=config.seed,
-        step=number,
-        prompts_per_batch=config.batch.prompts,
-        repeats=config.batch.repeats,
-      )
-      state, metrics = step_fn(state, batch, prompts, number)
-      done = number + 1
-      if done % config.train.log_every == 0 or done == config.train.steps:
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        writer.scalars(done, values)
-        progress.update(done, (done - logged) * samples, values)
-        logged = done
-      if done % config.eval.every == 0:
-        _evaluate(config, setup, evaluator, state, done, writer, workdir)
-      if done % config.train.save_every == 0 or done == config.train.steps:
-        saved.save(done, state, {})
+    # A step takes its state's memory over, so between its parts there is nothing to save.
+    with stop.deferred():
+      for number in range(start, last):
+        batch, prompts = make_batch(
+          setup.prompts,
+          setup.cache,
+          setup.unconditional,
+          seed=config.seed,
+          step=number,
+          prompts_per_batch=config.batch.prompts,
+          repeats=config.batch.repeats,
+        )
+        state, metrics = step_fn(state, batch, prompts, number)
+        done = number + 1
+        skips.follow(done, metrics)
+        if done % config.train.log_every == 0 or done == last:
+          skips.look()
+          values = scalars(metrics) | skips.totals()
+          writer.scalars(done, values)
+          progress.update(done, (done - logged) * samples, values)
+          logged = done
+        if done % config.eval.every == 0 and not stop.requested:
+          _evaluate(config, setup, evaluator, state, done, writer, workdir)
+        leaving = stop.requested
+        if leaving or done % config.train.save_every == 0 or done == last:
+          saved.save(done, state, record)
+        if leaving:
+          saved.wait()
+          stop.stop(f"checkpoint {done} is saved; the same command goes on from it")
   return state
 
 
@@ -304,28 +396,5 @@ def _final_evaluation(
     evaluation.generator(setup, config, "result, few steps", state.ema),
   ]
   for row in evaluator.compare(systems, prompts, workdir)["systems"]:
-    scores = "  ".join(f"{name} {score_text(s)}" for name, s in row["scores"].items())
+    scores = "  ".join(f"{name} {evaluation.score_text(s)}" for name, s in row["scores"].items())
     print(f"{row['name']:24s} {row['steps']:3d} steps  guidance {row['guidance']}  {scores}")
-
-
-def score_text(score: dict[str, float | None]) -> str:
-  """A row's mean with its 95 % interval, as far as enough samples could be scored."""
-  if score["mean"] is None:
-    return "failed"
-  interval = "" if score["ci95"] is None else f" ± {score['ci95']:.4f}"
-  return f"{score['mean']:.4f}{interval}"
-
-
-def versions() -> dict[str, str]:
-  """Versions of what a result may depend on."""
-  names = ("rtdmd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-  found = {}
-  for name in names:
-    try:
-      found[name] = version(name)
-    except ImportError:
-      from rtdmd_jax import __version__
-
-      found[name] = __version__
-  device = jax.devices()[0]
-  return found | {"python": platform.python_version(), "device": device.device_kind}

@@ -1,4 +1,10 @@
-import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rtdmd_jax.checkpoint import Checkpoints, check_resume, config_diff, store_config
+from rtdmd_jax.checkpoint import Checkpoints
 from rtdmd_jax.errors import UserError
 
 
@@ -131,12 +137,97 @@ def test_corrupted_checkpoint(tmp_path, damage):
       checkpoints.restore(state)
 
 
-def test_unfinished_checkpoint_is_not_seen(tmp_path):
+def test_unfinished_checkpoint_is_not_seen_and_removed(tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, {"x": jnp.ones(2)}, None)
-  (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+  (tmp_path / "2.orbax-checkpoint-tmp/state").mkdir(parents=True)
+  with Checkpoints(tmp_path, read_only=True) as checkpoints:
+    assert checkpoints.all_steps == [1]
+  assert (tmp_path / "2.orbax-checkpoint-tmp").exists()
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.all_steps == [1]
+    assert checkpoints.save(2, {"x": jnp.ones(2)}, None)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_any_single_bit_is_right_or_missed(tmp_path):
+  state = {"x": jax.random.normal(jax.random.key(0), (64, 8)), "n": jnp.int32(3)}
+  with Checkpoints(tmp_path / "whole") as checkpoints:
+    checkpoints.save(1, state, {"cursor": 1234})
+  draw, found = random.Random(0), 0
+  for trial in range(40):
+    copy = shutil.copytree(tmp_path / "whole", tmp_path / str(trial))
+    files = sorted(path for path in copy.rglob("*") if path.is_file() and path.stat().st_size)
+    # Every second time the largest file, which holds the values.
+    file = draw.choice(files) if trial % 2 else max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    file.write_bytes(data)
+    with Checkpoints(copy) as checkpoints:
+      try:
+        got, extra = checkpoints.restore(state)
+      except UserError as error:
+        assert str(copy) in str(error)
+        found += 1
+      else:
+        assert_same(got, state)
+        assert extra == {"cursor": 1234}
+  assert found >= 20
+
+
+def test_a_full_disk_is_one_sentence_and_older_checkpoints_survive(tmp_path, capfd):
+  small = {"x": jnp.ones(4)}
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, small, None)
+    checkpoints.wait()
+    # Files that may not grow fail like a disk that is full.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+      checkpoints.save(2, {"x": jax.random.normal(jax.random.key(0), (256, 256))}, None)
+      with pytest.raises(UserError, match=r"cannot be written to .*too large.*checkpoints: 1\)"):
+        checkpoints.wait()
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_same(checkpoints.restore(small)[0], small)
+    assert checkpoints.save(3, small, None)
+  assert "Traceback" not in "".join(capfd.readouterr())
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.all_steps == [1, 3]
+
+
+SAVES = """
+import sys, jax, jax.numpy as jnp
+from rtdmd_jax.checkpoint import Checkpoints
+with Checkpoints(sys.argv[1], keep=2) as checkpoints:
+  start = checkpoints.latest_step or 0
+  if start:
+    state, extra = checkpoints.restore({"x": jnp.zeros((256, 256))})
+    assert (state["x"] == start).all() and extra == {"step": start}
+  print(start, flush=True)
+  for step in range(start + 1, start + 1000):
+    checkpoints.save(step, {"x": jnp.full((256, 256), float(step))}, {"step": step})
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_saving_the_last_complete_checkpoint_is_used(tmp_path):
+  draw, starts = random.Random(1), []
+  for _ in range(6):
+    process = subprocess.Popen(
+      [sys.executable, "-c", SAVES, tmp_path / "ck"], stdout=subprocess.PIPE, text=True
+    )
+    starts.append(int(process.stdout.readline()))
+    deadline = time.time() + 30
+    # Steps are saved one after the other, so below the second one is complete.
+    while time.time() < deadline and not [
+      path for path in tmp_path.glob("ck/*tmp*") if int(path.name.split(".")[0]) > starts[-1] + 1
+    ]:
+      time.sleep(0.001)
+    time.sleep(draw.random() * 0.3)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+  assert starts[0] == 0 and starts == sorted(set(starts)), starts
 
 
 def test_unwritable_directory(tmp_path):
@@ -154,28 +245,3 @@ def test_unsupported_leaves_and_names(tmp_path):
       checkpoints.save(1, {"x": np.zeros(2)}, None)
     with pytest.raises(ValueError, match="two leaves of the state have the name a/b"):
       checkpoints.save(1, {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}, None)
-
-
-def test_config_diff():
-  old = {"a": 1, "b": {"c": (1, 2), "d": "x"}, "gone": None}
-  new = {"a": 2, "b": {"c": [1, 2], "d": "y", "e": True}}
-  assert config_diff(old, new) == [
-    "a: 1 -> 2",
-    'b.d: "x" -> "y"',
-    "b.e: absent -> true",
-    "gone: null -> absent",
-  ]
-
-
-def test_check_resume(tmp_path):
-  path = tmp_path / "config.json"
-  old = {"lora": {"rank": 4, "alpha": 8}, "log": {"every": 1}, "loss": {"name": "dmd"}}
-  with pytest.raises(UserError, match="config.json is missing or not JSON"):
-    check_resume(path, old, ["lora"])
-  store_config(path, old)
-  assert json.loads(path.read_text()) == old
-  new = {"lora": {"rank": 8, "alpha": 8}, "log": {"every": 2}, "loss": {"name": "dmd"}}
-  assert check_resume(path, old, ["lora", "loss"]) == []
-  with pytest.raises(UserError, match=r"\(lora.rank: 4 -> 8\)"):
-    check_resume(path, new, ["lora", "loss"])
-  assert check_resume(path, new, ["lora.alpha", "lo"]) == ["log.every: 1 -> 2", "lora.rank: 4 -> 8"]

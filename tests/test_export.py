@@ -79,6 +79,8 @@ def test_merged_weights_are_the_base_plus_every_adapter(case, tmp_path, capsys):
   flags = (f"--lora={root / 'one'}", f"--lora={root / 'two'}:0.5", "--format=merged")
   assert run(root, *flags, f"--out={out}") == 0
   assert "diffusion_pytorch_model.safetensors" in capsys.readouterr().out
+  card = (out / "README.md").read_text()
+  assert "# Merged transformer for pipeline" in card and "SD3Transformer2DModel" in card
   assert json.loads((out / "config.json").read_text()) == CONFIG
   base = load_file(root / "pipeline/transformer/diffusion_pytorch_model.safetensors")
   merged = load_file(out / "diffusion_pytorch_model.safetensors")

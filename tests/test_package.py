@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from ml_collections import ConfigDict
 
+from rtdmd_jax import evaluate
 from rtdmd_jax.build import dmd_config, optimizer_config, policy_config
 from rtdmd_jax.config import load_config
 from rtdmd_jax.sample import Settings
@@ -169,6 +170,11 @@ def test_every_config_loads(path):
   assert isinstance(config, ConfigDict) and config.is_locked
   if path.stem.endswith("_infer"):
     Settings.from_config(config)
+    return
+  if path.stem.endswith("_eval"):
+    evaluate.check_config(config)
+    for name in config.systems:
+      evaluate.settings(config, name)
     return
   assert config.stage in ("pretrain", "stage1", "stage2")
   if config.stage != "pretrain":

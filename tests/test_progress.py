@@ -4,7 +4,7 @@ import re
 import pytest
 
 from rtdmd_jax import progress
-from rtdmd_jax.progress import Progress, Rate, format_seconds
+from rtdmd_jax.progress import Progress, Rate, Trend, format_seconds
 
 
 class Terminal(io.StringIO):
@@ -47,6 +47,29 @@ def test_rate_forgets_the_distant_past():
   assert rate.per_second() == (1.5, 10.0)
   with pytest.raises(ValueError, match="does not follow"):
     rate.update(103, 5, 1)
+
+
+def test_trends():
+  noise = [0.1, -0.2, 0.15, -0.05] * 5
+  trend = Trend()
+  assert [trend.update(v) for v in noise][6:] == [""] + ["steady"] * 13
+  for slope, name in ((0.1, "rising"), (-0.1, "falling")):
+    trend = Trend()
+    assert [trend.update(slope * i + v) for i, v in enumerate(noise)][-1] == name
+    assert trend.update(float("nan")) == name  # and does not poison what follows
+    assert trend.update(slope * 21) == name
+  # What lies further back than the window is forgotten.
+  assert [trend.update(5.0 + v) for v in noise + noise][-1] == "steady"
+
+
+def test_lines_show_trends_of_losses_and_rewards():
+  stream, times = io.StringIO(), [float(i) for i in range(10)]
+  with Progress(10, stream=stream, every_seconds=0, clock=clock(times)) as shown:
+    for step in range(1, 11):
+      shown.update(step, 8, {"loss/policy": -step, "reward/clip": step, "ratio/drift": step})
+  first, *_, last = stream.getvalue().splitlines()
+  assert "loss/policy -10 falling | reward/clip 10 rising | ratio/drift 10 |" in last
+  assert "loss/policy -1 | reward/clip 1 |" in first
 
 
 def test_device_memory(monkeypatch):

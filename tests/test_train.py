@@ -1,14 +1,18 @@
 """The entry point on the shipped tiny pipeline: bad input, resume, recompilation, transfers."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from rtdmd_jax import cli, main, train
+from rtdmd_jax import cli, errors, evaluation, main
 from rtdmd_jax.config import load_config
 from rtdmd_jax.weights.safetensors import read_config
 
@@ -16,7 +20,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = [
   "--config.batch.prompts=2",
   "--config.batch.repeats=2",
-  "--config.policy.micro_batches=1",
+  "--config.batch.micro_batches=1",
   "--config.eval.final_prompts=4",
   "--config.eval.prompts=4",
   "--config.eval.chunk=4",
@@ -28,7 +32,7 @@ SMALL = [
 
 def _run(workdir, *overrides, config="tiny_stage2.py"):
   argv = ["main", f"--config={CONFIGS / config}", f"--workdir={workdir}", *overrides]
-  return cli.run(main.main, argv, requires=("config", "workdir"))
+  return cli.run(main.main, argv, define_flags=main.define_flags, requires=("config", "workdir"))
 
 
 def _tiny():
@@ -78,8 +82,14 @@ def test_a_checkpoint_with_a_misshaped_tensor(tmp_path, pipeline, capsys):
   _expect(capsys, code, "proj_out.bias", "shape")
 
 
+def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  _expect(capsys, _run(tmp_path / "run"), "2 processes", "one process")
+  assert not (tmp_path / "run").exists()
+
+
 def test_micro_batches_that_do_not_divide(tmp_path, capsys):
-  code = _run(tmp_path, *SMALL, "--config.policy.micro_batches=3")
+  code = _run(tmp_path, *SMALL, "--config.batch.micro_batches=3")
   _expect(capsys, code, "micro_batches", "4")
 
 
@@ -99,7 +109,7 @@ def _rewrite(file, drop=None, cut=None):
   [(0.5, 0.25, "0.5000 ± 0.2500"), (0.5, None, "0.5000"), (None, None, "failed")],
 )
 def test_a_score_is_shown_as_far_as_it_exists(mean, ci95, text):
-  assert train.score_text({"mean": mean, "ci95": ci95, "n": 1}) == text
+  assert evaluation.score_text({"mean": mean, "ci95": ci95, "n": 1}) == text
 
 
 @pytest.mark.slow
@@ -128,6 +138,42 @@ def test_an_interrupted_run_resumes_bit_for_bit_and_leaves_everything(tmp_path, 
 
 
 @pytest.mark.slow
+def test_numbers_that_are_not_finite_end_the_run(tmp_path, capsys):
+  overrides = [*SMALL, "--config.policy.policy_weight=nan", "--config.train.max_skipped=2"]
+  assert _run(tmp_path, *overrides, "--config.train.steps=5") == errors.EXIT_NUMBERS
+  seen = capsys.readouterr()
+  assert "step 1: the update of generator was skipped" in seen.out
+  assert seen.err.startswith("stopped: at step 2 the last 2 updates of generator")
+  assert "transformer" not in seen.err and ".to_q" in seen.err and "more" in seen.err
+  assert seen.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+  command = [sys.executable, "-m", "rtdmd_jax.main", f"--config={CONFIGS / 'tiny_stage2.py'}"]
+  command += [*SMALL, "--config.train.steps=4", f"--workdir={tmp_path / 'parts'}"]
+  environment = os.environ | {"PYTHONPATH": str(CONFIGS.parent)}
+  process = subprocess.Popen(
+    command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
+  line = ""
+  while not line.startswith("step 1/"):
+    line = process.stdout.readline()
+  process.send_signal(signal.SIGTERM)
+  _, said = process.communicate(timeout=200)
+  assert process.returncode == errors.EXIT_PREEMPTED, said
+  assert "the same command goes on from it" in said
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+  assert "resuming after step" in done.stdout
+  assert _run(tmp_path / "whole", *SMALL, "--config.train.steps=4") == 0
+  one, two = (
+    (tmp_path / run / "export/generator/adapter_model.safetensors").read_bytes()
+    for run in ("whole", "parts")
+  )
+  assert one == two
+
+
+@pytest.mark.slow
 def test_after_the_first_steps_nothing_recompiles_and_nothing_is_transferred_by_accident(tmp_path):
   from rtdmd_jax.build import build, optimizer_config
   from rtdmd_jax.data import make_batch
@@ -143,7 +189,7 @@ def test_after_the_first_steps_nothing_recompiles_and_nothing_is_transferred_by_
     with config.unlocked():
       config.train.fake_update_ratio = 2
       if config.stage == "stage2":
-        config.policy.micro_batches = 2
+        config.batch.micro_batches = 2
     setup = build(config)
     optimizers = Optimizers(
       *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))

@@ -19,7 +19,7 @@ import tiny_stage2
 def get_config():
   c = tiny_stage2.get_config()
   c.batch.prompts = c.batch.repeats = 2
-  c.policy.micro_batches = 1
+  c.batch.micro_batches = 1
   c.eval.final_prompts = c.eval.prompts = c.eval.chunk = 4
   c.eval.preview = c.eval.teacher_steps = c.train.steps = 2
   c.eval.every = 100
@@ -36,7 +36,7 @@ def run(folder, options, name):
   config = folder / f"{name}.py"
   config.write_text(CONFIG.format(configs=str(CONFIGS), options=options))
   argv = ["main", f"--config={config}", f"--workdir={folder / name}"]
-  code = cli.run(main.main, argv, requires=("config", "workdir"))
+  code = cli.run(main.main, argv, define_flags=main.define_flags, requires=("config", "workdir"))
   export = folder / name / "export/generator/adapter_model.safetensors"
   return code, export.read_bytes() if export.exists() else None
 

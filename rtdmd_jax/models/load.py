@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import flux1, flux2, sd3
+from rtdmd_jax.models.attention import KERNELS
+from rtdmd_jax.models.stack import REMAT_POLICIES
 from rtdmd_jax.models.transformer import Transformer
 from rtdmd_jax.weights.safetensors import load_params, read_config
 
@@ -25,6 +28,7 @@ def build_transformer(
   dtype: Any = jnp.float32,
   scan: bool = True,
   remat: str = "none",
+  attention: str = "auto",
 ) -> Transformer:
   """Builds the network that a diffusers config describes.
 
@@ -33,14 +37,21 @@ def build_transformer(
     dtype: type of the computation; parameters may have another.
     scan: keep the loop over identical blocks a loop; False unrolls it. Same parameters either way.
     remat: "none", "full" or "dots", what the backward pass recomputes of each block.
+    attention: "auto" (the platform's kernel), "xla", "splash" (TPU) or "cudnn" (GPU).
 
   Raises:
-    UserError: unknown class name, or a config that the family does not know.
+    UserError: unknown class name, `remat` or `attention`, or a config that the family does not
+      know.
   """
+  if remat not in REMAT_POLICIES:
+    raise UserError(f"remat is {remat!r}; choose one of {', '.join(REMAT_POLICIES)}.")
+  if attention not in KERNELS:
+    raise UserError(f"attention is {attention!r}; choose one of {', '.join(KERNELS)}.")
   name = config.get("_class_name")
   if name not in FAMILIES:
     raise UserError(f"_class_name is {name!r}; known transformers are {', '.join(FAMILIES)}.")
-  return FAMILIES[name](config, dtype=dtype, scan=scan, remat=remat)
+  built = FAMILIES[name](config, dtype=dtype, scan=scan, remat=remat)
+  return replace(built, attention=attention)
 
 
 def load_transformer(

@@ -106,7 +106,9 @@ def build(config: Mapping[str, Any], *, dtype: Any, scan: bool, remat: str) -> T
     (1, c.pooled_projection_dim),
   )
   example = tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
-  return Transformer(c, SD3(c, dtype, scan, remat), key_table(c), (*example, None))
+  network = SD3(c, dtype, scan, remat)
+  max_side = c.pos_embed_max_size * c.patch_size
+  return Transformer(c, network, key_table(c), (*example, None), max_side)
 
 
 class SD3(nn.Module):

@@ -21,8 +21,6 @@ def remat_block(block: type[nn.Module], remat: str, *, prevent_cse: bool = True)
     remat: a name in `REMAT_POLICIES`.
     prevent_cse: may be False inside a loop, where XLA cannot merge the recomputation away.
   """
-  if remat not in REMAT_POLICIES:
-    raise ValueError(f"remat is {remat!r}, expected one of {', '.join(REMAT_POLICIES)}")
   if remat == "none":
     return block
   return nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)

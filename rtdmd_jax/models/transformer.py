@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.models.attention import attention_kernel
 from rtdmd_jax.weights.maps import KeyTable
 
 
@@ -21,12 +22,16 @@ class Transformer:
     table: maps its parameters to the family's checkpoint keys.
     example: the smallest valid inputs, as `jax.ShapeDtypeStruct`s (None for an input not used);
       sides of valid latents are multiples of those of the first.
+    max_side: the longest side of valid latents, where positions come from a table; else None.
+    attention: a name in `attention.KERNELS`.
   """
 
   config: Any
   module: nn.Module
   table: KeyTable
   example: tuple[Any, ...]
+  max_side: int | None = None
+  attention: str = "auto"
 
   @property
   def embedded_guidance(self) -> bool:
@@ -64,7 +69,8 @@ class Transformer:
     Returns:
       [B, H, W, C] float32.
     """
-    return self.module.apply(variables, latents, sigma, tokens, pooled, guidance)
+    with attention_kernel(self.attention):
+      return self.module.apply(variables, latents, sigma, tokens, pooled, guidance)
 
   def velocity(
     self,

@@ -1,6 +1,7 @@
-"""Trains the scoring CLIP and, in the same run, the text towers that condition the transformer."""
+"""Trains CLIP models: the text towers that condition the transformer, and the one that scores."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def contrastive_loss(text: jax.Array, image: jax.Array, scale: jax.Array, same: 
   return 0.5 * jnp.mean(rows + columns), accuracy
 
 
-def train_contrastive(
+def train_text_towers(
   config: Any,
   scenes: Scenes,
   ids: np.ndarray,
@@ -37,7 +38,7 @@ def train_contrastive(
   seed: int,
   checkpoints: Path,
 ) -> None:
-  """Writes `clip/` (a `CLIPModel`), `text_encoder/` and `text_encoder_2/`.
+  """Writes `text_encoder/` and `text_encoder_2/`, trained against one image tower.
 
   Args:
     config: `text`, `text_2`, `vision` tower fields, `projection_dim`, and the training settings.
@@ -48,35 +49,19 @@ def train_contrastive(
     seed: of initialisation and batches.
     checkpoints: directory of the training's checkpoints.
   """
-  text = config.text.to_dict() | special | {"projection_dim": config.projection_dim}
+  both = _clip_config(config, special)
   text_2 = config.text_2.to_dict() | special | {"projection_dim": config.projection_dim}
-  vision = config.vision.to_dict() | {"projection_dim": config.projection_dim}
-  both = {
-    "text_config": text,
-    "vision_config": vision,
-    "projection_dim": config.projection_dim,
-  }
   model = CLIP(CLIPConfig.from_dict(both), scan=False)
   second = CLIPText(TextConfig.from_dict(text_2), projection=True, scan=False)
   keys = jax.random.split(jax.random.key(seed), 2)
-  pixels = jnp.zeros((1, *scenes.images.shape[1:]))
   params = {
-    "clip": model.init(keys[0], jnp.array(ids[:1]), pixels)["params"],
+    "clip": _init(model, keys[0], scenes, ids),
     "text_2": second.init(keys[1], jnp.array(ids[:1]))["params"],
   }
-  mean, std = jnp.array(IMAGE_MEAN), jnp.array(IMAGE_STD)
 
   def loss_fn(params, batch, key):
-    images = batch["images"].astype(jnp.float32) / 255.0
-    # The reward must also rank images that are a little blurred or noisy.
-    level_key, noise_key = jax.random.split(key)
-    level = 0.06 * jax.random.uniform(level_key, (images.shape[0], 1, 1, 1))
-    images = images + level * jax.random.normal(noise_key, images.shape)
-    pixels = (images - mean) / std
-    text, image, scale = model.apply({"params": params["clip"]}, batch["ids"], pixels)
-    text, image, scale = _unit(text), _unit(image), jnp.minimum(jnp.exp(scale), 100.0)
+    text, image, scale, same = _features(model, params["clip"], batch, key)
     other = _unit(second.apply({"params": params["text_2"]}, batch["ids"]).projected)
-    same = (batch["caption"][:, None] == batch["caption"][None, :]).astype(jnp.float32)
     loss, accuracy = contrastive_loss(text, image, scale, same)
     loss_2, accuracy_2 = contrastive_loss(other, jax.lax.stop_gradient(image), scale, same)
     return loss + loss_2, {"accuracy": accuracy, "accuracy_2": accuracy_2, "scale": scale}
@@ -86,8 +71,119 @@ def train_contrastive(
     caption = scenes.caption[index]
     return {"images": scenes.images[index], "caption": caption, "ids": ids[caption]}
 
-  params = train(
-    "clip",
+  params = _train("text", loss_fn, params, next_batch, config, seed, checkpoints)
+  clip = params["clip"]
+  first = {"text_model": clip["text_model"], "text_projection": clip["text_projection"]}
+  for name, fields, tree in (
+    ("text_encoder", both["text_config"], first),
+    ("text_encoder_2", text_2, params["text_2"]),
+  ):
+    kind = {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model"}
+    file = directory / name / "model.safetensors"
+    save_model(file, kind | fields, tree, TABLE, dtype=jnp.float16)
+
+
+def train_scorer(
+  config: Any,
+  scenes: Scenes,
+  ids: np.ndarray,
+  special: dict[str, int],
+  directory: Path,
+  seed: int,
+  checkpoints: Path,
+) -> None:
+  """Writes `clip/`, a `CLIPModel` that tells scenes apart which differ in one word.
+
+  A batch is made of groups of four lookalikes (see `lookalikes`): among random captions alone the
+  colours in the image decide, and what is where never has to be learned.
+
+  Args:
+    config: `text`, `vision` tower fields, `projection_dim`, and the training settings.
+    scenes: captioned images.
+    ids: [captions, L] token ids of `scenes.captions`.
+    special: the tokenizer's fields of a text config (`vocab_size`, `eos_token_id`, ...).
+    directory: of the pipeline.
+    seed: of initialisation and batches.
+    checkpoints: directory of the training's checkpoints.
+  """
+  both = _clip_config(config, special)
+  model = CLIP(CLIPConfig.from_dict(both), scan=False)
+
+  def loss_fn(params, batch, key):
+    text, image, scale, same = _features(model, params, batch, key)
+    loss, accuracy = contrastive_loss(text, image, scale, same)
+    return loss, {"accuracy": accuracy, "scale": scale}
+
+  draw = _lookalike_batches(scenes, config.batch_size)
+
+  def next_batch(rng):
+    index = draw(rng)
+    caption = scenes.caption[index]
+    return {"images": scenes.images[index], "caption": caption, "ids": ids[caption]}
+
+  params = _init(model, jax.random.key(seed), scenes, ids)
+  params = _train("scorer", loss_fn, params, next_batch, config, seed, checkpoints)
+  kind = {"architectures": ["CLIPModel"], "model_type": "clip"}
+  file = directory / "clip/model.safetensors"
+  _write_preprocessor(directory / "clip", config.vision.image_size)
+  save_model(file, kind | both, params, TABLE, dtype=jnp.float16)
+
+
+def lookalikes(captions: Sequence[str]) -> list[list[int]]:
+  """For each caption the others of one changed word, or of the same words with two exchanged."""
+  words = [caption.split() for caption in captions]
+
+  def close(one: list[str], other: list[str]) -> bool:
+    changed = sum(a != b for a, b in zip(one, other, strict=False))
+    same_words = sorted(one) == sorted(other)
+    return len(one) == len(other) and (changed == 1 or (changed == 2 and same_words))
+
+  return [[j for j, other in enumerate(words) if close(one, other)] for one in words]
+
+
+def _lookalike_batches(scenes: Scenes, size: int) -> Callable[[np.random.Generator], np.ndarray]:
+  """Draws indices of images: a quarter at random, each with images of three lookalikes."""
+  images = [np.flatnonzero(scenes.caption == i) for i in range(len(scenes.captions))]
+  near = [[j for j in group if len(images[j])] for group in lookalikes(scenes.captions)]
+
+  def draw(rng: np.random.Generator) -> np.ndarray:
+    captions = []
+    for anchor in rng.integers(len(scenes.images), size=size // 4):
+      caption = scenes.caption[anchor]
+      group = near[caption] or [caption]
+      captions += [caption, *rng.choice(group, 3, replace=len(group) < 3)]
+    return np.array([rng.choice(images[caption]) for caption in captions])
+
+  return draw
+
+
+def _clip_config(config: Any, special: dict[str, int]) -> dict[str, Any]:
+  dim = {"projection_dim": config.projection_dim}
+  text, vision = config.text.to_dict() | special | dim, config.vision.to_dict() | dim
+  return {"text_config": text, "vision_config": vision} | dim
+
+
+def _init(model: CLIP, key: jax.Array, scenes: Scenes, ids: np.ndarray) -> Any:
+  pixels = jnp.zeros((1, *scenes.images.shape[1:]))
+  return model.init(key, jnp.array(ids[:1]), pixels)["params"]
+
+
+def _features(model: CLIP, params: Any, batch: dict[str, jax.Array], key: jax.Array):
+  """Unit vectors of texts and images, the logit scale, and which captions are equal."""
+  images = batch["images"].astype(jnp.float32) / 255.0
+  # The reward must also rank images that are a little noisy.
+  level_key, noise_key = jax.random.split(key)
+  level = 0.06 * jax.random.uniform(level_key, (images.shape[0], 1, 1, 1))
+  images = images + level * jax.random.normal(noise_key, images.shape)
+  pixels = (images - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
+  text, image, scale = model.apply({"params": params}, batch["ids"], pixels)
+  same = (batch["caption"][:, None] == batch["caption"][None, :]).astype(jnp.float32)
+  return _unit(text), _unit(image), jnp.minimum(jnp.exp(scale), 100.0), same
+
+
+def _train(name, loss_fn, params, next_batch, config, seed, checkpoints):
+  return train(
+    name,
     loss_fn,
     params,
     next_batch,
@@ -97,18 +193,6 @@ def train_contrastive(
     seed=seed,
     checkpoints=checkpoints,
   )
-  clip = params["clip"]
-  first = {"text_model": clip["text_model"], "text_projection": clip["text_projection"]}
-  both = {"architectures": ["CLIPModel"], "model_type": "clip"} | both
-  save_model(directory / "clip/model.safetensors", both, clip, TABLE, dtype=jnp.float16)
-  _write_preprocessor(directory / "clip", config.vision.image_size)
-  for name, fields, tree in (
-    ("text_encoder", text, first),
-    ("text_encoder_2", text_2, params["text_2"]),
-  ):
-    kind = {"architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model"}
-    file = directory / name / "model.safetensors"
-    save_model(file, kind | fields, tree, TABLE, dtype=jnp.float16)
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import numpy as np
 from rtdmd_jax.models.encoders import load_clip_text, load_vae
 from rtdmd_jax.models.text import load_tokenizer, tokenize
 from rtdmd_jax.pretrain.autoencoder import train_autoencoder
-from rtdmd_jax.pretrain.contrastive import train_contrastive
+from rtdmd_jax.pretrain.contrastive import train_scorer, train_text_towers
 from rtdmd_jax.pretrain.data import draw_scenes
 from rtdmd_jax.pretrain.teacher import cache_latents, train_teacher
 from rtdmd_jax.pretrain.tokenizers import train_clip_tokenizer, train_t5_tokenizer
@@ -45,10 +45,11 @@ def run(config: Any, workdir: Path) -> Path:
   clip_ids, t5_ids, special = _tokenize(scenes.captions, directory, config.max_length)
   if "vae" in config.phases and not (directory / "vae").exists():
     train_autoencoder(config.vae, scenes, directory / "vae", config.seed, saved / "vae")
-  if "clip" in config.phases and not (directory / "text_encoder_2").exists():
-    train_contrastive(
-      config.clip, scenes, clip_ids[:-1], special, directory, config.seed, saved / "clip"
-    )
+  captioned = (scenes, clip_ids[:-1], special, directory, config.seed)
+  if "text" in config.phases and not (directory / "text_encoder_2").exists():
+    train_text_towers(config.text, *captioned, saved / "text")
+  if "scorer" in config.phases and not (directory / "clip/model.safetensors").exists():
+    train_scorer(config.scorer, *captioned, saved / "scorer")
   if "teacher" in config.phases and not (directory / "text_encoder_3").exists():
     latents = cache_latents(*load_vae(directory / "vae"), scenes.images)
     states = _clip_states(clip_ids, directory)

@@ -1,5 +1,6 @@
 """Rewards that are computed on the device, by name; all of them can be back-propagated."""
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -64,6 +65,15 @@ def load(name: str, options: Mapping[str, Any]) -> DeviceReward:
     OptionError: an unknown or a missing option.
     UserError: missing or broken files.
   """
+  return bind(name, options)()
+
+
+def bind(name: str, options: Mapping[str, Any]) -> Callable[[], DeviceReward]:
+  """What `load` calls, after its options were checked; opens no file.
+
+  Raises:
+    OptionError: see `load`.
+  """
   module, attribute = _CLASSES[name]
   build = getattr(importlib.import_module(module), attribute).from_pretrained
   try:
@@ -74,7 +84,7 @@ def load(name: str, options: Mapping[str, Any]) -> DeviceReward:
     given = {k: jnp.dtype(v) if k == "dtype" else v for k, v in options.items()}
   except TypeError as error:
     raise OptionError(f"reward {name!r}: {options['dtype']!r} is no dtype ({error})") from error
-  return build(**given)
+  return functools.partial(build, **given)
 
 
 def host_reward(model: DeviceReward) -> Callable[..., np.ndarray]:

@@ -3,7 +3,8 @@
 With `--config` the rewards and their options are those of the configuration's section `rewards`,
 which a training configuration has, and `--rewards` chooses among them. Options are given or changed
 by `--option=NAME.KEY=VALUE`. The server listens on this machine only, unless `--host` says
-otherwise, which needs `--token_env`. SIGTERM ends it after the requests in progress.
+otherwise, which needs `--token_env`. SIGTERM ends it after the requests in progress. It reads the
+rewards' model files and writes nothing.
 """
 
 import ast

@@ -72,6 +72,14 @@ def load_params(
     return _build(path, tensors, abstract_params, table, dtype, sharding, ignore)
 
 
+def check_params(
+  path: str | os.PathLike, abstract_params: Any, table: KeyTable, *, ignore: Sequence[str] = ()
+) -> None:
+  """What `load_params` would raise of keys and shapes; reads the files' headers alone."""
+  with _open_files(_checkpoint_files(Path(path))) as tensors:
+    _check_keys(path, table.entries(abstract_params), tensors, ignore)
+
+
 def params_from_tensors(
   tensors: Mapping[str, np.ndarray],
   abstract_params: Any,

@@ -1,10 +1,6 @@
 """Inputs and reference runs that the tests of both FLUX families share."""
 
-import json
-
 import numpy as np
-
-from rtdmd_jax.models import build_transformer
 
 
 def randomised(cls, config, scale=0.05):
@@ -23,19 +19,6 @@ def arrays(*shapes, seed=1):
   """Standard normal float32 arrays."""
   rng = np.random.default_rng(seed)
   return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
-
-
-def assert_same_sizes(cls, config):
-  """Compares names and shapes at true size, without allocating; returns the parameter count."""
-  import torch
-
-  with torch.device("meta"):
-    model = cls(**config)
-  transformer = build_transformer(json.loads(model.to_json_string()))
-  entries = transformer.table.entries(transformer.init_abstract())
-  got = {key: entry.shape for entry in entries for key in entry.keys}
-  assert got == {key: tuple(value.shape) for key, value in model.state_dict().items()}
-  return sum(int(np.prod(shape)) for shape in got.values())
 
 
 def assert_same_weights(got, want):

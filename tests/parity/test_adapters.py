@@ -1,14 +1,18 @@
 """Adapters in diffusers' and PEFT's own hands."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity.backbones import BACKBONES
 
+from rtdmd_jax import export
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import build_transformer, lora
 from rtdmd_jax.models.load import load_transformer
-from rtdmd_jax.weights.peft import load_peft, save_peft
+from rtdmd_jax.weights.peft import adapter_layers, load_peft, save_peft
 from rtdmd_jax.weights.safetensors import read_config
 
 torch = pytest.importorskip("torch")
@@ -160,3 +164,36 @@ def test_the_published_flat_file_is_read(case, tmp_path, described):
   torch.save({"model_generator": state}, file)
   with pytest.raises(UserError, match="entry 'model_generator' is no tensor"):
     load_peft(file, abstract, transformer.table)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_peft_loads_what_training_exports(tmp_path, name):
+  config, model = BACKBONES[name].stage1(), BACKBONES[name].reference()
+  model.save_config(tmp_path / "base")
+  transformer = build_transformer(read_config(tmp_path / "base"))
+  adapters = lora.build_adapters(
+    transformer.init_abstract(), transformer.table, config.lora.targets, rank=2,
+    key=jax.random.key(0),
+  )  # fmt: skip
+  adapters = jax.tree.map(lambda x: x + 0.5, adapters)
+  setup = SimpleNamespace(
+    pipeline=SimpleNamespace(transformer=transformer),
+    frozen=SimpleNamespace(generator={}, fake_score={}),
+  )
+  state = SimpleNamespace(ema=adapters, fake_score=adapters)
+  export.export_adapters(config, setup, state, tmp_path)
+  wrapped = peft.PeftModel.from_pretrained(model, tmp_path / "generator")
+  loaded = {
+    key.removeprefix("base_model.model."): value.numpy().T
+    for key, value in wrapped.state_dict().items()
+    if ".lora_" in key
+  }
+  folded = adapter_layers(lora.fold_scale(adapters, config.lora.alpha), transformer.table)
+  want = {
+    f"{layer}.lora_{part}.default.weight": value
+    for layer, pair in folded.items()
+    for part, value in zip("AB", pair, strict=True)
+  }
+  assert loaded.keys() == want.keys()
+  for key, value in want.items():
+    np.testing.assert_array_equal(loaded[key], value)

@@ -1,10 +1,13 @@
 """What is exported, in a real client: diffusers loads it and draws the same images."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity.test_flux_pipelines import LENGTH, PROMPTS, flux1, flux2
+from parity import test_sd3
+from parity.test_flux_pipelines import LENGTH, PROMPTS, SIZE, flux1, flux2
 from safetensors.numpy import load_file
 
 import rtdmd_jax
@@ -20,24 +23,43 @@ pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 EIGHT = [f"attn.to_{n}" for n in ("q", "k", "v", "out.0", "add_out")]
 EIGHT += [f"attn.add_{n}_proj" for n in "qkv"]
+DUAL = [f"attn2.to_{n}" for n in ("q", "k", "v", "out.0")]
 # Beyond the published targets, every kind of layer that is fused or swapped in the first release.
 FAMILIES = {
   "sd3": (diffusers.StableDiffusion3Pipeline, [*EIGHT, "norm_out.linear", "ff.net.2"]),
+  "sd35": (diffusers.StableDiffusion3Pipeline, [*EIGHT, *DUAL, "norm_out.linear", "ff.net.2"]),
   "flux1": (diffusers.FluxPipeline, [*EIGHT, "proj_mlp", "norm_out.linear"]),
   "flux2": (diffusers.Flux2KleinPipeline, [*EIGHT, "attn.to_qkv_mlp_proj", "norm_out.linear"]),
 }
 STEPS = 4
+# Transformers of the shipped pipeline's interfaces.
+SD3_SIZES = dict(
+  sample_size=8,
+  patch_size=1,
+  attention_head_dim=8,
+  caption_projection_dim=24,
+  joint_attention_dim=128,
+  pooled_projection_dim=128,
+  pos_embed_max_size=8,
+)
+
+
+def sd3(directory, config):
+  """The shipped pipeline with a random transformer of a published kind."""
+  assets = f"{rtdmd_jax.__path__[0]}/assets/tiny"
+  shutil.copytree(assets, directory, ignore=shutil.ignore_patterns("transformer", "stage1"))
+  test_sd3.reference(config | SD3_SIZES).save_pretrained(directory / "transformer")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request, tmp_path_factory):
   """A pipeline directory, ours, an adapter directory with alpha / r = 2, and the images of both."""
   root = tmp_path_factory.mktemp(request.param)
-  if request.param == "sd3":
-    source = f"{rtdmd_jax.__path__[0]}/assets/tiny"
+  source = root / "pipeline"
+  if request.param.startswith("sd3"):
+    sd3(source, test_sd3.SD3 if request.param == "sd3" else test_sd3.SD35)
   else:
     made = flux1(root / "tokens", guidance_embeds=True) if request.param == "flux1" else flux2()
-    source = root / "pipeline"
     made.save_pretrained(source)
   cls, targets = FAMILIES[request.param]
   ours = Pipeline.from_pretrained(source)
@@ -49,7 +71,7 @@ def case(request, tmp_path_factory):
   save_peft(lora, adapters, transformer.table, rank=3, alpha=6.0, targets=targets)
   folded = load_adapters([Lora(lora, 0.5)], transformer)
   plain, changed = (
-    np.asarray(ours.sample(PROMPTS, jax.random.key(3), image_size=64, steps=STEPS, adapters=a))
+    np.asarray(ours.sample(PROMPTS, jax.random.key(3), image_size=SIZE, steps=STEPS, adapters=a))
     for a in ({}, folded)
   )
   assert np.abs(plain - changed).max() > 0.02
@@ -70,7 +92,7 @@ def exported(case, out, kind, *more):
 def images(case, pipe):
   """diffusers' own images from our starting noise."""
   name, _, _, ours, _, _ = case
-  shape = ours.latent_shape(64)
+  shape = ours.latent_shape(SIZE)
   start = sampling.sample_noise(jax.random.split(jax.random.key(3))[0], jnp.arange(2), shape)
   latents = torch.tensor(np.asarray(start).transpose(0, 3, 1, 2))
   if name == "flux1":
@@ -78,12 +100,12 @@ def images(case, pipe):
   pipe.set_progress_bar_config(disable=True)
   return pipe(
     prompt=PROMPTS,
-    height=64,
-    width=64,
+    height=SIZE[0],
+    width=SIZE[1],
     num_inference_steps=STEPS,
     guidance_scale=1.0,
     latents=latents,
-    max_sequence_length=12 if name == "sd3" else LENGTH,
+    max_sequence_length=12 if name.startswith("sd3") else LENGTH,
     output_type="np",
   ).images
 
@@ -100,7 +122,6 @@ def test_diffusers_loads_the_exported_lora(case, tmp_path):
 
 
 def test_diffusers_loads_the_merged_directory(case, tmp_path):
-  # The shipped pipeline's own weights are float16, too coarse for the tolerance.
   out = exported(case, tmp_path / "out", "merged", "--dtype=float32")
   transformer = type(load(case).transformer).from_pretrained(out, torch_dtype=torch.float32)
   np.testing.assert_allclose(images(case, load(case, transformer=transformer)), case[-1], atol=1e-3)
@@ -122,6 +143,7 @@ def test_comfyui_names_are_those_of_the_first_release(case, tmp_path, monkeypatc
       deltas[f"{module}.weight"] = torch.tensor(b @ a)
   convert = {
     "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
+    "sd35": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
     "flux1": single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
     "flux2": single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers,
   }[name]
@@ -172,5 +194,5 @@ def test_comfyui_file_of_flux2_loads_in_diffusers(case, tmp_path):
   pipe.load_lora_weights(state)
   flat = load_adapters([Lora(case[4], 0.5)], case[3].transformer)
   flat.pop("norm_out")
-  ours = case[3].sample(PROMPTS, jax.random.key(3), image_size=64, steps=STEPS, adapters=flat)
+  ours = case[3].sample(PROMPTS, jax.random.key(3), image_size=SIZE, steps=STEPS, adapters=flat)
   np.testing.assert_allclose(images(case, pipe), ours, atol=1e-3)

@@ -20,6 +20,8 @@ pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 PROMPTS = ["a photo of a red circle", "three <b> crosses"]
 LENGTH = 48
+# Height and width of the images.
+SIZE = (64, 48)
 VAE = dict(
   block_out_channels=(4, 8, 8, 8),
   down_block_types=("DownEncoderBlock2D",) * 4,
@@ -128,7 +130,7 @@ def flux2():
 
 def start_latents(ours, key):
   """The sampler's own starting noise, channel-first for diffusers."""
-  shape = ours.latent_shape(64)
+  shape = ours.latent_shape(SIZE)
   start = sampling.sample_noise(jax.random.split(key)[0], jnp.arange(len(PROMPTS)), shape)
   return torch.tensor(np.asarray(start).transpose(0, 3, 1, 2))
 
@@ -137,8 +139,8 @@ def run(pipe, latents, steps, guidance):
   pipe.set_progress_bar_config(disable=True)
   return pipe(
     prompt=PROMPTS,
-    height=64,
-    width=64,
+    height=SIZE[0],
+    width=SIZE[1],
     num_inference_steps=steps,
     guidance_scale=guidance,
     latents=latents,
@@ -152,17 +154,17 @@ def test_flux1_samples_equal_diffusers(tmp_path, guidance_embeds):
   theirs = flux1(tmp_path / "tokenizers", guidance_embeds=guidance_embeds)
   theirs.save_pretrained(tmp_path / "flux1")
   ours = Pipeline.from_pretrained(tmp_path / "flux1")
-  assert ours.latent_shape(64) == (8, 8, 4)
+  assert ours.latent_shape(SIZE) == (8, 6, 4)
   with torch.no_grad():
     tokens, pooled, _ = theirs.encode_prompt(PROMPTS, None, max_sequence_length=LENGTH)
   conditioning = ours.encode(PROMPTS)
   np.testing.assert_allclose(conditioning.tokens, tokens.numpy(), atol=1e-4)
   np.testing.assert_allclose(conditioning.pooled, pooled.numpy(), atol=1e-4)
   key = jax.random.key(3)
-  latents = theirs._pack_latents(start_latents(ours, key), 2, 4, 8, 8)
+  latents = theirs._pack_latents(start_latents(ours, key), 2, 4, 8, 6)
   guidance = 3.5 if guidance_embeds else 1.0
   expected = run(theirs, latents, 4, guidance)
-  images = ours.sample(PROMPTS, key, image_size=64, steps=4, guidance=guidance)
+  images = ours.sample(PROMPTS, key, image_size=SIZE, steps=4, guidance=guidance)
   assert expected.std() > 0.01
   np.testing.assert_allclose(images, expected, atol=1e-3)
 
@@ -172,7 +174,7 @@ def test_flux2_samples_equal_diffusers(tmp_path, guidance):
   theirs = flux2()
   theirs.save_pretrained(tmp_path)
   ours = Pipeline.from_pretrained(tmp_path)
-  assert ours.latent_shape(64) == (4, 4, 16)
+  assert ours.latent_shape(SIZE) == (4, 3, 16)
   with torch.no_grad():
     tokens, _ = theirs.encode_prompt(PROMPTS, max_sequence_length=LENGTH)
   conditioning = ours.encode(PROMPTS)
@@ -181,7 +183,7 @@ def test_flux2_samples_equal_diffusers(tmp_path, guidance):
   np.testing.assert_allclose(conditioning.tokens, tokens.numpy(), atol=1e-4)
   key = jax.random.key(3)
   expected = run(theirs, start_latents(ours, key), 4, guidance)
-  images = ours.sample(PROMPTS, key, image_size=64, steps=4, guidance=guidance)
+  images = ours.sample(PROMPTS, key, image_size=SIZE, steps=4, guidance=guidance)
   assert expected.std() > 0.01
   np.testing.assert_allclose(images, expected, atol=1e-3)
 

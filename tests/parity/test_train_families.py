@@ -61,15 +61,17 @@ def _run(root, stage, *overrides):
   pretrained = root / "pipeline"
   argv = ["main", f"--config={root / stage}.py", f"--workdir={root / 'runs' / stage}"]
   argv += [f"--config.model.pretrained={pretrained}", "--config.model.generator_init=", *COMMON]
-  return cli.run(main.main, [*argv, *overrides], requires=("config", "workdir"))
+  return cli.run(
+    main.main, [*argv, *overrides], define_flags=main.define_flags, requires=("config", "workdir")
+  )
 
 
 def test_both_stages_run_to_their_end(family):
   name, root = family
-  assert _run(root, "stage1") == 0
+  assert _run(root, "stage1", "--config.batch.micro_batches=1") == 0
   export = root / "runs/stage1/export"
   more = [f"--config.load.{role}={export / role}" for role in ("generator", "fake_score")]
-  more += ["--config.batch.repeats=2", "--config.policy.micro_batches=2"]
+  more += ["--config.batch.repeats=2", "--config.batch.micro_batches=2"]
   assert _run(root, "stage2", *more) == 0
   for stage in ("stage1", "stage2"):
     work = root / "runs" / stage

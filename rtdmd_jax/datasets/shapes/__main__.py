@@ -1,4 +1,4 @@
-"""Writes the prompt files of the shapes set and, with --tfds, prepares its TFDS dataset."""
+"""Draws the shapes set. Reads nothing; writes prompt files (--out) or a TFDS dataset (--tfds)."""
 
 import argparse
 from pathlib import Path

@@ -1,0 +1,57 @@
+"""What lies on every device during stage 2 of each family: python benchmarks/memory_by_mesh.py
+
+Bytes at rest by the sharding table (parameters, adapters with moments and moving average, text
+encoders, autoencoder, rewards on the device) without the temporaries of a step, which
+`python -m rtdmd_jax.aot` measures. Nothing is loaded: shapes are those of published checkpoints.
+"""
+
+from pathlib import Path
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from rtdmd_jax import sharding
+from rtdmd_jax.aot.abstract import abstract_setup
+from rtdmd_jax.build import optimizer_config
+from rtdmd_jax.config import load_config
+from rtdmd_jax.optim import make_optimizer
+from rtdmd_jax.train import Optimizers, initial_state
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+DEVICES = (1, 4, 8, 16, 64)
+
+
+def trees(config):
+  """Everything that stays on the devices, by name."""
+  setup = abstract_setup(config)
+  optimizers = Optimizers(
+    *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
+  )
+  state = jax.eval_shape(lambda: initial_state(config, setup, optimizers))
+  frozen = setup.frozen
+  return {
+    "transformers": list(frozen.bases.values()),
+    "training": [state, frozen.generator, frozen.fake_score],
+    "text encoders": setup.pipeline.text.params,
+    "rewards and autoencoder": [frozen.rewards, frozen.vae],
+  }
+
+
+def main():
+  sizes = " | ".join(f"{n} device{'s' * (n > 1)}" for n in DEVICES)
+  print(f"| | {sizes} | on one: transformers, training, text encoders, rewards and autoencoder |")
+  print("|---" * (len(DEVICES) + 2) + "|")
+  for family in ("sd3", "sd35", "flux1", "flux2", "flux2_9b"):
+    found = trees(load_config(str(CONFIGS / f"{family}_stage2.py")))
+    cells = []
+    for count in DEVICES:
+      axes = (AxisType.Auto,) * 3
+      mesh = AbstractMesh((1, count, 1), ("data", "fsdp", "tensor"), axis_types=axes)
+      rows = sharding.table(found, mesh)
+      cells.append(f"{sum(local for *_, local in rows) / 1e9:.1f}")
+    parts = ", ".join(f"{total / 1e9:.1f}" for _, _, total, _ in rows)
+    print(f"| `{family}` | " + " | ".join(cells) + f" | {parts} |", flush=True)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Trains on all GPUs of this machine, in one process; CUDA_VISIBLE_DEVICES chooses among them.
+# Usage: launch/gpus.sh [--dry-run] --config=configs/sd35_stage2.py --workdir=DIR [OVERRIDES]
+# Assumes: a driver for CUDA 12, Python 3.11 or newer, checkpoints and prompts on its disk.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/lib.sh
+environment gpu
+run .venv/bin/python -m rtdmd_jax.main --check "${arguments[@]}"
+run .venv/bin/python -m rtdmd_jax.main "${arguments[@]}"

@@ -1,0 +1,273 @@
+"""Compiles every program of a run's step for a mesh of absent devices and measures the result."""
+
+import math
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rtdmd_jax import sharding, train
+from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup
+from rtdmd_jax.aot.chips import chip, roofline
+from rtdmd_jax.aot.flops import count_flops
+from rtdmd_jax.aot.hlo import traffic
+from rtdmd_jax.build import Setup, optimizer_config
+from rtdmd_jax.errors import UserError
+from rtdmd_jax.optim import make_optimizer
+
+Tree = Any
+
+
+@dataclass
+class Cost:
+  """One program on one device; sizes in bytes, times in seconds.
+
+  Attributes:
+    name: of the program.
+    fits: whether `peak` is within the device's memory.
+    reason: the compiler's sentence if it refused the program.
+    arguments, outputs, temporaries, code: of the compiled program; outputs that reuse an argument's
+      memory are left out.
+    resident: arrays of the run that the program does not read but that stay where they are.
+    peak: the sum of all these.
+    flops: floating-point operations of matrix products and convolutions.
+    memory: bytes to and from memory.
+    sent: bytes sent, by kind of collective; `collectives` is how many run.
+    unknown_loops: loops counted with the most turns that a rollout takes.
+    times: see `chips.roofline`.
+    compile_seconds: of lowering and compilation.
+  """
+
+  name: str
+  fits: bool
+  reason: str = ""
+  arguments: float = 0
+  outputs: float = 0
+  temporaries: float = 0
+  code: float = 0
+  resident: float = 0
+  peak: float = 0
+  flops: float = 0
+  memory: float = 0
+  sent: dict[str, float] | None = None
+  collectives: dict[str, int] | None = None
+  unknown_loops: int = 0
+  times: dict[str, float] | None = None
+  compile_seconds: float = 0
+
+
+def get_devices(topology: str) -> list[Any]:
+  """The devices of a topology such as "v5e:8x8"; needs libtpu but no TPU.
+
+  Raises:
+    UserError: libtpu is missing, or it knows no such topology.
+  """
+  try:
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+  except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+    reason = str(error).splitlines()[0]
+    raise UserError(
+      f"--topology is {topology!r}: {reason} (examples: v5e:8x8, v5p:2x2x2, v6e:4x4)."
+    ) from error
+  return list(found)
+
+
+def measure(config: Any, topology: str, only: str = "") -> dict[str, Any]:
+  """Compiles the programs of `config` for `topology`; nothing is allocated or run.
+
+  Args:
+    config: of stage 1 or 2.
+    topology: see `get_devices`.
+    only: compile this program alone (and those whose results it reads).
+
+  Returns:
+    A report that JSON can hold: the mesh, the chip, what lives where, a `Cost` for each program.
+
+  Raises:
+    UserError: a bad config or topology, a batch that does not split over the devices, or a program
+      on which the compiler itself fails.
+  """
+  if config.stage not in train.PROGRAMS:
+    raise UserError(f"stage is {config.stage!r}; use one of {', '.join(train.PROGRAMS)}.")
+  # Made before the mesh is set, so that no constant asks for a device that is not there.
+  setup = abstract_setup(config)
+  devices = get_devices(topology)
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  with jax.set_mesh(mesh):
+    _check_batch(config)
+    return _measure(config, setup, mesh, topology, only)
+
+
+def _check_batch(config: Any) -> None:
+  count, parts = config.batch.prompts * config.batch.repeats, sharding.batch_parts()
+  if count % parts:
+    raise UserError(
+      f"the batch has {count} images (batch.prompts x batch.repeats), which do not split over the"
+      f" {parts} devices of mesh.data x mesh.fsdp; make it a multiple of {parts}."
+    )
+
+
+def _measure(config: Any, setup: Setup, mesh: Mesh, topology: str, only: str) -> dict[str, Any]:
+  optimizers = train.Optimizers(
+    *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
+  )
+  state = jax.eval_shape(lambda: train.initial_state(config, setup, optimizers))
+  programs = train.PROGRAMS[config.stage](config, setup, optimizers)
+  if only and only not in programs:
+    raise UserError(f"--only is {only!r}; the programs are {', '.join(programs)}.")
+  known = {
+    "state": _placed(state, mesh),
+    "frozen": _placed(setup.frozen, mesh),
+    "batch": _repeated(abstract_batch(config, setup), mesh),
+  }
+  text = _local_bytes(_placed(setup.pipeline.text.params, mesh))
+  turns = len(config.dmd.steps) - 1
+  costs = []
+  for name, program in programs.items():
+    needed = only in ("", name) or (name == "rollout" and only in ("fake_score", "policy"))
+    if not needed:
+      continue
+    args = [known[key] for key in program_arguments(config.stage, name)]
+    cost, compiled = _cost(name, program, args, mesh, turns, text, _resident(known, args))
+    costs.append(cost)
+    if name == "rollout":
+      known |= _samples(config, program, args, compiled, mesh)
+  return _report(config, topology, mesh, known, text, costs)
+
+
+def program_arguments(stage: str, name: str) -> tuple[str, ...]:
+  """What the program `name` of a stage reads: state, frozen, batch, samples, rewards."""
+  if name == "finish":
+    return ("state",)
+  extra = (
+    {"fake_score": ("samples",), "policy": ("samples", "rewards")} if stage == "stage2" else {}
+  )
+  return ("state", "frozen", "batch", *extra.get(name, ()))
+
+
+def _samples(config: Any, program: Any, args: list[Tree], compiled: Any, mesh: Mesh) -> Tree:
+  """The rollout's result as the next programs find it, and the rewards made of it."""
+  shapes = jax.eval_shape(program, *args)
+  if compiled is None:
+    samples = _repeated(shapes, mesh)
+  else:
+    samples = jax.tree.map(_with, shapes, compiled.output_shardings)
+  count = config.batch.prompts * config.batch.repeats
+  score = jax.ShapeDtypeStruct((count,), jnp.float32)
+  host = {name: score for name in config.rewards if name not in samples.rewards}
+  return {"samples": samples, "rewards": dict(samples.rewards) | _repeated(host, mesh)}
+
+
+def _with(shape: Any, where: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+
+
+def _placed(tree: Tree, mesh: Mesh) -> Tree:
+  return jax.tree.map(_with, tree, sharding.shardings(tree, mesh))
+
+
+def _repeated(tree: Tree, mesh: Mesh) -> Tree:
+  return jax.tree.map(lambda s: _with(s, NamedSharding(mesh, PartitionSpec())), tree)
+
+
+def _local_bytes(tree: Tree) -> float:
+  """Bytes of a tree on one device."""
+  return float(
+    sum(
+      np.dtype(s.dtype).itemsize * math.prod(s.sharding.shard_shape(s.shape))
+      for s in jax.tree.leaves(tree)
+    )
+  )
+
+
+def _resident(known: dict[str, Tree], args: list[Tree]) -> float:
+  """Bytes on one device of what is known but no argument."""
+  taken = {id(tree) for tree in args}
+  kept = [tree for key, tree in known.items() if key != "rewards" and id(tree) not in taken]
+  return sum(_local_bytes(tree) for tree in kept)
+
+
+def _cost(
+  name: str, program: Any, args: list[Tree], mesh: Mesh, turns: int, text: float, others: float
+) -> tuple[Cost, Any]:
+  """Compiles one program; no second result if it is too large for the compiler."""
+  device = chip(mesh.devices.flat[0].device_kind)
+  start = time.perf_counter()
+  traced = program.trace(*args)
+  flops = count_flops(traced.jaxpr, turns) / mesh.size
+  resident = text + others + _unread(traced.jaxpr, args)
+  try:
+    compiled = traced.lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise UserError(
+        f"the TPU compiler itself failed on {name}, so it is not known whether it fits; try another"
+        f" topology or batch ({str(error).splitlines()[0]})."
+      ) from error
+    reason = re.sub(r"^.*?(Ran out|Used)", r"\1", str(error).splitlines()[0])
+    seconds = time.perf_counter() - start
+    return Cost(name, False, reason, resident=resident, flops=flops, compile_seconds=seconds), None
+  seconds = time.perf_counter() - start
+  sizes = compiled.memory_analysis()
+  moved = traffic(compiled.as_text(), turns)
+  arguments, code = sizes.argument_size_in_bytes, sizes.generated_code_size_in_bytes
+  outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+  peak = arguments + outputs + sizes.temp_size_in_bytes + code + resident
+  return Cost(
+    name=name,
+    fits=peak <= device.hbm,
+    arguments=arguments,
+    outputs=outputs,
+    temporaries=sizes.temp_size_in_bytes,
+    code=code,
+    resident=resident,
+    peak=peak,
+    flops=flops,
+    memory=moved.memory,
+    sent=dict(moved.sent),
+    collectives=dict(moved.count),
+    unknown_loops=moved.unknown_loops,
+    times=roofline(device, flops, moved.memory, sum(moved.sent.values())),
+    compile_seconds=seconds,
+  ), compiled
+
+
+def _unread(jaxpr: Any, args: list[Tree]) -> float:
+  """Bytes on one device of arguments that the program does not read; jax drops them."""
+  inner = getattr(jaxpr, "jaxpr", jaxpr)
+  read = {id(v) for eqn in inner.eqns for v in eqn.invars} | {id(v) for v in inner.outvars}
+  leaves = jax.tree.leaves(args)
+  unread = [s for v, s in zip(inner.invars, leaves, strict=True) if id(v) not in read]
+  return _local_bytes(unread)
+
+
+def _report(
+  config: Any, topology: str, mesh: Mesh, known: dict[str, Tree], text: float, costs: list[Cost]
+) -> dict[str, Any]:
+  device = chip(mesh.devices.flat[0].device_kind)
+  frozen = known["frozen"]
+  trees = {f"base {Path(name).name}": base for name, base in frozen.bases.items()}
+  trees |= {f"reward {name}": params for name, params in frozen.rewards.items()}
+  trees |= {"autoencoder": frozen.vae, "earlier adapters": (frozen.generator, frozen.fake_score)}
+  trees |= {"training state": known["state"]}
+  return {
+    "stage": config.stage,
+    "topology": topology,
+    "mesh": dict(mesh.shape),
+    "chip": device._asdict(),
+    "batch": config.batch.prompts * config.batch.repeats,
+    "placement": [
+      {"name": n, "parameters": c, "bytes": b, "local": local}
+      for n, c, b, local in sharding.table(trees, mesh)
+    ]
+    + [{"name": "text encoders", "local": text}],
+    "programs": [asdict(cost) for cost in costs],
+    "fits": all(cost.fits for cost in costs),
+  }

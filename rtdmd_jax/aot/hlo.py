@@ -1,0 +1,328 @@
+"""Traffic of a compiled program, from the text of its HLO: memory and collectives, loops included.
+
+The text is that of one device's program (SPMD), so all numbers are per device.
+"""
+
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\((.*)$")
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
+_CALLED = re.compile(
+  r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+_COLLECTIVES = (
+  "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+)  # fmt: skip
+# Instructions that move nothing themselves.
+_FREE = {
+  "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
+  "after-all", "partition-id", "replica-id", "opt-barrier", "domain", "add-dependency", "iota",
+}  # fmt: skip
+
+
+@dataclass
+class Instruction:
+  """One line: its name, operation, operands' names, result's shape and the whole text."""
+
+  name: str
+  opcode: str
+  operands: list[str]
+  result: str
+  text: str
+  root: bool
+
+
+@dataclass
+class Computation:
+  """A named list of instructions."""
+
+  name: str
+  instructions: dict[str, Instruction] = field(default_factory=dict)
+
+  @property
+  def root(self) -> Instruction:
+    """What it returns."""
+    return next(i for i in self.instructions.values() if i.root)
+
+
+@dataclass
+class Traffic:
+  """Of one device and one run of the program.
+
+  Attributes:
+    memory: bytes read from and written to its memory.
+    sent: bytes it sends, by kind of collective.
+    count: how many collectives of each kind run.
+    unknown_loops: loops whose number of turns the text does not tell.
+  """
+
+  memory: float
+  sent: dict[str, float]
+  count: dict[str, int]
+  unknown_loops: int
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+  """The computations by name, and the name of the entry.
+
+  Raises:
+    ValueError: no entry, so this is no HLO module.
+  """
+  computations, entry, current = {}, None, None
+  for line in text.splitlines():
+    if match := _COMPUTATION.match(line):
+      current = computations[match[2]] = Computation(match[2])
+      entry = match[2] if match[1] else entry
+    elif current is not None and (match := _INSTRUCTION.match(line)):
+      result, opcode, rest = _split(match[3])
+      operands = re.findall(r"%([\w.\-]+)", rest[: _closing(rest)])
+      made = Instruction(match[2], opcode, operands, result, match[3], bool(match[1]))
+      current.instructions[match[2]] = made
+  if entry is None:
+    raise ValueError("the text has no ENTRY computation")
+  return computations, entry
+
+
+def _split(text: str) -> tuple[str, str, str]:
+  """Result's shape, opcode, and what follows the opcode's parenthesis."""
+  end = _closing(text[1:]) + 2 if text.startswith("(") else 0
+  match = _OPCODE.search(text, max(end - 1, 0))
+  if match is None:
+    raise ValueError(f"cannot read the instruction {text[:100]!r}")
+  return text[: match.start()], match[1], match[2]
+
+
+def _closing(text: str) -> int:
+  """Index of the parenthesis that closes one opened before `text`."""
+  depth = 1
+  for i, char in enumerate(text):
+    depth += (char == "(") - (char == ")")
+    if depth == 0:
+      return i
+  return len(text)
+
+
+def shape_bytes(shape: str, *, on_chip: bool = True) -> float:
+  """Bytes of a shape or tuple of shapes; without `on_chip` those in on-chip memory are left out."""
+  total = 0.0
+  for kind, sizes, layout in _SHAPE.findall(shape):
+    # Spaces other than 0 are scratchpads: "S(1)" at the end of a layout.
+    if on_chip or not re.search(r"S\([1-9]", layout):
+      total += _bits(kind) / 8 * math.prod(int(n) for n in sizes.split(",") if n)
+  return total
+
+
+def _bits(kind: str) -> int:
+  if kind in _BITS:
+    return _BITS[kind]
+  digits = re.search(r"\d+", kind)
+  return int(digits[0]) if digits else 0
+
+
+def traffic(text: str, unknown_turns: int = 1) -> Traffic:
+  """Counts a compiled program's traffic.
+
+  Memory counts the operands and results of every fused operation as XLA's own "bytes accessed"
+  does (of a stack that a fusion slices, the slice), times the turns of the loops around it. Sent
+  bytes are those of ring algorithms: (n - 1) / n of the whole array for a gather, a scatter or an
+  exchange among n devices, twice that for an all-reduce.
+
+  Args:
+    text: `compiled.as_text()`.
+    unknown_turns: turns of loops whose number the text does not tell.
+  """
+  computations, entry = parse(text)
+  out = Traffic(0.0, defaultdict(float), defaultdict(int), 0)
+  _walk(computations, computations[entry], 1, unknown_turns, out, set())
+  return out
+
+
+def _walk(all_, computation, times, unknown_turns, out, channels) -> None:
+  """Adds what `computation` moves when it runs `times` times."""
+  for ins in computation.instructions.values():
+    called = dict(_CALLED.findall(ins.text))
+    if ins.opcode == "while":
+      turns = loop_turns(all_[called["condition"]])
+      out.unknown_loops += turns is None
+      turns = unknown_turns if turns is None else turns
+      _walk(all_, all_[called["body"]], times * turns, unknown_turns, out, channels)
+    elif ins.opcode == "conditional":
+      names = _BRANCHES.search(ins.text)
+      names = re.findall(r"[\w.\-]+", names[1]) if names else [
+        called["true_computation"], called["false_computation"]
+      ]  # fmt: skip
+      _most_expensive(all_, names, times, unknown_turns, out, channels)
+    elif ins.opcode == "call":
+      _walk(all_, all_[called["to_apply"]], times, unknown_turns, out, channels)
+    else:
+      inner = all_.get(called.get("calls"))
+      _collectives(all_, ins, inner, times, out, channels)
+      out.memory += times * _memory(computation, ins, inner)
+
+
+def _most_expensive(all_, names, times, unknown_turns, out, channels) -> None:
+  options = []
+  for name in names:
+    option = Traffic(0.0, defaultdict(float), defaultdict(int), 0)
+    _walk(all_, all_[name], times, unknown_turns, option, channels)
+    options.append(option)
+  most = max(options, key=lambda o: o.memory + sum(o.sent.values()))
+  out.memory += most.memory
+  out.unknown_loops += most.unknown_loops
+  for kind in most.count:
+    out.sent[kind] += most.sent[kind]
+    out.count[kind] += most.count[kind]
+
+
+def loop_turns(condition: Computation) -> int | None:
+  """Turns of a loop whose counter runs from 0 up to a constant; None for another loop."""
+  constants = {
+    i.name: int(match[1])
+    for i in condition.instructions.values()
+    if (match := re.search(r"[su]\d+\[\]\S* constant\((-?\d+)\)", i.text))
+  }
+  root = condition.root
+  if root.opcode == "fusion" or root.opcode != "compare" or "direction=LT" not in root.text:
+    return None
+  return constants.get(root.operands[1])
+
+
+def _collectives(all_, ins, inner, times, out, channels) -> None:
+  """Adds an instruction's collective, or those fused into it; their parts share a channel."""
+  found = [(computation, i) for computation, i in _nested(all_, ins, inner)]
+  for where, part in found:
+    kind = part.opcode.removesuffix("-start")
+    if kind not in _COLLECTIVES:
+      continue
+    channel = re.search(r"channel_id=(\d+)", part.text)
+    if channel:
+      if channel[1] in channels:
+        continue
+      channels.add(channel[1])
+    # TPU's form of a reduce-scatter: an all-reduce whose result is cut inside one fusion.
+    if kind == "all-reduce" and where.startswith("all-reduce-scatter"):
+      kind = "reduce-scatter"
+      whole = shape_bytes(part.result)
+    else:
+      whole = _whole(kind, part)
+    out.sent[kind] += times * whole * _share(kind, group_size(part.text))
+    out.count[kind] += times
+
+
+def _nested(all_, ins, inner):
+  """The instruction and, if it is a fusion, everything inside, with the name of its place."""
+  yield "", ins
+  if inner is not None:
+    for i in inner.instructions.values():
+      deeper = all_.get(dict(_CALLED.findall(i.text)).get("calls"))
+      yield from ((place or inner.name, part) for place, part in _nested(all_, i, deeper))
+
+
+def _whole(kind: str, ins: Instruction) -> float:
+  """Bytes of the array that a collective works on, before it is cut or after it is joined."""
+  total = shape_bytes(ins.result)
+  if ins.opcode.endswith("-start") and kind != "all-reduce":
+    # (operand, result, ...): the larger one is the whole array.
+    total = max(shape_bytes(f"{k}[{n}]") for k, n, _ in _SHAPE.findall(ins.result))
+  elif kind == "reduce-scatter":
+    total *= group_size(ins.text)
+  return total
+
+
+def _share(kind: str, group: int) -> float:
+  """Part of the whole array that one device sends."""
+  if kind == "collective-permute":
+    return 1.0
+  return (2.0 if kind == "all-reduce" else 1.0) * (group - 1) / group
+
+
+def group_size(text: str) -> int:
+  """Devices that take part together.
+
+  Raises:
+    ValueError: a form of `replica_groups` that is not known.
+  """
+  if "source_target_pairs=" in text:
+    return 2
+  match = re.search(r"replica_groups=(\S.*)", text)
+  groups = match[1] if match else ""
+  if match := re.match(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}", groups):
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+    parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])
+    return math.prod(int(part) if part else sizes[name] for name, part in parts)
+  if match := re.match(r"\[(\d+),(\d+)\]", groups):
+    return int(match[2])
+  if match := re.match(r"\{\{([\d,]*)\}", groups):
+    return len(match[1].split(","))
+  raise ValueError(f"cannot read the devices of the collective {text[:200]!r}")
+
+
+def _memory(computation: Computation, ins: Instruction, inner: Computation | None) -> float:
+  """Bytes of device memory that one instruction reads and writes."""
+  if ins.opcode in _FREE or ins.opcode.endswith(("-done", "-update")):
+    return 0.0
+  shapes = [computation.instructions[name].result for name in ins.operands]
+  if ins.opcode == "copy-start":
+    first = _SHAPE.search(ins.result)[0]
+    return sum(shape_bytes(s, on_chip=False) for s in (first, *shapes))
+  if ins.opcode in ("slice-start", "dynamic-slice-start"):
+    return sorted(shape_bytes(f"{k}[{n}]") for k, n, _ in _SHAPE.findall(ins.result))[-2]
+  if ins.opcode in ("dynamic-slice", "slice", "gather"):
+    return shape_bytes(ins.result, on_chip=False) * (2.0 if _off_chip(shapes[0]) else 1.0)
+  if ins.opcode == "dynamic-update-slice":
+    return 2.0 * shape_bytes(shapes[1]) if _off_chip(ins.result) else 0.0
+  if inner is not None and ins.opcode == "fusion":
+    return sum(_fusion_reads(inner, shapes)) + _fusion_writes(inner, ins)
+  return sum(shape_bytes(s, on_chip=False) for s in (*shapes, ins.result))
+
+
+def _off_chip(shape: str) -> bool:
+  return shape_bytes(shape, on_chip=False) > 0
+
+
+def _fusion_reads(inner: Computation, shapes: list[str]):
+  """Bytes of each operand that a fusion reads: only the slice where it does nothing but slice."""
+  parameters = {
+    i.name: int(re.search(r"parameter\((\d+)\)", i.text)[1])
+    for i in inner.instructions.values()
+    if i.opcode == "parameter"
+  }
+  for name, number in parameters.items():
+    users = [i for i in inner.instructions.values() if name in i.operands]
+    if not _off_chip(shapes[number]):
+      yield 0.0
+    elif users and all(
+      i.opcode in ("dynamic-slice", "slice") and i.operands[0] == name for i in users
+    ):
+      yield sum(shape_bytes(i.result) for i in users)
+    elif users and all(i.opcode == "dynamic-update-slice" and i.operands[0] == name for i in users):
+      yield 0.0
+    else:
+      yield shape_bytes(shapes[number], on_chip=False)
+
+
+def _fusion_writes(inner: Computation, ins: Instruction) -> float:
+  """Bytes of a fusion's results: only the update where it updates a stack in place."""
+  root = inner.root
+  names = root.operands if root.opcode == "tuple" else [root.name]
+  layouts = [m[0] for m in _SHAPE.finditer(ins.result)]
+  if len(names) != len(layouts):  # a result inside is a tuple itself
+    return shape_bytes(ins.result, on_chip=False)
+  total = 0.0
+  for name, layout in zip(names, layouts, strict=True):
+    part = inner.instructions[name]
+    while part.opcode == "bitcast":
+      part = inner.instructions[part.operands[0]]
+    if part.opcode == "dynamic-update-slice" and _off_chip(layout):
+      layout = _SHAPE.search(inner.instructions[part.operands[1]].result)[0]
+      total += shape_bytes(layout)
+    else:
+      total += shape_bytes(layout, on_chip=False)
+  return total

@@ -1,0 +1,148 @@
+"""The README.md of an exported adapter: what it changes, how it scored, how to load it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rtdmd_jax.evaluation import score_text
+from rtdmd_jax.models import Transformer
+
+FILE_NAME = "README.md"
+# diffusers' pipeline and transformer by the name of the network's config.
+_DIFFUSERS = {
+  "SD3Config": ("StableDiffusion3Pipeline", "SD3Transformer2DModel"),
+  "Flux1Config": ("FluxPipeline", "FluxTransformer2DModel"),
+  "Flux2Config": ("Flux2KleinPipeline", "Flux2Transformer2DModel"),
+}
+
+
+class Run(NamedTuple):
+  """What a card tells of a training run: its configuration as nested dicts, and its scores."""
+
+  config: Mapping[str, Any]
+  evaluation: Mapping[str, Any] | None
+
+
+def find_run(adapter: Path) -> Run | None:
+  """The run whose workdir has `adapter` in `export/`; None for an adapter of another origin."""
+  workdir = adapter.resolve().parent.parent
+  if adapter.resolve().parent.name != "export" or not (workdir / "config.json").is_file():
+    return None
+  return Run(json.loads((workdir / "config.json").read_text()), read_scores(workdir))
+
+
+def read_scores(workdir: Path) -> dict[str, Any] | None:
+  """The final evaluation of a run, None if it has not come that far."""
+  path = workdir / "evaluation.json"
+  return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_card(
+  directory: Path, kind: str, transformer: Transformer, base: str, run: Run | None
+) -> None:
+  """Writes `README.md` beside an export.
+
+  Args:
+    directory: of the export, which exists.
+    kind: "peft", "comfyui" or "merged".
+    transformer: the network that is adapted.
+    base: directory of the base; only its name is told.
+    run: where the adapter is from, if that is known.
+  """
+  pipeline, network = _DIFFUSERS[type(transformer.config).__name__]
+  name = Path(base).resolve().name
+  parts = [
+    _front_matter(kind),
+    f"# {'Merged transformer' if kind == 'merged' else 'LoRA'} for {name}",
+    "Made with [rtdmd_jax](https://arxiv.org/abs/2605.26108): few-step distillation (AC-DMD)"
+    " and reinforcement learning together with distillation (RTDMD).",
+    *([] if run is None else _training(run)),
+    "## Loading it",
+    *_loading(kind, pipeline, network, name),
+    "The license of the base applies.",
+  ]
+  (directory / FILE_NAME).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _front_matter(kind: str) -> str:
+  tags = ["text-to-image", "rtdmd", *([] if kind == "merged" else ["lora"])]
+  return "\n".join(["---", "library_name: diffusers", "tags:", *(f"- {t}" for t in tags), "---"])
+
+
+def _training(run: Run) -> list[str]:
+  c = run.config
+  few = [str(step) for step in c["dmd"]["steps"]]
+  facts = {
+    "stage": c["stage"],
+    "training steps": f"{c['train']['steps']:,}",
+    "images a step": f"{c['batch']['prompts'] * c['batch']['repeats']:,}",
+    "rank and alpha of this stage": f"{c['lora']['rank']}, {c['lora']['alpha']:g}",
+    "image size": f"{c['model']['image_size']} px",
+    "sampling": f"{len(few)} steps at {', '.join(few)} thousandths before the base's shift,"
+    f" no guidance, eta {c['dmd']['eta']:g}",
+  }
+  if c["rewards"]:
+    label = "rewards x weights" if c["stage"] == "stage2" else "scored by"
+    weights = (f"{name} x {reward['weight']:g}" for name, reward in c["rewards"].items())
+    facts[label] = ", ".join(weights if c["stage"] == "stage2" else c["rewards"])
+  parts = ["## Training", _table(("", ""), list(facts.items()))]
+  if run.evaluation is not None:
+    parts += ["## Held-out scores", *_scores(run.evaluation)]
+  return parts
+
+
+def _scores(evaluation: Mapping[str, Any]) -> list[str]:
+  systems = evaluation["systems"]
+  names = list(systems[0]["scores"])
+  rows = [
+    (s["name"], str(s["steps"]), f"{s['guidance']:g}", *(score_text(s["scores"][n]) for n in names))
+    for s in systems
+  ]
+  counts = sorted({score["n"] for s in systems for score in s["scores"].values()})
+  span = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+  return [
+    _table(("system", "steps", "guidance", *names), rows),
+    f"Means over {span} prompts that were not trained on, with 95 % intervals.",
+  ]
+
+
+def _loading(kind: str, pipeline: str, network: str, base: str) -> list[str]:
+  steps = (
+    "The scores belong to rtdmd_jax's own stochastic sampler (`python -m rtdmd_jax.sample`). Other"
+    " programs draw with 4 steps and guidance 1, and their samplers give other images."
+  )
+  if kind == "comfyui":
+    text = (
+      "Put the `.safetensors` file into ComfyUI's `models/loras`, load it with"
+      f" *LoraLoaderModelOnly* on {base} at strength 1, and sample with 4 steps and cfg 1."
+    )
+    return [text, steps]
+  if kind == "merged":
+    code = (
+      f"from diffusers import {pipeline}, {network}\n\n"
+      f'transformer = {network}.from_pretrained("THIS_DIRECTORY")\n'
+      f'pipe = {pipeline}.from_pretrained("{base}", transformer=transformer)'
+    )
+    return ["diffusers:", f"```python\n{code}\n```", steps]
+  code = (
+    f"from diffusers import {pipeline}\n\n"
+    f'pipe = {pipeline}.from_pretrained("{base}")\n'
+    'pipe.load_lora_weights("THIS_DIRECTORY")\n'
+    'image = pipe("a photo of a red fox", num_inference_steps=4, guidance_scale=1.0).images[0]'
+  )
+  convert = (
+    "python -m rtdmd_jax.export --pipeline=BASE --lora=THIS_DIRECTORY --format=comfyui --out=OUT"
+  )
+  return [
+    "diffusers:",
+    f"```python\n{code}\n```",
+    "PEFT reads the same directory. For ComfyUI convert it first:",
+    f"```bash\n{convert}\n```",
+    steps,
+  ]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  lines = [head, ["---"] * len(head), *rows]
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)

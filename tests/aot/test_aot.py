@@ -1,0 +1,71 @@
+"""The tool on the tiny pipeline, for TPUs that are not there."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
+]
+
+
+def _run(*arguments):
+  environment = {k: v for k, v in os.environ.items() if k != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
+  return subprocess.run(
+    [sys.executable, "-m", "rtdmd_jax.aot", *arguments],
+    cwd=ROOT,
+    env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+
+
+@pytest.mark.parametrize(
+  "stage, topology, programs",
+  [
+    ("stage1", "v5e:2x2", ["fake_score", "generator", "finish"]),
+    ("stage2", "v5e:1x1", ["rollout", "fake_score", "policy", "finish"]),
+  ],
+)
+def test_the_tiny_run_fits(tmp_path, stage, topology, programs):
+  out = tmp_path / "report.json"
+  done = _run(f"--config=configs/tiny_{stage}.py", f"--topology={topology}", f"--json={out}")
+  assert done.returncode == 0, done.stderr
+  report = json.loads(out.read_text())
+  assert [p["name"] for p in report["programs"]] == programs
+  assert report["fits"] and "everything fits" in done.stdout
+  for program in report["programs"][:-1]:
+    assert 0 < program["peak"] <= report["chip"]["hbm"]
+    assert program["flops"] > 1e9 and program["memory"] > 1e6
+    assert bool(program["sent"]) == (topology == "v5e:2x2")
+
+
+def test_a_batch_that_is_too_large_exits_with_1():
+  done = _run(
+    "--config=configs/tiny_stage1.py", "--topology=v5e:1x1", "--only=fake_score",
+    "--config.batch.prompts=32768",
+  )  # fmt: skip
+  assert done.returncode == 1, done.stderr
+  assert "DOES NOT FIT" in done.stdout
+
+
+@pytest.mark.parametrize(
+  "arguments, message",
+  [
+    (["--topology=v9z:2x2"], "--topology is 'v9z:2x2'"),
+    (["--topology=v5e:2x2", "--config.batch.prompts=6"], "do not split over the 4 devices"),
+    (["--topology=v5e:2x2", "--config.model.pretrained=x/unknown"], "no published checkpoint"),
+    (["--topology=v5e:2x2", "--only=nothing"], "the programs are fake_score, generator, finish"),
+  ],
+)
+def test_mistakes_exit_with_2(arguments, message):
+  done = _run("--config=configs/tiny_stage1.py", *arguments)
+  assert done.returncode == 2
+  assert message in done.stderr.splitlines()[-1]

@@ -1,0 +1,118 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rtdmd_jax import cli, evaluate, sample
+from rtdmd_jax.config import load_config
+from rtdmd_jax.evaluate import Drawn
+from rtdmd_jax.prompts import Prompt
+from rtdmd_jax.rewards.multi import make
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs/tiny_eval.py"
+PROMPTS = [Prompt(text, {"prompt": text}) for text in ("dark", "light", "broken")]
+
+
+class Brightness:
+  """Mean of all pixels; fails on a prompt that asks for it."""
+
+  def __call__(self, images, prompts, metadata):
+    values = images.mean((1, 2, 3)) / 255
+    return np.where([p == "broken" for p in prompts], np.nan, values)
+
+
+def run(workdir, *flags):
+  argv = ["evaluate", f"--config={CONFIG}", f"--workdir={workdir}", *flags]
+  required = ("config", "workdir")
+  return cli.run(evaluate.main, argv, define_flags=evaluate.define_flags, requires=required)
+
+
+def drawn(directory, level, prompts=PROMPTS, seeds=(1,)):
+  """Plain images of a grey level, as `sample` writes them."""
+  how = sample.Settings.from_config(load_config(str(ROOT / "configs/tiny_infer.py")))
+  for i, prompt in enumerate(prompts):
+    for seed in seeds:
+      shot = sample.Shot(i, prompt.text, seed)
+      image = np.full((8, 8, 3), level + 10 * i, np.uint8)
+      sample.write(image, shot.path(directory), shot.notes(how))
+  return directory
+
+
+def test_every_image_is_scored_and_systems_are_compared(tmp_path, capsys):
+  config = load_config(str(CONFIG))
+  name = "test_evaluate:Brightness"
+  systems = [
+    Drawn(n, 4, 1.0, {"set": drawn(tmp_path / n, level, seeds=(1, 2))})
+    for n, level in (("low", 50), ("high", 150))
+  ]
+  work = tmp_path / "work"
+  evaluate.compare(config, systems, {"set": PROMPTS}, {"set": make({name: 1.0})}, work)
+  lines = [json.loads(line) for line in (work / "scores.jsonl").read_text().splitlines()]
+  assert len(lines) == 12
+  assert lines[3]["scores"][name] == pytest.approx(60 / 255)
+  assert (lines[3]["prompt"], lines[3]["seed"], lines[3]["system"]) == ("light", 2, "low")
+  assert lines[5]["scores"][name] is None
+  low, high = json.loads((work / "summary.json").read_text())["systems"]
+  assert low["scores"][name]["mean"] == pytest.approx(55 / 255)
+  assert low["scores"][name]["n"] == 4
+  assert high["scores"][name]["mean"] == pytest.approx(155 / 255)
+  assert math.isfinite(low["scores"][name]["ci95"])
+  report = (work / "report.html").read_text()
+  assert "Brightness" in report and report.count("<img") >= 6
+  assert "high" in capsys.readouterr().out
+
+
+def test_images_of_other_prompts_are_refused(tmp_path):
+  drawn(tmp_path, 9, PROMPTS[:2])
+  with pytest.raises(evaluate.UserError, match="no image of prompt 2, 'broken'"):
+    evaluate.images_of(tmp_path, PROMPTS)
+  with pytest.raises(evaluate.UserError, match="00000_1.png is not an image of prompt 0, 'light'"):
+    evaluate.images_of(tmp_path, PROMPTS[1::-1])
+
+
+def test_outputs_of_single_tags_are_left_to_the_summary(tmp_path):
+  file = drawn(tmp_path, 9, PROMPTS[:1]) / "00000_1.png"
+  scorer = make({"geneval": 1.0}, options={"geneval": {"detector": "shapes"}})
+  record = {"tag": "colors", "include": [{"class": "ring", "count": 1, "color": "red"}]}
+  scores = evaluate.score(scorer, [file], [Prompt("a", record)], 4)
+  assert scores.keys() == {"geneval", "strict_accuracy", "accuracy"}
+  assert scores["geneval"] == 0
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--config.rewards.geneval.prompts=nowhere"], "rewards.geneval.prompts is 'nowhere'"),
+    (["--config.systems.base.steps=0"], "steps is 0"),
+    (["--images=x"], "--images=x must be NAME=DIR"),
+    (["--images=x=nowhere"], "holds no images"),
+    (["--config.prompts.shapes=nowhere"], "nowhere"),
+    (["--config.dtype=int8"], "dtype is 'int8'"),
+  ],
+)
+def test_mistakes_are_one_sentence(tmp_path, capsys, flags, message):
+  assert run(tmp_path / "out", *flags) == 2
+  err = capsys.readouterr().err
+  assert err.startswith("error: ") and message in err and err.count("\n") == 1
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_tiny_suite_draws_scores_and_resumes(tmp_path, capsys):
+  flags = ["--config.limit=3", "--config.batch=3", "--config.systems.teacher.steps=2"]
+  assert run(tmp_path / "a", *flags) == 0
+  rows = json.loads((tmp_path / "a/summary.json").read_text())["systems"]
+  assert [row["name"] for row in rows] == ["teacher", "base", "cold_start"]
+  assert {"clipscore", "geneval", "strict_accuracy"} <= rows[0]["scores"].keys()
+  before = (tmp_path / "a/scores.jsonl").read_text()
+  capsys.readouterr()
+  images = f"--images=again={tmp_path / 'a/images/base'}"
+  assert run(tmp_path / "a", *flags, images) == 0
+  assert "3 images drawn" not in capsys.readouterr().out
+  after = (tmp_path / "a/scores.jsonl").read_text()
+  assert after.startswith(before)
+  scores = [json.loads(line)["scores"] for line in after.splitlines()]
+  assert scores[9:] == scores[3:6]

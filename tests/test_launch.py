@@ -1,0 +1,76 @@
+"""The scripts of launch/: what they would run, and shellcheck's opinion."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+VARIABLES = {name: name.lower() for name in ("PROJECT", "ZONE", "CLUSTER", "NAME", "TYPE")}
+VARIABLES |= {"RUNTIME": "runtime", "SOURCE": "https://example.org/repo", "IMAGE": "image:1"}
+FLAGS = ["--config=configs/tiny_stage2.py", "--workdir=runs/a b"]
+TRAIN = ["-m", "rtdmd_jax.main", *FLAGS]
+
+
+def dry_run(script, **variables):
+  """The commands that the script prints, as lists of words."""
+  path = f"{LAUNCH}:{os.environ['PATH']}"
+  done = subprocess.run(
+    ["bash", LAUNCH / script, "--dry-run", *FLAGS],
+    env={"PATH": path, **variables},
+    capture_output=True,
+    text=True,
+  )
+  return done.returncode, [shlex.split(line) for line in done.stdout.splitlines()], done.stderr
+
+
+def test_shellcheck():
+  checker = shutil.which("shellcheck")
+  if checker is None:
+    pytest.skip("shellcheck is not installed")
+  done = subprocess.run(
+    [checker, "-x", "--source-path=SCRIPTDIR/..", *sorted(LAUNCH.glob("*.sh"))],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "gpus.sh"])
+def test_one_machine(script):
+  code, commands, _ = dry_run(script)
+  assert code == 0
+  assert commands[-1][1:] == TRAIN and commands[-2][1:] == [*TRAIN[:2], "--check", *FLAGS]
+  assert f".[{'tpu' if script == 'tpu_vm.sh' else 'gpu'}]" in commands[-3]
+
+
+@pytest.mark.parametrize("slices, nodes", [("1", ["--node-id=name"]), ("3", ["--node-count=3"])])
+def test_tpu_slices(slices, nodes):
+  code, commands, _ = dry_run("tpu_pod.sh", SLICES=slices, **VARIABLES)
+  assert code == 0 and len(commands) == 4
+  assert commands[0][:5] == ["gcloud", "compute", "tpus", "queued-resources", "create"]
+  assert set(nodes) < set(commands[0])
+  assert all("--worker=all" in command and "--node=all" in command for command in commands[1:])
+  remote = shlex.split(commands[-1][-1].removeprefix("--command="))
+  assert remote[3] == "RTDMD_COORDINATOR=auto" and remote[5:] == TRAIN
+
+
+def test_gke():
+  code, (command,), _ = dry_run("gke_xpk.sh", **VARIABLES)
+  assert code == 0 and command[:3] == ["xpk", "workload", "create"]
+  remote = shlex.split(command[-1].removeprefix("--command="))
+  assert remote[0] == "RTDMD_COORDINATOR=auto" and remote[2:] == TRAIN
+
+
+def test_slurm(tmp_path):
+  code, (command,), _ = dry_run("slurm.sh", SLURM_SUBMIT_DIR=str(LAUNCH.parent))
+  assert code == 0 and command[0] == "srun" and command[-4:] == TRAIN
+
+
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "gke_xpk.sh"])
+def test_a_missing_variable_is_named(script):
+  code, commands, error = dry_run(script, PROJECT="p")
+  assert code != 0 and commands == [] and "ZONE" in error

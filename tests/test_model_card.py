@@ -1,0 +1,88 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from rtdmd_jax.model_card import Run, find_run, write_card
+
+CONFIG = {
+  "stage": "stage2",
+  "model": {"image_size": 512},
+  "dmd": {"steps": [1000, 750, 500, 250], "eta": 0.9},
+  "lora": {"rank": 32, "alpha": 64.0},
+  "batch": {"prompts": 48, "repeats": 24},
+  "train": {"steps": 1000},
+  "rewards": {"hpsv2": {"weight": 1.0}, "geneval": {"weight": 0.5}},
+}
+SCORES = {
+  "systems": [
+    {
+      "name": "teacher",
+      "steps": 50,
+      "guidance": 4.5,
+      "scores": {"hpsv2": {"mean": 0.3, "ci95": 0.01, "n": 900}, "geneval": {"mean": None, "n": 0}},
+    },
+    {
+      "name": "result, few steps",
+      "steps": 4,
+      "guidance": 1.0,
+      "scores": {
+        "hpsv2": {"mean": 0.3333, "ci95": None, "n": 1},
+        "geneval": {"mean": 0.9, "ci95": 0.02, "n": 1000},
+      },
+    },
+  ]
+}
+
+
+def network(name):
+  return SimpleNamespace(config=type(name, (), {})())
+
+
+def card(directory, kind="peft", name="SD3Config", run=None):
+  write_card(directory, kind, network(name), "somewhere/private/stable-diffusion-3.5-medium", run)
+  return (directory / "README.md").read_text()
+
+
+def test_a_run_with_scores(tmp_path):
+  text = card(tmp_path, run=Run(CONFIG, SCORES))
+  assert text.startswith("---\nlibrary_name: diffusers\n")
+  assert "# LoRA for stable-diffusion-3.5-medium" in text and "private" not in text
+  assert "| rewards x weights | hpsv2 x 1, geneval x 0.5 |" in text
+  assert "| images a step | 1,152 |" in text
+  assert "| system | steps | guidance | hpsv2 | geneval |" in text
+  assert "| teacher | 50 | 4.5 | 0.3000 ± 0.0100 | failed |" in text
+  assert "| result, few steps | 4 | 1 | 0.3333 | 0.9000 ± 0.0200 |" in text
+  assert "Means over 0 to 1,000 prompts" in text
+
+
+def test_an_adapter_of_unknown_origin(tmp_path):
+  text = card(tmp_path)
+  assert "## Training" not in text and "## Held-out scores" not in text
+  assert "## Held-out scores" not in card(tmp_path, run=Run(CONFIG, None))
+
+
+@pytest.mark.parametrize(
+  "kind, name, words",
+  [
+    ("peft", "Flux1Config", ("FluxPipeline", "load_lora_weights", "--format=comfyui")),
+    ("comfyui", "Flux2Config", ("models/loras", "cfg 1")),
+    ("merged", "Flux2Config", ("Flux2KleinPipeline", "Flux2Transformer2DModel.from_pretrained")),
+  ],
+)
+def test_how_to_load(tmp_path, kind, name, words):
+  text = card(tmp_path, kind, name)
+  for word in words:
+    assert word in text
+  assert ("- lora" in text) == (kind != "merged")
+
+
+def test_the_run_of_an_adapter_is_found_beside_it(tmp_path):
+  adapter = tmp_path / "export/generator"
+  adapter.mkdir(parents=True)
+  assert find_run(adapter) is None
+  (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+  assert find_run(adapter) == Run(CONFIG, None)
+  (tmp_path / "evaluation.json").write_text(json.dumps(SCORES))
+  assert find_run(adapter) == Run(CONFIG, SCORES)
+  assert find_run(tmp_path / "export") is None
