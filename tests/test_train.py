@@ -129,6 +129,9 @@ def test_an_interrupted_run_resumes_bit_for_bit_and_leaves_everything(tmp_path, 
   work = tmp_path / "parts"
   steps = [json.loads(line)["step"] for line in (work / "metrics.jsonl").read_text().splitlines()]
   assert sorted(set(steps)) == [0, 1, 2, 3, 4]
+  first = json.loads((work / "metrics.jsonl").read_text().partition("\n")[0])["scalars"]
+  assert {"eval/geneval", "images/dark_share", "images/diversity"} <= first.keys()
+  assert (work / "monitor.json").exists()
   report = (work / "report.html").read_text()
   assert "teacher" in report and "<svg" in report
   systems = json.loads((work / "evaluation.json").read_text())["systems"]

@@ -1,8 +1,8 @@
 """Prompt files as a TFDS dataset: array_record files that `data.prompts` may name.
 
 `python -m rtdmd_jax.datasets.prompt_set --train=prompts/geneval --test=prompts/geneval --out=DIR`
-reads prompt files of any kind (`rtdmd_jax.prompts`), prepares the dataset and prints its folder.
-Neither preparing nor reading imports TensorFlow.
+reads prompt files of any kind (docs/data.md), writes the dataset and prints its folder. Neither
+writing nor reading it imports TensorFlow.
 """
 
 import re
