@@ -72,9 +72,10 @@ def main():
     compiled = make_case(SIZES, BATCH, TEXT_LENGTH, wrap=torch.compile)
     programs["PyTorch, torch.compile"] = compiled.theirs
   ceiling = matmul_ceiling()
-  load = os.getloadavg()[0]
-  print(f"jax {jax.__version__}, torch {torch.__version__}, {threads} threads; 1-minute")
-  print(f"load {load:.1f}; products of matrices reach {ceiling / 1e9:.1f} GFLOP/s", flush=True)
+  print(f"jax {jax.__version__}, torch {torch.__version__}, threads: {threads}")
+  print(
+    f"load of the last minute {os.getloadavg()[0]:.1f}, large product {ceiling / 1e9:.1f} GFLOP/s"
+  )
   print("| update | program | GFLOP | CPU s | wall s | times ours | MFU | loss |")
   print("|---|---|---|---|---|---|---|---|")
   for name in UPDATES:
