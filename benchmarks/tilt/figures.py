@@ -33,18 +33,26 @@ def shifts(rows: list[dict]) -> None:
   figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
   exact = sorted((r["beta"], float(np.linalg.norm(r["exact_shift"]))) for r in rows)
   left.plot(*zip(*exact, strict=True), color="grey", label="closed form")
-  for name in ("last step only", "hybrid, KL"):
-    parts = [r for r in rows if r["method"] == name]
+  for name, fake_updates, colour in (
+    ("last step only", 5, "tab:cyan"), ("last step only", 20, "tab:blue"),
+    ("hybrid, KL", 5, "tab:green"),
+  ):  # fmt: skip
+    parts = [r for r in rows if (r["method"], r["fake_updates"]) == (name, fake_updates)]
     betas = [r["beta"] for r in parts]
-    style = {"color": COLOURS[name], "label": name}
+    style = {"color": colour, "label": f"{name}, {fake_updates} fake-score updates"}
     left.plot(betas, [np.linalg.norm(r["shift"]) for r in parts], "o", **style)
-    right.plot(betas, [100 * r["shift_error"] for r in parts], "o", **style)
+    right.plot(betas, [100 * r["shift_error"] for r in parts], "o", color=colour)
     covariances = [100 * r["covariance_error"] for r in parts]
-    right.plot(betas, covariances, "s", color=COLOURS[name], mfc="none")
-  right.axhline(3, color="grey", lw=0.8, label="bar of the mean")
+    right.plot(betas, covariances, "s", color=colour, mfc="none")
+  right.axhline(3, color="grey", lw=0.8, label="bar of the mean (dots)")
   right.axhline(5, color="grey", lw=0.8, ls="--", label="bar of the covariance (squares)")
   left.set(xlabel="reward weight beta", ylabel="shift of the mean", title="Gaussian, linear reward")
-  right.set(xlabel="reward weight beta", ylabel="error in %", ylim=(0, None), title="against it")
+  right.set(
+    xlabel="reward weight beta",
+    ylabel="error in %",
+    ylim=(0, None),
+    title="error against the closed form",
+  )
   left.legend(fontsize=8)
   right.legend(fontsize=7)
   save(figure, "gaussian")
@@ -78,7 +86,7 @@ def trade(results: dict) -> None:
   low = min(r["reward"] for r in family)
   axes.set(xlabel="MMD to the teacher", ylabel="mean reward", title="Mixture of three Gaussians")
   axes.set(ylim=(low - 0.4, 1.2))
-  axes.legend(fontsize=8)
+  axes.legend(fontsize=8, loc="lower right")
   save(figure, "trade")
 
 
@@ -108,7 +116,7 @@ def facts(estimators: dict) -> None:
     )  # fmt: skip
   third.axhline(1, color="grey", lw=0.8)
   third.set(xticks=range(3), xlabel="the one trained step", title="Variance, shared / independent")
-  third.legend(fontsize=8)
+  third.legend(fontsize=8, loc="upper left")
   save(figure, "estimators")
 
 
