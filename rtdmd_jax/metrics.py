@@ -18,7 +18,8 @@ class MetricWriter:
   """Appends metrics to `workdir/metrics.jsonl` and to `workdir/tensorboard`.
 
   A line of the file is `{"step", "time", "scalars": {name: value}}` with Unix seconds; a value that
-  is not finite is null there and listed by name under `nonfinite`.
+  is not finite is null there and listed by name under `nonfinite`. A warning is a line `{"step",
+  "time", "warning": sentence}`.
   """
 
   def __init__(self, workdir: Path, *, resume_step: int, active: bool = True):
@@ -94,6 +95,15 @@ class MetricWriter:
     """Write Markdown text to TensorBoard."""
     if self._file is not None:
       self._events.add_text(name, text, int(step))
+
+  def warning(self, step: int, sentence: str) -> None:
+    """Write a warning of the run to both, in TensorBoard as the text `warning`."""
+    if self._file is None:
+      return
+    line = {"step": int(step), "time": round(time.time(), 3), "warning": sentence}
+    self._file.write(json.dumps(line) + "\n")
+    self._file.flush()
+    self.text(step, "warning", sentence)
 
   def close(self) -> None:
     """Flush and close the files."""

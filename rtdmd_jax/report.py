@@ -29,7 +29,7 @@ from rtdmd_jax.report_scores import Evaluation, read_evaluation, score_table, ta
 
 # A metric belongs to the first group that its name matches; _TITLES is the order of the groups.
 _PATTERNS = (
-  ("Held-out scores during training", r"^eval"),
+  ("Held-out scores during training", r"^(eval|images)/"),
   ("Rewards", r"(^|/)rewards?(/|_|$)"),
   ("Policy ratio, clipping and advantages", r"ratio|clip|(^|[/_])kl|advantage|log_prob"),
   ("Losses", r"loss|fake_score|consistency|dmd"),
@@ -67,6 +67,7 @@ def write_report(workdir: Path) -> Path:
   sections = [
     ("scores", "Held-out scores", _scores(evaluation)),
     ("images", "Same prompts, same noise", _images(workdir, evaluation)),
+    ("warnings", "Warnings", _warnings(lines)),
     ("training", "Training curves", _training(curves(lines))),
     ("previews", "Previews over training", previews(workdir / "previews")),
     ("config", "Configuration", _settings(config)),
@@ -171,6 +172,11 @@ def _images(workdir: Path, evaluation: Evaluation | None) -> str:
     [system.colour for system in systems],
     evaluation.prompts,
   )
+
+
+def _warnings(lines: list[dict[str, Any]]) -> str:
+  rows = "".join(f"<li>{escape(line['warning'])}</li>" for line in lines if "warning" in line)
+  return f"<ul>{rows}</ul>" if rows else ""
 
 
 def _training(found: Curves) -> str:

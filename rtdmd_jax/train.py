@@ -380,6 +380,7 @@ def _evaluate(
   trained = [name for name, reward in config.rewards.items() if reward.weight]
   if warning := Monitor(workdir / "monitor.json", trained).look(step, values):
     print(warning)
+    writer.warning(step, warning)
   shown = min(config.eval.preview, len(prompts))
   picture = grid(images[:shown], [p.text for p in prompts[:shown]])
   (workdir / "previews").mkdir(exist_ok=True)

@@ -40,6 +40,17 @@ def test_lines_and_events(tmp_path):
   assert any(v.tag.startswith("config") for _, v in summaries)
 
 
+def test_a_warning_is_a_line_and_a_text_and_goes_with_its_step(tmp_path):
+  with MetricWriter(tmp_path, resume_step=-1) as writer:
+    writer.warning(2, "a falls")
+    writer.warning(3, "b falls")
+  texts = [v for e in events(tmp_path) for v in e.summary.value if v.tag.startswith("warning")]
+  assert [list(t.tensor.string_val) for t in texts] == [[b"a falls"], [b"b falls"]]
+  with MetricWriter(tmp_path, resume_step=2):
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+  assert [(line["step"], line["warning"]) for line in lines] == [(2, "a falls")]
+
+
 def test_resume_drops_what_came_later(tmp_path):
   with MetricWriter(tmp_path, resume_step=-1) as writer:
     for step in range(6):
@@ -64,6 +75,7 @@ def test_inactive_writes_nothing(tmp_path):
     writer.scalars(1, {"loss": 1})
     writer.image(1, "x", np.zeros((1, 1, 3), np.uint8))
     writer.text(1, "x", "y")
+    writer.warning(1, "z")
   assert not (tmp_path / "run").exists()
 
 

@@ -239,8 +239,28 @@ def test_command_line(workdir, capsys):
   assert "give one folder" in capsys.readouterr().err
 
 
+def test_warnings_are_listed(tmp_path):
+  lines = [{"step": 1, "time": 0, "scalars": {"loss": 1.0}}]
+  _lines(tmp_path, lines)
+  assert "Warnings" not in report.write_report(tmp_path).read_text()
+  _lines(tmp_path, [*lines, {"step": 1, "time": 0, "warning": "a rose, <b> fell"}])
+  assert "<li>a rose, &lt;b&gt; fell</li>" in report.write_report(tmp_path).read_text()
+
+
+def _lines(workdir, lines):
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (workdir / "metrics.jsonl").write_text(text)
+
+
 def test_groups():
-  names = ["loss/generator", "reward/clip", "ratio/mean", "clip_fraction", "eval/reward", "lr"]
+  names = [
+    "loss/generator",
+    "reward/clip",
+    "ratio/mean",
+    "clip_fraction",
+    "images/saturation",
+    "lr",
+  ]
   assert [report.group(name).split()[0] for name in names] == [
     "Losses",
     "Rewards",

@@ -117,8 +117,12 @@ def test_a_score_is_shown_as_far_as_it_exists(mean, ci95, text):
 def test_an_interrupted_run_resumes_bit_for_bit_and_leaves_everything(tmp_path, config):
   overrides = [o for o in SMALL if config == "tiny_stage2.py" or "policy" not in o]
   overrides += ["--config.train.save_every=1", "--config.train.fake_update_ratio=2"]
+  overrides += ["--config.eval.every=4"]
   assert _run(tmp_path / "whole", *overrides, "--config.train.steps=4", config=config) == 0
   assert _run(tmp_path / "parts", *overrides, "--config.train.steps=2", config=config) == 0
+  # A first evaluation beside which the next one looks like reward hacking.
+  first = {"step": 0, "means": {"eval/clipscore": [-9.0, 0.0], "images/diversity": [9.0, 0.0]}}
+  (tmp_path / "parts/monitor.json").write_text(json.dumps(first))
   assert _run(tmp_path / "parts", *overrides, "--config.train.steps=4", config=config) == 0
   for name in ("generator", "fake_score"):
     one, two = (
@@ -131,9 +135,11 @@ def test_an_interrupted_run_resumes_bit_for_bit_and_leaves_everything(tmp_path, 
   assert sorted(set(steps)) == [0, 1, 2, 3, 4]
   first = json.loads((work / "metrics.jsonl").read_text().partition("\n")[0])["scalars"]
   assert {"eval/geneval", "images/dark_share", "images/diversity"} <= first.keys()
-  assert (work / "monitor.json").exists()
+  lines = map(json.loads, (work / "metrics.jsonl").read_text().splitlines())
+  said = [line["warning"] for line in lines if "warning" in line]
+  assert said and "images/diversity fell from 9 to" in said[0], said
   report = (work / "report.html").read_text()
-  assert "teacher" in report and "<svg" in report
+  assert "teacher" in report and "<svg" in report and "reward hacking?" in report
   systems = json.loads((work / "evaluation.json").read_text())["systems"]
   assert {"clipscore", "geneval"} <= systems[-1]["scores"].keys()
   assert list((work / "previews").glob("*.png")) and list((work / "tensorboard").iterdir())

@@ -2,7 +2,7 @@
 
 `python -m rtdmd_jax.datasets.geneval --out=prompts/geneval` writes `train_metadata.jsonl`, whose
 scenes do not occur in the test, and `test_metadata.jsonl`, the 553 published records. It reads
-nothing.
+nothing but the records of `--exclude`, whose scenes are left out besides.
 """
 
 import json
@@ -19,6 +19,7 @@ from rtdmd_jax import cli
 from rtdmd_jax.datasets import geneval_records as make
 from rtdmd_jax.datasets.geneval_records import CLASSES, COLORS, COUNTS, RELATIONS, scene_key
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.prompts import load_prompts
 
 _COLOURED = CLASSES[1:]  # there are no coloured persons
 # Flow-GRPO's shares (arXiv 2505.05470, section 5): harder tags more often.
@@ -80,6 +81,24 @@ def test_records() -> list[dict]:
   return [json.loads(text) for text in dict.fromkeys(map(json.dumps, records))]
 
 
+def read_records(path: str | Path) -> list[dict]:
+  """The records of a file of GenEval metadata, such as the published evaluation_metadata.jsonl.
+
+  Raises:
+    UserError: the file cannot be read, or a record (named by its number) is not GenEval's.
+  """
+  records = [prompt.record for prompt in load_prompts(path, split="test", metadata=True)]
+  for number, record in enumerate(records, start=1):
+    try:
+      scene_key(record)
+    except (KeyError, IndexError, TypeError) as error:
+      raise UserError(
+        f"{path}, record {number}: needs GenEval's 'tag' and 'include' of things with their class,"
+        " and for positions a second one with its position."
+      ) from error
+  return records
+
+
 def _one(rng: np.random.Generator, names: tuple[str, ...]) -> str:
   return names[rng.choice(len(names))]
 
@@ -110,19 +129,23 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_string("out", None, "Folder of the two files.", values)
   flags.DEFINE_integer("count", 50_000, "Training records.", 1, flag_values=values)
   flags.DEFINE_integer("seed", 0, "Of the training records.", 0, flag_values=values)
+  flags.DEFINE_string("exclude", "", "GenEval metadata whose scenes are left out, too.", values)
 
 
 def main(call: cli.Invocation) -> None:
   """Writes both files."""
+  test, exclude = test_records(), call.flags.exclude
+  excluded = test + (read_records(exclude) if exclude else [])
+  try:
+    train = training_records(call.flags.count, call.flags.seed, exclude=excluded)
+  except ValueError as error:
+    raise UserError(f"--exclude={exclude} leaves too little: {error}.") from error
   out = Path(call.flags.out)
   try:
     out.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"--out={out} cannot be written ({error.strerror}).") from error
-  files = {
-    "train_metadata.jsonl": training_records(call.flags.count, call.flags.seed),
-    "test_metadata.jsonl": test_records(),
-  }
+  files = {"train_metadata.jsonl": train, "test_metadata.jsonl": test}
   for name, records in files.items():
     text = "".join(json.dumps(record) + "\n" for record in records)
     (out / name).write_text(text, encoding="utf-8")

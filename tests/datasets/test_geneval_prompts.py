@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from rtdmd_jax import cli
-from rtdmd_jax.datasets import geneval
+from rtdmd_jax.datasets import geneval, geneval_records
 from rtdmd_jax.datasets.geneval_records import CLASSES, scene_key
 from rtdmd_jax.prompts import load_prompts
 
@@ -45,16 +45,46 @@ def test_a_tag_without_scenes_is_an_error():
     geneval.training_records(10, 0, shares={"single_object": 1})
 
 
-def test_the_tool_writes_what_training_reads(tmp_path, capsys):
-  def run(*arguments):
-    return cli.run(
-      geneval.main, ["geneval", *arguments], define_flags=geneval.define_flags, requires=("out",)
-    )
+def _write(path, *records):
+  path.write_text("".join(json.dumps(record) + "\n" for record in records))
+  return path
 
-  assert run(f"--out={tmp_path / 'prompts'}", "--count=34") == 0
+
+def test_scenes_of_a_users_file_are_left_out_too(tmp_path, capsys):
+  one = next(r for r in geneval.training_records(50, 0) if r["tag"] == "counting")
+  above = geneval_records.position("cup", "above", "tie")
+  below = geneval_records.position("tie", "below", "cup")
+  file = _write(tmp_path / "evaluation_metadata.jsonl", one, below)
+  out = tmp_path / "out"
+  plain = {r["prompt"] for r in geneval.training_records(60_000, 0)}
+  assert {one["prompt"], above["prompt"]} <= plain
+  assert _tool(f"--out={out}", "--count=60000", f"--exclude={file}") == 0
+  train = {p.text for p in load_prompts(out, metadata=True)}
+  assert not {one["prompt"], above["prompt"], below["prompt"]} & train
+  assert not {r["prompt"] for r in geneval.test_records()} & train
+  capsys.readouterr()
+  for records, words in [
+    ([one, {"prompt": "a cup"}], "record 2"),
+    ([below | {"include": below["include"][:1]}], "record 1"),
+    ([geneval_records.counting(c, n) for c in CLASSES for n in (2, 3, 4)], "counting"),
+  ]:
+    bad = _write(tmp_path / "bad.jsonl", *records)
+    assert _tool(f"--out={tmp_path / 'none'}", f"--exclude={bad}") == 2
+    assert words in capsys.readouterr().err
+  assert not (tmp_path / "none").exists()
+
+
+def _tool(*arguments):
+  return cli.run(
+    geneval.main, ["geneval", *arguments], define_flags=geneval.define_flags, requires=("out",)
+  )
+
+
+def test_the_tool_writes_what_training_reads(tmp_path, capsys):
+  assert _tool(f"--out={tmp_path / 'prompts'}", "--count=34") == 0
   assert len(load_prompts(tmp_path / "prompts", metadata=True)) == 34
   test = load_prompts(tmp_path / "prompts", split="test", metadata=True)
   assert [p.record for p in test] == json.loads(json.dumps(geneval.test_records()))
   (tmp_path / "file").write_text("")
-  assert run(f"--out={tmp_path / 'file'}") == 2
+  assert _tool(f"--out={tmp_path / 'file'}") == 2
   assert "cannot be written" in capsys.readouterr().err
