@@ -23,7 +23,7 @@ from rtdmd_jax.stage1 import fake_score_velocity
 from rtdmd_jax.state import Conditioning
 
 Tree = Any
-# Noise level from which the fake score's predictions are shown: composition is settled, details not.
+# Noise level of the shown predictions of the fake score: composition is settled, details are not.
 PREDICTION_SIGMA = 0.7
 
 
