@@ -25,6 +25,7 @@ from rtdmd_jax.prompts import load_prompts
 from rtdmd_jax.resume import check_resume, read_stored_config
 from rtdmd_jax.rewards import device, multi
 from rtdmd_jax.rewards.imports import imported
+from rtdmd_jax.wandb_log import import_wandb
 from rtdmd_jax.weights.adapters import Lora
 from rtdmd_jax.weights.safetensors import check_params, checkpoint_keys, read_config
 
@@ -70,6 +71,8 @@ def check(config: Any, workdir: Path | None = None, *, allow_config_change: bool
   _try(problems, check_limits, config)
   if len(problems) > before:  # what follows takes such values for granted
     return Report(lines, problems)
+  if config.log.wandb:
+    _try(problems, import_wandb)
   lines += _try(problems, _prompts, config) or []
   usable = config.copy_and_resolve_references().unlock()
   for name, options in config.rewards.items():

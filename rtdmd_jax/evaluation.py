@@ -12,14 +12,19 @@ import numpy as np
 from PIL import Image
 
 from rtdmd_jax import sampling
+from rtdmd_jax.algo.subgrpo import sample_noise
+from rtdmd_jax.algo.transitions import add_noise, x0_from_v
 from rtdmd_jax.build import Setup
 from rtdmd_jax.models.lora import fold_scale
 from rtdmd_jax.prompts import Prompt
 from rtdmd_jax.roles import role_variables, role_velocity
 from rtdmd_jax.sharding import replicate
+from rtdmd_jax.stage1 import fake_score_velocity
 from rtdmd_jax.state import Conditioning
 
 Tree = Any
+# Noise level of the shown predictions of the fake score: composition is settled, details are not.
+PREDICTION_SIGMA = 0.7
 
 
 class System(NamedTuple):
@@ -57,18 +62,45 @@ class Evaluator:
   def __init__(self, setup: Setup, config: Any):
     self._setup, self._config = setup, config
     self._programs: dict[tuple, Callable] = {}
+    self._fixed: dict[tuple, np.ndarray] = {}
     device = {**setup.scoring.device, **setup.watched}
     self._scores = {name: jax.jit(_of_bytes(score)) for name, score in device.items()}
 
   def images(self, system: System, prompts: Sequence[Prompt]) -> np.ndarray:
     """Images [P, H, W, 3] uint8; image i depends on the evaluation seed and i alone."""
-    program, chunk = self._program(system), self._config.eval.chunk
+    return self._draw(self._program(system), system.adapters, prompts)
+
+  def teacher_images(self, system: System, prompts: Sequence[Prompt]) -> np.ndarray:
+    """`images` of a system that training does not change: drawn once for the same prompts."""
+    key = (system.steps, system.guidance, system.base, *(p.text for p in prompts))
+    if key not in self._fixed:
+      self._fixed = {key: self.images(system, prompts)}
+    return self._fixed[key]
+
+  def predictions(self, system: System, fake_score: Tree, prompts: Sequence[Prompt]) -> np.ndarray:
+    """What the fake score takes the system's images for, [P, H, W, 3] uint8.
+
+    The clean image it predicts from each of `images(system, prompts)` with noise of level
+    `PREDICTION_SIGMA`; the noise depends on the evaluation seed and the image's number alone.
+
+    Args:
+      system: a few-step generator.
+      fake_score: its adapters in training.
+      prompts: P prompts.
+    """
+    key = ("predictions", system.steps, system.base, jax.tree.structure(system.adapters))
+    if key not in self._programs:
+      self._programs[key] = self._compile(system, predict=True)
+    return self._draw(self._programs[key], (system.adapters, fake_score), prompts)
+
+  def _draw(self, program: Callable, adapters: Tree, prompts: Sequence[Prompt]) -> np.ndarray:
+    chunk = self._config.eval.chunk
     parts = []
     for start in range(0, len(prompts), chunk):
       index = np.minimum(np.arange(start, start + chunk), len(prompts) - 1).astype(np.uint32)
       encoded = self._setup.cache([prompts[i].text for i in index])["conditioning"]
       inputs = replicate((encoded, index))
-      parts.append(jax.device_get(program(self._setup.frozen, system.adapters, *inputs)))
+      parts.append(jax.device_get(program(self._setup.frozen, adapters, *inputs)))
     return np.concatenate(parts)[: len(prompts)]
 
   def _program(self, system: System) -> Callable:
@@ -77,12 +109,13 @@ class Evaluator:
       self._programs[key] = self._compile(system)
     return self._programs[key]
 
-  def _compile(self, system: System) -> Callable:
+  def _compile(self, system: System, *, predict: bool = False) -> Callable:
     setup = self._setup
     embedded = setup.roles.embedded_guidance
     guided = system.guidance > 1.0 and not embedded
 
     def run(frozen, adapters, conditioning: Conditioning, index: jax.Array) -> jax.Array:
+      adapters, fake_score = adapters if predict else (adapters, None)
       variables = role_variables(frozen.bases[system.base]) | adapters
       velocity = role_velocity(
         setup.roles.apply,
@@ -96,6 +129,12 @@ class Evaluator:
       latents = sampling.sample(
         velocity, key, index, setup.roles.latent_shape, system.sigmas, eta=system.eta
       )
+      if predict:
+        fake = fake_score_velocity(setup.roles, frozen, fake_score, conditioning)
+        noise = sample_noise(jax.random.fold_in(key, 1), index, setup.roles.latent_shape)
+        noisy = add_noise(latents, noise, PREDICTION_SIGMA)
+        sigma = jnp.full(index.shape, PREDICTION_SIGMA)
+        latents = x0_from_v(noisy, fake(noisy, sigma), sigma)
       images = setup.scoring.decode(frozen.vae, latents)
       return jnp.round(255.0 * images).astype(jnp.uint8)
 

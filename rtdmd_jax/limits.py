@@ -53,6 +53,7 @@ _RULES: dict[str, Rule] = {
   "eval.teacher_steps": _COUNT,
   "eval.preview": _COUNT,
   "eval.seed": _SEED,
+  "log.wandb": (lambda v: isinstance(v, bool), "true or false"),
 }
 for _network in ("generator", "fake_score"):
   _RULES |= {

@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.wandb_log import WandbRun
 
 FILE_NAME = "metrics.jsonl"
 
@@ -22,7 +23,14 @@ class MetricWriter:
   "time", "warning": sentence}`.
   """
 
-  def __init__(self, workdir: Path, *, resume_step: int, active: bool = True):
+  def __init__(
+    self,
+    workdir: Path,
+    *,
+    resume_step: int,
+    active: bool = True,
+    mirror: WandbRun | None = None,
+  ):
     """Open the files of a new or resumed run.
 
     What an interrupted run wrote after the checkpoint it resumes from is dropped, so curves do not
@@ -32,11 +40,12 @@ class MetricWriter:
       workdir: folder of the run, created if needed.
       resume_step: last step to keep; -1 for a new run.
       active: False on all hosts but one; nothing is written then.
+      mirror: also gets scalars and images, and is closed with this.
 
     Raises:
       UserError: the folder cannot be written, or an earlier metrics file is broken.
     """
-    self._file = None
+    self._file, self._mirror = None, mirror if active else None
     if not active:
       return
     from tensorboardX import SummaryWriter  # takes seconds to import, and readers need it not
@@ -82,6 +91,8 @@ class MetricWriter:
     self._file.flush()
     for name, value in numbers.items():
       self._events.add_scalar(name, value, int(step))
+    if self._mirror:
+      self._mirror.scalars(int(step), numbers)
 
   def image(self, step: int, name: str, image: np.ndarray) -> None:
     """Write a uint8 image `[H, W, 3]` to TensorBoard."""
@@ -90,6 +101,8 @@ class MetricWriter:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
       raise ValueError(f"{name}: need uint8 [H, W, 3], got {image.dtype} {image.shape}")
     self._events.add_image(name, image, int(step), dataformats="HWC")
+    if self._mirror:
+      self._mirror.image(int(step), name, image)
 
   def text(self, step: int, name: str, text: str) -> None:
     """Write Markdown text to TensorBoard."""
@@ -111,6 +124,14 @@ class MetricWriter:
       self._file.close()
       self._events.close()
       self._file = None
+      if self._mirror:
+        self._mirror.close()
+
+
+def markdown(values: Mapping[str, Any]) -> str:
+  """A table of names and values, as `MetricWriter.text` takes it."""
+  rows = [f"| {name} | `{str(value).replace('|', '/')}` |" for name, value in values.items()]
+  return "\n".join(["| key | value |", "|---|---|", *rows])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from rtdmd_jax import evaluation, sharding, stage1, stage2
 from rtdmd_jax.build import (
@@ -22,12 +23,13 @@ from rtdmd_jax.build import (
 )
 from rtdmd_jax.checkpoint import Checkpoints
 from rtdmd_jax.checksum import fingerprint
+from rtdmd_jax.config import flatten
 from rtdmd_jax.data import make_batch
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.export import export_adapters
-from rtdmd_jax.grids import grid, save_png
+from rtdmd_jax.grids import save_png, side_by_side
 from rtdmd_jax.limits import check_limits
-from rtdmd_jax.metrics import MetricWriter
+from rtdmd_jax.metrics import MetricWriter, markdown
 from rtdmd_jax.monitors import DIVERSE_IMAGES, DIVERSE_PROMPTS, Monitor, image_values
 from rtdmd_jax.numbers import checked_jit
 from rtdmd_jax.optim import ema_update, make_optimizer
@@ -48,6 +50,7 @@ from rtdmd_jax.sharding import make_mesh, pin, replicate
 from rtdmd_jax.skips import Skips, scalars
 from rtdmd_jax.stage1 import Batch, Metrics
 from rtdmd_jax.state import TrainState
+from rtdmd_jax.wandb_log import WandbRun, import_wandb
 
 # A resumed run must agree with itself in these sections.
 FIXED = (
@@ -57,6 +60,9 @@ FIXED = (
   *(f"model.{key}" for key in ("pretrained", "image_size", "dtype")),
   *(f"model.{role}_init" for role in ("generator", "fake_score", "teacher")),
 )
+
+# Width of an image of the preview in pixels, at most.
+_PREVIEW_CELL = 256
 
 # (state, batch, prompts, step) -> (state, metrics); metrics stay on the device.
 StepFn = Callable[[TrainState, Batch, list[Prompt], int], tuple[TrainState, Metrics]]
@@ -237,6 +243,8 @@ def _train(config: Any, workdir: Path, stop: Preemption, allow: bool) -> None:
   if config.stage not in STAGES:
     raise UserError(f"stage is {config.stage!r}; use one of {', '.join(STAGES)} or pretrain.")
   check_limits(config)
+  if config.log.wandb:
+    import_wandb()
   workdir.mkdir(parents=True, exist_ok=True)
   settings = json.loads(config.to_json_best_effort())
   keep, keep_every = config.train.keep, config.train.keep_every or None
@@ -255,8 +263,8 @@ def _train(config: Any, workdir: Path, stop: Preemption, allow: bool) -> None:
     if saved.latest_step is not None:
       state = _restore(saved, state, record, allow)
     step_fn = profiled(STAGES[config.stage](config, setup, optimizers), config.train, workdir)
-    state = _loop(config, setup, step_fn, state, saved, record, stop, workdir)
-  evaluator = evaluation.Evaluator(setup, config)
+    evaluator = evaluation.Evaluator(setup, config)
+    state = _loop(config, setup, evaluator, step_fn, state, saved, record, stop, workdir)
   _final_evaluation(config, setup, evaluator, state, workdir)
   export_adapters(config, setup, state, workdir / "export")
   print(f"report: {write_report(workdir)}")
@@ -312,6 +320,7 @@ def _print_placement(setup: Setup, state: TrainState) -> None:
 def _loop(
   config: Any,
   setup: Setup,
+  evaluator: evaluation.Evaluator,
   step_fn: StepFn,
   state: TrainState,
   saved: Checkpoints,
@@ -320,11 +329,15 @@ def _loop(
   workdir: Path,
 ) -> TrainState:
   start, last = int(state.step), config.train.steps
-  evaluator = evaluation.Evaluator(setup, config)
-  writer = MetricWriter(workdir, resume_step=start if start else -1)
+  mirror = None
+  if config.log.wandb:
+    mirror = WandbRun(workdir, project=config.log.wandb_project, config=record["config"])
+  writer = MetricWriter(workdir, resume_step=start if start else -1, mirror=mirror)
   samples, logged = config.batch.prompts * config.batch.repeats, start
   skips = Skips(config.train.max_skipped, state)
   with writer, Progress(last, start_step=start) as progress:
+    for name in ("config", "versions"):
+      writer.text(start, name, markdown(dict(flatten(record[name]))))
     if start == 0:
       _evaluate(config, setup, evaluator, state, 0, writer, workdir)
     # A step takes its state's memory over, so between its parts there is nothing to save.
@@ -381,11 +394,31 @@ def _evaluate(
   if warning := Monitor(workdir / "monitor.json", trained).look(step, values):
     print(warning)
     writer.warning(step, warning)
-  shown = min(config.eval.preview, len(prompts))
-  picture = grid(images[:shown], [p.text for p in prompts[:shown]])
+  picture = _preview(config, setup, evaluator, state, system, images, prompts)
   (workdir / "previews").mkdir(exist_ok=True)
   save_png(workdir / f"previews/step_{step:06d}.png", picture)
   writer.image(step, "preview", np.asarray(picture))
+
+
+def _preview(
+  config: Any,
+  setup: Setup,
+  evaluator: evaluation.Evaluator,
+  state: TrainState,
+  system: evaluation.System,
+  images: np.ndarray,
+  prompts: list[Prompt],
+) -> Image.Image:
+  """The generator's images between the teacher's and what the fake score takes them for."""
+  prompts = prompts[: config.eval.preview]
+  teacher = evaluation.teacher(setup, config)
+  rows = {
+    f"teacher, {teacher.steps} steps": evaluator.teacher_images(teacher, prompts),
+    "generator": images[: len(prompts)],
+    "fake score": evaluator.predictions(system, state.fake_score, prompts),
+  }
+  cell = min(max(images.shape[2], 128), _PREVIEW_CELL)
+  return side_by_side(rows, [p.text for p in prompts], cell=cell)
 
 
 def _mean(values: np.ndarray) -> float:

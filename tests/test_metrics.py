@@ -7,7 +7,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.metrics import MetricWriter, read_metrics
+from rtdmd_jax.metrics import MetricWriter, markdown, read_metrics
 
 
 def events(workdir):
@@ -27,7 +27,7 @@ def test_lines_and_events(tmp_path):
     writer.scalars(1, {"loss": jnp.float32(0.5), "reward/clip": np.float64(2)})
     writer.scalars(2, {"loss": math.nan, "norm": jnp.array([math.inf]), "ok": 3})
     writer.image(2, "preview", np.zeros((4, 6, 3), np.uint8))
-    writer.text(0, "config", "**x**")
+    writer.text(0, "config", markdown({"lora.rank": 4, "data.prompts": "a|b"}))
   first, second = read_metrics(tmp_path / "run/metrics.jsonl")
   assert first["step"] == 1 and first["scalars"] == {"loss": 0.5, "reward/clip": 2.0}
   assert "nonfinite" not in first and 0 <= second["time"] - first["time"] < 60
@@ -37,7 +37,9 @@ def test_lines_and_events(tmp_path):
   assert {(step, v.tag) for step, v in summaries} >= {(1, "loss"), (1, "reward/clip"), (2, "ok")}
   (image,) = [v.image for _, v in summaries if v.tag == "preview"]
   assert (image.height, image.width) == (4, 6)
-  assert any(v.tag.startswith("config") for _, v in summaries)
+  (text,) = [v.tensor.string_val[0] for _, v in summaries if v.tag.startswith("config")]
+  _, *rows = text.decode().splitlines()
+  assert rows == ["|---|---|", "| lora.rank | `4` |", "| data.prompts | `a/b` |"]
 
 
 def test_a_warning_is_a_line_and_a_text_and_goes_with_its_step(tmp_path):

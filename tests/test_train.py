@@ -142,7 +142,9 @@ def test_an_interrupted_run_resumes_bit_for_bit_and_leaves_everything(tmp_path, 
   assert "teacher" in report and "<svg" in report and "reward hacking?" in report
   systems = json.loads((work / "evaluation.json").read_text())["systems"]
   assert {"clipscore", "geneval"} <= systems[-1]["scores"].keys()
-  assert list((work / "previews").glob("*.png")) and list((work / "tensorboard").iterdir())
+  assert list((work / "previews").glob("*.png"))
+  events = b"".join(p.read_bytes() for p in (work / "tensorboard").iterdir())
+  assert b"preview" in events and b"| lora.rank | `" in events and b"versions" in events
   assert read_config(work / "export/generator", "adapter_config.json")["peft_type"] == "LORA"
 
 

@@ -1,0 +1,39 @@
+"""What a preview shows: teacher, generator, and what the fake score takes its images for."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rtdmd_jax import evaluation
+from rtdmd_jax.build import build, new_adapters
+from rtdmd_jax.config import load_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.slow
+def test_the_fake_score_predicts_from_the_generators_own_images(monkeypatch):
+  overrides = ["eval.chunk=4", "eval.teacher_steps=2"]
+  config = load_config(str(CONFIGS / "tiny_stage2.py"), overrides)
+  setup = build(config)
+  evaluator, prompts = evaluation.Evaluator(setup, config), setup.held_out[:6]
+  adapters = new_adapters(config, setup.pipeline, jax.random.key(0))
+  system = evaluation.generator(setup, config, "generator", adapters)
+  images = evaluator.images(system, prompts).astype(float)
+  seen = evaluator.predictions(system, adapters, prompts)
+  assert seen.dtype == np.uint8 and seen.shape == images.shape
+  distance = np.array([[np.abs(a - b).mean() for b in images] for a in seen.astype(float)])
+  own = np.diagonal(distance)
+  assert (own > 0.5).all()  # it saw noise
+  assert own.mean() < 0.8 * distance[~np.eye(6, dtype=bool)].mean()  # on these images
+  # Without noise nothing is left to predict.
+  monkeypatch.setattr(evaluation, "PREDICTION_SIGMA", 0.0)
+  clean = evaluation.Evaluator(setup, config).predictions(system, adapters, prompts)
+  np.testing.assert_allclose(clean.astype(float), images, atol=1)
+  # The teacher's are drawn once.
+  teacher = evaluation.teacher(setup, config)
+  first = evaluator.teacher_images(teacher, prompts)
+  assert evaluator.teacher_images(teacher, prompts) is first
+  assert evaluator.teacher_images(teacher, prompts[:2]).shape[0] == 2
