@@ -13,10 +13,12 @@ from PIL import Image
 
 from rtdmd_jax import sampling
 from rtdmd_jax.build import Setup
+from rtdmd_jax.hosts import is_main
 from rtdmd_jax.models.lora import fold_scale
 from rtdmd_jax.prompts import Prompt
+from rtdmd_jax.rewards.spread import score_shared
 from rtdmd_jax.roles import role_variables, role_velocity
-from rtdmd_jax.sharding import replicate
+from rtdmd_jax.sharding import fetch, replicate
 from rtdmd_jax.state import Conditioning
 
 Tree = Any
@@ -67,7 +69,7 @@ class Evaluator:
       index = np.minimum(np.arange(start, start + chunk), len(prompts) - 1).astype(np.uint32)
       encoded = self._setup.cache([prompts[i].text for i in index])["conditioning"]
       inputs = replicate((encoded, index))
-      parts.append(jax.device_get(program(self._setup.frozen, system.adapters, *inputs)))
+      parts.append(fetch(program(self._setup.frozen, system.adapters, *inputs)))
     return np.concatenate(parts)[: len(prompts)]
 
   def _program(self, system: System) -> Callable:
@@ -80,6 +82,8 @@ class Evaluator:
     setup = self._setup
     embedded = setup.roles.embedded_guidance
     guided = system.guidance > 1.0 and not embedded
+    # A program may not hold arrays of several processes.
+    unconditional = fetch(setup.unconditional) if guided else None
 
     def run(frozen, adapters, conditioning: Conditioning, index: jax.Array) -> jax.Array:
       variables = role_variables(frozen.bases[system.base]) | adapters
@@ -87,7 +91,7 @@ class Evaluator:
         setup.roles.apply,
         variables,
         conditioning,
-        unconditional=setup.unconditional if guided else None,
+        unconditional=unconditional,
         guidance=system.guidance,
         embedded_guidance=embedded,
       )
@@ -111,11 +115,10 @@ class Evaluator:
       for start in range(0, len(prompts), chunk):
         index = np.minimum(np.arange(start, start + chunk), len(prompts) - 1)
         inputs = replicate((images[index], features[index]))
-        parts.append(jax.device_get(program(setup.frozen.rewards[name], *inputs)))
+        parts.append(fetch(program(setup.frozen.rewards[name], *inputs)))
       result[name] = np.concatenate(parts)[: len(prompts)]
     if setup.host_rewards is not None:
-      scored = setup.host_rewards(images, texts, [p.record for p in prompts])
-      result |= {name: scored[name] for name in setup.host_rewards.weights}
+      result |= score_shared(setup.host_rewards, images, prompts)
     return result
 
   def compare(self, systems: Sequence[System], prompts: Sequence[Prompt], workdir: Path) -> dict:
@@ -124,14 +127,19 @@ class Evaluator:
     for system in systems:
       images = self.images(system, prompts)
       rows.append(row(system, self.scores(images, prompts), prompts))
-      directory = workdir / "evaluation" / system.name
-      directory.mkdir(parents=True, exist_ok=True)
-      for i in range(min(self._config.eval.preview, len(prompts))):
-        Image.fromarray(images[i]).save(directory / f"{i}.png")
+      if is_main():
+        _save_images(images[: self._config.eval.preview], workdir / "evaluation" / system.name)
     shown = [p.text for p in prompts[: self._config.eval.preview]]
     table = {"systems": rows, "prompts": shown}
-    (workdir / "evaluation.json").write_text(json.dumps(table, indent=2))
+    if is_main():
+      (workdir / "evaluation.json").write_text(json.dumps(table, indent=2))
     return table
+
+
+def _save_images(images: np.ndarray, directory: Path) -> None:
+  directory.mkdir(parents=True, exist_ok=True)
+  for i, image in enumerate(images):
+    Image.fromarray(image).save(directory / f"{i}.png")
 
 
 def _of_bytes(score: Callable) -> Callable:
