@@ -1,6 +1,7 @@
 """Runs both stages of a small SD3 on a mesh; a script, because the devices are set at start.
 
-`python tests/sharded_run.py DEVICES STEPS OUT DATA,FSDP,TENSOR ...`; without a mesh, one device.
+`python tests/sharded_run.py DEVICES STEPS OUT DATA,FSDP,TENSOR ...`; 1,1,1 is one device without a
+mesh. DEVICES are those of a process; the environment may join several, of which 0 writes.
 """
 
 import os
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax import sharding
+from rtdmd_jax import distributed, hosts, sharding
 from rtdmd_jax import stage1 as s1
 from rtdmd_jax import stage2 as s2
 from rtdmd_jax.algo.schedules import sd3_sigmas
@@ -67,7 +68,9 @@ def setup():
   )
   sigmas = jnp.append(jnp.asarray(sd3_sigmas([1000, 750, 500, 250], shift=3.0)), 0.0)
   roles = s1.Roles(transformer.apply, "base", "base", "base", 2.0, sigmas, SHAPE)
-  frozen = Frozen({"base": sharding.place(base)}, {}, {}, {}, {"bright": jnp.float32(0.5)})
+  frozen = Frozen(
+    {"base": sharding.place(base)}, {}, {}, {}, sharding.replicate({"bright": np.float32(0.5)})
+  )
   return roles, frozen, jax.jit(initial)(), sharding.replicate(batch), optimizer
 
 
@@ -87,13 +90,13 @@ def run(steps):
   policy = s2.PolicyConfig(micro_batches=2)
   more = common | {"policy": policy}
 
-  def fake1(state, key):
+  def fake1(state, frozen, batch, key):
     return s1.fake_score_step(state, frozen, batch, key, optimizer=optimizer, **common)
 
-  def generator1(state, key):
+  def generator1(state, frozen, batch, key):
     return s1.generator_step(state, frozen, batch, key, optimizer=optimizer, **common)
 
-  def epoch(state, key):
+  def epoch(state, frozen, batch, key):
     keys = jax.random.split(key, 3)
     samples = s2.rollout(state, frozen, batch, keys[0], scoring=scoring(), **more)
     state, a = s2.fake_score_step(
@@ -106,8 +109,8 @@ def run(steps):
     return state, a | b
 
   def pinned(step):
-    def wrapped(state, key):
-      state, metrics = step(state, key)
+    def wrapped(state, frozen, batch, key):
+      state, metrics = step(state, frozen, batch, key)
       return sharding.pin(state), metrics
 
     return jax.jit(wrapped)
@@ -118,23 +121,26 @@ def run(steps):
     for number in range(steps):
       for i, program in enumerate(programs):
         key = jax.random.fold_in(jax.random.key(i), number)
-        state, metrics = program(state, key)
+        state, metrics = program(state, frozen, batch, key)
         for name, value in metrics.items():
           if name.startswith(("loss/", "reward/")):
             out.setdefault(f"{stage}/{name}", []).append(float(value))
     for role in ("generator", "fake_score"):
-      leaves = jax.tree.leaves(getattr(state, role))
-      out[f"{stage}/params/{role}"] = np.concatenate([np.asarray(a).ravel() for a in leaves])
+      leaves = jax.tree.leaves(sharding.fetch(getattr(state, role)))
+      out[f"{stage}/params/{role}"] = np.concatenate([a.ravel() for a in leaves])
     sizes = {a.sharding.shard_shape(a.shape) != a.shape for a in jax.tree.leaves(state.generator)}
     out[f"{stage}/split"] = np.array([True in sizes])
   return out
 
 
 if __name__ == "__main__":
+  distributed.initialize()
   for mesh in sys.argv[4:]:
     sizes = [int(size) for size in mesh.split(",")]
     one = sizes == [1, 1, 1]
     devices = jax.devices()[:1] if one else None
     context = contextlib.nullcontext() if one else jax.set_mesh(sharding.make_mesh(*sizes, devices))
     with context:
-      np.savez(f"{sys.argv[3]}/{mesh}.npz", **run(int(sys.argv[2])))
+      out = run(int(sys.argv[2]))
+    if hosts.is_main():
+      np.savez(f"{sys.argv[3]}/{mesh}.npz", **out)
