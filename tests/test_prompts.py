@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.prompts import Prompt, host_slice, load_prompts, prompt_batch
+from rtdmd_jax.prompts import Prompt, load_prompts, prompt_batch
 
 GENEVAL = {
   "tag": "position",
@@ -123,16 +123,6 @@ def test_repeats_and_sample_indices():
     seen += samples.tolist()
   assert seen == list(range(48))
   assert prompt_batch(1, 2**31, 6, 3, 4)[1][0] == (2**31 * 12) % 2**32
-
-
-def test_hosts_share_the_batch():
-  prompts, _ = prompt_batch(0, 5, 100, 8, 3)
-  parts = [prompts[host_slice(24, index, 4)] for index in range(4)]
-  np.testing.assert_array_equal(np.concatenate(parts), prompts)
-  with pytest.raises(ValueError, match="does not divide among 5 hosts"):
-    host_slice(24, 0, 5)
-  with pytest.raises(ValueError, match="process_index 4"):
-    host_slice(24, 4, 4)
 
 
 def test_bad_counts():
