@@ -104,6 +104,8 @@ def base() -> config_dict.ConfigDict:
   c.eval.teacher_steps = 50
   c.eval.teacher_guidance = 4.5
   c.eval.seed = 42
+  # Rewards that are scored then and at the end, but not trained: signs of reward hacking.
+  c.eval.rewards = config_dict.ConfigDict()
   c.eval.preview = 12  # prompts of the preview grid and of the report's images
 
   c.rewards = config_dict.ConfigDict()

@@ -1,7 +1,7 @@
 """From a configuration to networks, parameters, rewards and prompts."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Setup:
     unconditional: encoding of the empty prompt.
     prompts: to train on.
     held_out: to evaluate on.
+    watched: rewards on the device that are evaluated, but not trained (`eval.rewards`).
+    watched_host: such rewards on the host; None if there are none.
   """
 
   pipeline: Pipeline
@@ -55,6 +57,8 @@ class Setup:
   unconditional: Conditioning
   prompts: list[Prompt]
   held_out: list[Prompt]
+  watched: Mapping[str, Callable[..., jax.Array]] = field(default_factory=dict)
+  watched_host: MultiReward | None = None
 
 
 def build(config: Any) -> Setup:
@@ -92,16 +96,14 @@ def _load(config: Any) -> Setup:
     embedded_guidance=pipeline.transformer.embedded_guidance,
   )
   weights = {name: float(reward.weight) for name, reward in config.rewards.items()}
-  options = {
-    name: {k: v for k, v in reward.items() if k not in ("weight", "backpropagate")}
-    for name, reward in config.rewards.items()
-  }
-  models = {name: device.load(name, options[name]) for name in weights if name in device.NAMES}
+  options = _reward_options(config)
+  models = {name: device.load(name, options[name]) for name in options if name in device.NAMES}
   host = {name: weight for name, weight in weights.items() if name not in models}
+  watched = {name: 1.0 for name in config.eval.rewards if name not in models}
   differentiable = _differentiable(config, models)
   scoring = Scoring(
     decode=lambda params, latents: decode_images(pipeline.vae, params, latents),
-    device={name: model.score for name, model in models.items()},
+    device={name: models[name].score for name in models if name in weights},
     weights=weights,
     differentiable=differentiable,
     gradient={name: models[name].gradient_score for name in differentiable},
@@ -123,7 +125,21 @@ def _load(config: Any) -> Setup:
     None,
     prompts,
     held_out,
+    {name: models[name].score for name in models if name not in weights},
+    make(watched, options=options) if watched else None,
   )
+
+
+def _reward_options(config: Any) -> dict[str, dict[str, Any]]:
+  """What every reward is made with, those in training first."""
+  for name in config.eval.rewards:
+    if name in config.rewards:
+      raise UserError(f"eval.rewards.{name} is in rewards, too, and is evaluated as it is.")
+  return {
+    name: {k: v for k, v in reward.items() if k not in ("weight", "backpropagate")}
+    for section in (config.rewards, config.eval.rewards)
+    for name, reward in section.items()
+  }
 
 
 def _bases(model: Any, pipeline: Pipeline) -> tuple[dict[str, Tree], dict[str, str]]:

@@ -77,6 +77,8 @@ def check(config: Any, workdir: Path | None = None, *, allow_config_change: bool
     _try(problems, _reward, name, dict(options))
     if len(problems) > before:
       del usable.rewards[name]
+  for name, options in config.eval.rewards.items():
+    _try(problems, _reward, name, {"weight": 1.0, **options})
   _earlier_stages(problems, config)
   described = _pipeline(problems, config)
   mesh = _try(problems, lambda: sharding.make_mesh(**config.mesh))

@@ -59,7 +59,8 @@ class Evaluator:
   def __init__(self, setup: Setup, config: Any):
     self._setup, self._config = setup, config
     self._programs: dict[tuple, Callable] = {}
-    self._scores = {name: jax.jit(_of_bytes(s)) for name, s in setup.scoring.device.items()}
+    device = {**setup.scoring.device, **setup.watched}
+    self._scores = {name: jax.jit(_of_bytes(score)) for name, score in device.items()}
 
   def images(self, system: System, prompts: Sequence[Prompt]) -> np.ndarray:
     """Images [P, H, W, 3] uint8; image i depends on the evaluation seed and i alone."""
@@ -105,7 +106,7 @@ class Evaluator:
     return jax.jit(run)
 
   def scores(self, images: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-    """Every configured reward [P] of uint8 images."""
+    """Every configured reward [P] of uint8 images, trained or watched."""
     setup, chunk = self._setup, self._config.eval.chunk
     texts = [p.text for p in prompts]
     result = {}
@@ -117,8 +118,9 @@ class Evaluator:
         inputs = replicate((images[index], features[index]))
         parts.append(fetch(program(setup.frozen.rewards[name], *inputs)))
       result[name] = np.concatenate(parts)[: len(prompts)]
-    if setup.host_rewards is not None:
-      result |= score_shared(setup.host_rewards, images, prompts)
+    for host in (setup.host_rewards, setup.watched_host):
+      if host is not None:
+        result |= score_shared(host, images, prompts)
     return result
 
   def compare(self, systems: Sequence[System], prompts: Sequence[Prompt], workdir: Path) -> dict:

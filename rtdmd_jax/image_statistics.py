@@ -1,10 +1,10 @@
-"""Signs of reward hacking: statistics of images, diversity within prompts, and the warning's rule.
+"""Signs of reward hacking: statistics of images, and diversity within prompts (monitors.py).
 
 None of these is a reward; they are watched because a policy can raise its rewards by making every
 image dark, oversaturated, flat in colour, or the same.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -54,36 +54,6 @@ def diversity(images: np.ndarray, prompt_ids: Sequence[int]) -> dict[int, float]
     if pairs:
       found[prompt] = float(np.mean(pairs))
   return found
-
-
-def fallen(
-  first: Mapping[str, tuple[float, float]],
-  now: Mapping[str, tuple[float, float]],
-  trained: Sequence[str],
-  watched: Sequence[str],
-) -> list[str]:
-  """Names in `watched` that fell while a trained reward rose; empty when nothing is suspicious.
-
-  A value rose or fell when its mean moved by more than the root of the summed squares of both
-  95 % half widths. Names missing from either evaluation are not compared.
-
-  Args:
-    first: (mean, half width) of each value at the first evaluation.
-    now: the same at this one.
-    trained: rewards with a weight.
-    watched: values of which a fall is a bad sign.
-  """
-
-  def moved(name: str) -> int:
-    if name not in first or name not in now:
-      return 0
-    (before, width), (after, new_width) = first[name], now[name]
-    change = after - before
-    return int(np.sign(change)) if abs(change) > np.hypot(width, new_width) else 0
-
-  if not any(moved(name) > 0 for name in trained):
-    return []
-  return [name for name in watched if moved(name) < 0]
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:

@@ -45,7 +45,8 @@ def load_prompts(path: str | Path, *, split: str = "train", metadata: bool = Fal
 
   `.txt` and `.text`: a prompt on each non-empty line. `.jsonl`: a string, or an object with
   `prompt` or `text`, on each non-empty line (GenEval and GenEval2 metadata are such files).
-  `.json`: a list of those.
+  `.json`: a list of those. A folder may also be a TFDS dataset that `datasets/prompt_set.py`
+  prepared.
 
   Args:
     path: the file or folder.
@@ -58,6 +59,8 @@ def load_prompts(path: str | Path, *, split: str = "train", metadata: bool = Fal
   """
   if split not in _NAMES:
     raise ValueError(f"split must be train or test, not {split!r}")
+  if (Path(path) / "dataset_info.json").is_file():
+    return _prepared(Path(path), split)
   file = _find(Path(path), split, metadata)
   if file.suffix not in _READERS:
     raise UserError(f"{file}: prompt files end in {', '.join(_READERS)}, not {file.suffix!r}")
@@ -130,6 +133,24 @@ def _find(path: Path, split: str, metadata: bool) -> Path:
     if (path / name).is_file():
       return path / name
   raise UserError(f"{path} holds none of the prompt files {', '.join(names)}")
+
+
+def _prepared(directory: Path, split: str) -> list[Prompt]:
+  """The prompts of a dataset that TFDS prepared."""
+  import tensorflow_datasets as tfds  # takes a second, and text files do not need it
+
+  try:
+    rows = tfds.builder_from_directory(directory).as_data_source(split)
+    return [
+      _prompt(parse_json(row["record"], f"{directory}, {split} {i}"), f"{directory}, {split} {i}")
+      for i, row in enumerate(rows)
+    ]
+  except (ValueError, KeyError, OSError, RuntimeError) as error:
+    reason = str(error).strip().partition("\n")[0][:200]
+    raise UserError(
+      f"{directory} has no prompts of the split {split} that can be read ({reason}); prepare it"
+      " with python -m rtdmd_jax.datasets.prompt_set."
+    ) from error
 
 
 def _prompt(value: Any, place: str) -> Prompt:

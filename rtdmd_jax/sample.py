@@ -14,7 +14,7 @@ settings it is an error unless --overwrite is given.
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -125,19 +125,19 @@ class Shot:
     return own | shared | {"version": __version__}
 
 
-def draw(
-  pipeline: Pipeline, settings: Settings, adapters: Any, shots: Sequence[Shot]
-) -> Iterator[tuple[Shot, np.ndarray]]:
-  """Draws images in batches of one size, spread over the current mesh.
+Sampler = Callable[[Sequence[Shot]], np.ndarray]
+
+
+def sampler(pipeline: Pipeline, settings: Settings, adapters: Any) -> Sampler:
+  """What draws up to `settings.batch` images at once; it compiles a single program.
 
   Args:
-    pipeline: its parameters lie on the current mesh.
+    pipeline: its parameters lie on the current mesh, over which images are spread.
     settings: size, steps, guidance.
     adapters: adapter tree with its scale folded in; may be empty.
-    shots: what to draw.
 
-  Yields:
-    (shot, image [H, W, 3] uint8) in the order of `shots`.
+  Returns:
+    A function of shots, as many as the batch or fewer, to images [N, H, W, 3] uint8.
   """
   size = (settings.height, settings.width)
   steps, shape = settings.steps, pipeline.latent_shape(size)
@@ -147,7 +147,8 @@ def draw(
     sigmas = pipeline.euler_sigmas(steps, size)
   embedded = pipeline.transformer.embedded_guidance
   guided = settings.guidance > 1 and not embedded
-  cache = PromptCache(pipeline.encode, chunk=min(settings.batch, len(shots)))
+  batch = batch_size(settings)
+  cache = PromptCache(pipeline.encode, chunk=batch)
   unconditional = sharding.replicate(cache([""])) if guided else None
   variables = role_variables(pipeline.params, adapters=sharding.place(adapters))
 
@@ -166,17 +167,40 @@ def draw(
     latents = sampling.sample(velocity, keys, index, shape, sigmas, eta=eta)
     return jnp.round(255.0 * decode_images(pipeline.vae, vae_params, latents)).astype(jnp.uint8)
 
-  batch = -(-settings.batch // sharding.batch_parts()) * sharding.batch_parts()
-  for start in range(0, len(shots), batch):
-    part = list(shots[start : start + batch])
+  def images(shots: Sequence[Shot]) -> np.ndarray:
     # A constant size compiles once; the images beyond the last are thrown away.
-    padded = part + [part[-1]] * (batch - len(part))
+    padded = [*shots, *[shots[-1]] * (batch - len(shots))]
     seeds, index = (np.array([getattr(s, n) for s in padded], np.uint32) for n in ("seed", "index"))
     inputs = sharding.split_batch((cache([s.prompt for s in padded]), seeds, index))
-    images = jax.device_get(
-      run(variables, pipeline.vae_params, inputs[0], unconditional, *inputs[1:])
-    )
-    yield from zip(part, images[: len(part)], strict=True)
+    drawn = run(variables, pipeline.vae_params, inputs[0], unconditional, *inputs[1:])
+    return jax.device_get(drawn)[: len(shots)]
+
+  return images
+
+
+def batch_size(settings: Settings) -> int:
+  """Images at once: `settings.batch`, rounded up to what the current mesh can split."""
+  return -(-settings.batch // sharding.batch_parts()) * sharding.batch_parts()
+
+
+def draw(
+  pipeline: Pipeline, settings: Settings, adapters: Any, shots: Sequence[Shot]
+) -> Iterator[tuple[Shot, np.ndarray]]:
+  """Draws images in batches of one size, spread over the current mesh.
+
+  Args:
+    pipeline: its parameters lie on the current mesh.
+    settings: size, steps, guidance.
+    adapters: adapter tree with its scale folded in; may be empty.
+    shots: what to draw.
+
+  Yields:
+    (shot, image [H, W, 3] uint8) in the order of `shots`.
+  """
+  images, batch = sampler(pipeline, settings, adapters), batch_size(settings)
+  for start in range(0, len(shots), batch):
+    part = shots[start : start + batch]
+    yield from zip(part, images(part), strict=True)
 
 
 def pending(

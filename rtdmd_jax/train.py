@@ -28,6 +28,7 @@ from rtdmd_jax.export import export_adapters
 from rtdmd_jax.grids import grid, save_png
 from rtdmd_jax.limits import check_limits
 from rtdmd_jax.metrics import MetricWriter
+from rtdmd_jax.monitors import DIVERSE_IMAGES, DIVERSE_PROMPTS, Monitor, image_values
 from rtdmd_jax.numbers import checked_jit
 from rtdmd_jax.optim import ema_update, make_optimizer
 from rtdmd_jax.preemption import Preemption
@@ -383,16 +384,27 @@ def _evaluate(
   """Scores the averaged generator on a few held-out prompts and writes a preview grid."""
   prompts = spread(setup.held_out, config.eval.prompts)
   system = evaluation.generator(setup, config, "generator", state.ema)
-  images = evaluator.images(system, prompts)
-  scores = evaluator.scores(images, prompts)
-  writer.scalars(step, {f"eval/{name}": float(np.nanmean(v)) for name, v in scores.items()})
+  several = [p for p in prompts[:DIVERSE_PROMPTS] for _ in range(DIVERSE_IMAGES)]
+  images, groups = np.split(evaluator.images(system, prompts + several), [len(prompts)])
+  groups = groups.reshape(-1, DIVERSE_IMAGES, *groups.shape[1:])
+  values = {f"eval/{name}": v for name, v in evaluator.scores(images, prompts).items()}
   if not hosts.is_main():
     return
+  values |= image_values(images, groups)
+  writer.scalars(step, {name: _mean(v) for name, v in values.items()})
+  trained = [name for name, reward in config.rewards.items() if reward.weight]
+  if warning := Monitor(workdir / "monitor.json", trained).look(step, values):
+    print(warning)
   shown = min(config.eval.preview, len(prompts))
   picture = grid(images[:shown], [p.text for p in prompts[:shown]])
   (workdir / "previews").mkdir(exist_ok=True)
   save_png(workdir / f"previews/step_{step:06d}.png", picture)
   writer.image(step, "preview", np.asarray(picture))
+
+
+def _mean(values: np.ndarray) -> float:
+  finite = values[np.isfinite(values)]
+  return float(finite.mean()) if len(finite) else float("nan")
 
 
 def spread(prompts: list[Prompt], count: int) -> list[Prompt]:

@@ -10,6 +10,7 @@ import sys
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[1]}"
 
 import contextlib
+import math
 
 import jax
 import jax.numpy as jnp
@@ -83,8 +84,8 @@ def scoring():
   )
 
 
-def run(steps):
-  """Losses of every step and the parameters after the last one, of both stages."""
+def stages():
+  """The first state, and each stage's compiled programs of (state, key), on the current mesh."""
   roles, frozen, first, batch, optimizer = setup()
   common = {"roles": roles, "config": s1.DMDConfig()}
   policy = s2.PolicyConfig(micro_batches=2)
@@ -113,34 +114,59 @@ def run(steps):
       state, metrics = step(state, frozen, batch, key)
       return sharding.pin(state), metrics
 
-    return jax.jit(wrapped)
+    program = jax.jit(wrapped)
+    # Arrays of several processes are arguments; a program may not hold them.
+    return lambda state, key: program(state, frozen, batch, key)
 
+  return first, {"stage1": [pinned(fake1), pinned(generator1)], "stage2": [pinned(epoch)]}
+
+
+def advance(programs, state, number):
+  """Step `number` of a stage: the new state and the metrics of its programs."""
+  metrics = {}
+  for i, program in enumerate(programs):
+    key = jax.random.fold_in(jax.random.key(i), number)
+    state, found = program(state, key)
+    metrics |= found
+  return state, metrics
+
+
+def values(state, role):
+  """All adapters of a role in one array."""
+  return np.concatenate([a.ravel() for a in jax.tree.leaves(sharding.fetch(getattr(state, role)))])
+
+
+def run(steps):
+  """Losses of every step and the parameters after the last one, of both stages."""
   out = {}
-  for stage, programs in (("stage1", (fake1, generator1)), ("stage2", (epoch,))):
-    state, programs = first, [pinned(p) for p in programs]
+  first, programs = stages()
+  for stage in programs:
+    state = first
     for number in range(steps):
-      for i, program in enumerate(programs):
-        key = jax.random.fold_in(jax.random.key(i), number)
-        state, metrics = program(state, frozen, batch, key)
-        for name, value in metrics.items():
-          if name.startswith(("loss/", "reward/")):
-            out.setdefault(f"{stage}/{name}", []).append(float(value))
+      state, metrics = advance(programs[stage], state, number)
+      for name, value in metrics.items():
+        if name.startswith(("loss/", "reward/")):
+          out.setdefault(f"{stage}/{name}", []).append(float(value))
     for role in ("generator", "fake_score"):
-      leaves = jax.tree.leaves(sharding.fetch(getattr(state, role)))
-      out[f"{stage}/params/{role}"] = np.concatenate([a.ravel() for a in leaves])
+      out[f"{stage}/params/{role}"] = values(state, role)
     sizes = {a.sharding.shard_shape(a.shape) != a.shape for a in jax.tree.leaves(state.generator)}
     out[f"{stage}/split"] = np.array([True in sizes])
   return out
 
 
+def on(mesh):
+  """The context of a mesh DATA,FSDP,TENSOR over as many of the devices; none over one device."""
+  sizes = [int(size) for size in mesh.split(",")]
+  devices = jax.devices()[: math.prod(sizes)]
+  if len(devices) == 1:
+    return contextlib.nullcontext()
+  return jax.set_mesh(sharding.make_mesh(*sizes, devices))
+
+
 if __name__ == "__main__":
   distributed.initialize()
   for mesh in sys.argv[4:]:
-    sizes = [int(size) for size in mesh.split(",")]
-    one = sizes == [1, 1, 1]
-    devices = jax.devices()[:1] if one else None
-    context = contextlib.nullcontext() if one else jax.set_mesh(sharding.make_mesh(*sizes, devices))
-    with context:
+    with on(mesh):
       out = run(int(sys.argv[2]))
     if hosts.is_main():
       np.savez(f"{sys.argv[3]}/{mesh}.npz", **out)

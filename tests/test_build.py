@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from rtdmd_jax import build
 from rtdmd_jax.config import load_config
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.evaluation import Evaluator
 from rtdmd_jax.pipeline import Pipeline
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -67,3 +68,29 @@ def test_a_base_of_another_network_is_refused(pipeline, other):
   file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": 3}))
   with pytest.raises(UserError, match="teacher_init.*another network"):
     build._bases(_model(teacher_init=other), pipeline)
+
+
+def brightness():
+  """A reward of the host, as users name theirs by import path."""
+  return lambda images, prompts, metadata: images.mean((1, 2, 3)) / 255.0
+
+
+def test_watched_rewards_are_evaluated_and_not_trained():
+  config = load_config(str(CONFIGS / "tiny_stage2.py"))
+  with config.unlocked():
+    del config.rewards["clipscore"]
+    config.eval.rewards["test_build:brightness"] = {}
+    clip = {"directory": str(Path(config.model.pretrained) / "clip")}
+    config.eval.rewards["clipscore"] = clip
+  setup = build.build(config)
+  assert set(setup.scoring.weights) == {"geneval"} and not setup.scoring.device
+  prompts = setup.held_out[:3]
+  images = np.full((3, 64, 64, 3), 51, np.uint8)
+  scores = Evaluator(setup, config).scores(images, prompts)
+  assert set(scores) == {"geneval", "clipscore", "test_build:brightness"}
+  np.testing.assert_allclose(scores["test_build:brightness"], 0.2)
+  assert np.isfinite(scores["clipscore"]).all()
+  with config.unlocked():
+    config.rewards["clipscore"] = {"weight": 1.0, **clip}
+  with pytest.raises(UserError, match="eval.rewards.clipscore"):
+    build.build(config)

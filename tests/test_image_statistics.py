@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rtdmd_jax.image_statistics import diversity, fallen, image_statistics
+from rtdmd_jax.image_statistics import diversity, image_statistics
 
 
 def _flat(*colour):
@@ -28,18 +28,3 @@ def test_wrong_images_are_errors():
     image_statistics(np.zeros((1, 4, 4, 3), np.float32))
   with pytest.raises(ValueError, match="prompt_ids"):
     diversity(np.zeros((2, 4, 4, 3), np.uint8), [0])
-
-
-@pytest.mark.parametrize(
-  ("trained", "watched", "expected"),
-  [
-    (0.9, 0.1, ["other"]),  # one rises, the other falls
-    (0.5, 0.1, []),  # nothing trained rises
-    (0.9, 0.45, []),  # the fall is within the intervals
-    (0.9, 0.9, []),  # both rise
-  ],
-)
-def test_rule_of_the_warning(trained, watched, expected):
-  first = {"reward": (0.5, 0.1), "other": (0.5, 0.1)}
-  now = {"reward": (trained, 0.1), "other": (watched, 0.1)}
-  assert fallen(first, now, ["reward"], ["other", "absent"]) == expected

@@ -153,11 +153,14 @@ def test_requirements_are_exact_pins():
     assert re.match(r'==[\d.]+(; python_version (<|>=) "[\d.]+")?$', rest), (name, rest)
 
 
+_OPTIONAL = ("ocr", "judges", "studio")
+
+
 def _extras():
   """Distributions that the optional installs of what runs (not of what tests) add."""
   extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
   extras = extras["optional-dependencies"]
-  return {re.match(r"[\w.-]+", line)[0] for name in ("ocr", "judges") for line in extras[name]}
+  return {re.match(r"[\w.-]+", line)[0] for name in _OPTIONAL for line in extras[name]}
 
 
 def test_requirements_cover_every_import():

@@ -92,3 +92,16 @@ def test_every_mesh_equals_one_device(tmp_path):
         # The first losses see the same parameters; later ones also their 20 steps of rounding.
         np.testing.assert_allclose(many[name][0], one[name][0], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(many[name], one[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_numbers_of_devices(tmp_path):
+  root = Path(__file__).parents[1]
+  command = [sys.executable, root / "tests/resharded_run.py", "8", "2", tmp_path]
+  command += ["2,4,1", "1,4,1", "1,1,1", "2,4,1"]
+  subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+  ends = np.load(tmp_path / "ends.npz")
+  for stage in ("stage1", "stage2"):
+    for role in ("generator", "fake_score"):
+      whole, parts = (ends[f"{way}/{stage}/{role}"] for way in ("whole", "parts"))
+      np.testing.assert_allclose(parts, whole, atol=1e-5, err_msg=f"{stage} {role}")

@@ -43,12 +43,20 @@ def main(call: cli.Invocation) -> None:
   out = None if call.flags.json is None else Path(call.flags.json)
   if out is not None and not out.parent.is_dir():
     raise UserError(f"--json is {out}, but {out.parent} is no directory; make it first.")
-  report = measure(call.config, call.flags.topology, call.flags.only)
+  report = measure(call.config, call.flags.topology, call.flags.only, done=_announce)
   print("\n".join(lines(report)))
   if out is not None:
     out.write_text(json.dumps(report, indent=2))
   if not report["fits"]:
     sys.exit(DOES_NOT_FIT)
+
+
+def _announce(cost: Any) -> None:
+  """Says on standard error what is known so far: the next program may take minutes, or fail."""
+  size = cost.reason or f"peak {cost.peak / 1e9:.3f} GB"
+  print(
+    f"{cost.name}: {size}, compiled in {cost.compile_seconds:.0f} s", file=sys.stderr, flush=True
+  )
 
 
 def lines(report: dict[str, Any]) -> list[str]:

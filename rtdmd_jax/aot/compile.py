@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,16 @@ def get_devices(topology: str) -> list[Any]:
   return list(found)
 
 
-def measure(config: Any, topology: str, only: str = "") -> dict[str, Any]:
+def measure(
+  config: Any, topology: str, only: str = "", done: Callable[[Cost], None] = lambda cost: None
+) -> dict[str, Any]:
   """Compiles the programs of `config` for `topology`; nothing is allocated or run.
 
   Args:
     config: of stage 1 or 2.
     topology: see `get_devices`.
     only: compile this program alone (and those whose results it reads).
+    done: called after each program, which takes minutes.
 
   Returns:
     A report that JSON can hold: the mesh, the chip, what lives where, a `Cost` for each program.
@@ -102,7 +106,7 @@ def measure(config: Any, topology: str, only: str = "") -> dict[str, Any]:
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
   with jax.set_mesh(mesh):
     _check_batch(config)
-    return _measure(config, setup, mesh, topology, only)
+    return _measure(config, setup, mesh, topology, only, done)
 
 
 def _check_batch(config: Any) -> None:
@@ -114,7 +118,14 @@ def _check_batch(config: Any) -> None:
     )
 
 
-def _measure(config: Any, setup: Setup, mesh: Mesh, topology: str, only: str) -> dict[str, Any]:
+def _measure(
+  config: Any,
+  setup: Setup,
+  mesh: Mesh,
+  topology: str,
+  only: str,
+  done: Callable[[Cost], None],
+) -> dict[str, Any]:
   optimizers = train.Optimizers(
     *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
   )
@@ -137,6 +148,7 @@ def _measure(config: Any, setup: Setup, mesh: Mesh, topology: str, only: str) ->
     args = [known[key] for key in program_arguments(config.stage, name)]
     cost, compiled = _cost(name, program, args, mesh, turns, text, _resident(known, args))
     costs.append(cost)
+    done(cost)
     if name == "rollout":
       known |= _samples(config, program, args, compiled, mesh)
   return _report(config, topology, mesh, known, text, costs)

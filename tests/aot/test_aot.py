@@ -40,6 +40,7 @@ def test_the_tiny_run_fits(tmp_path, stage, topology, programs):
   assert done.returncode == 0, done.stderr
   report = json.loads(out.read_text())
   assert [p["name"] for p in report["programs"]] == programs
+  assert all(f"{name}: peak" in done.stderr for name in programs)
   assert report["fits"] and "everything fits" in done.stdout
   for program in report["programs"][:-1]:
     assert 0 < program["peak"] <= report["chip"]["hbm"]

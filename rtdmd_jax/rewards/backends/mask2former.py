@@ -10,22 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from rtdmd_jax.datasets.geneval_records import CLASSES, COLORS
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards.backends.pytorch import pretrained, require_torch
 from rtdmd_jax.rewards.geneval import SCORE_THRESHOLD, Detection
 
-# COCO's classes in their order, under GenEval's names.
-CLASSES = (
-  "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,"
-  "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,"
-  "backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,"
-  "baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,"
-  "banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,"
-  "bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,cell phone,"
-  "microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,"
-  "toothbrush"
-).split(",")
-COLORS = "red,orange,yellow,green,blue,purple,pink,brown,black,white".split(",")
 _TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 _GREY = 0x99
 _SHORT_EDGE, _LONG_EDGE, _DIVISOR = 800, 1333, 32

@@ -1,0 +1,80 @@
+"""What a checkpoint costs training: blocks of steps with and without a save, in turns.
+
+python benchmarks/checkpoint_cost.py --config=configs/tiny_stage1.py --blocks=10 --steps=9
+
+Prints a row of a markdown table: how long the loop stands still in `save`, by how much a block that
+begins with a save takes longer than the one before it (the copy to the host and the writing
+in the background included; medians over the blocks), and what that is of `train.save_every` steps.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+
+from rtdmd_jax.build import build, optimizer_config
+from rtdmd_jax.checkpoint import Checkpoints
+from rtdmd_jax.config import load_config
+from rtdmd_jax.data import make_batch
+from rtdmd_jax.optim import make_optimizer
+from rtdmd_jax.sharding import make_mesh
+from rtdmd_jax.train import STAGES, Optimizers, initial_state
+
+
+def measure(config, blocks: int, steps: int, folder: Path) -> str:
+  setup = build(config)
+  optimizers = Optimizers(
+    *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
+  )
+  state = jax.jit(lambda: initial_state(config, setup, optimizers))()
+  step_fn = STAGES[config.stage](config, setup, optimizers)
+  batch, prompts = make_batch(
+    setup.prompts,
+    setup.cache,
+    setup.unconditional,
+    seed=config.seed,
+    step=0,
+    prompts_per_batch=config.batch.prompts,
+    repeats=config.batch.repeats,
+  )
+  number, still, plain, saving = 0, [], [], []
+  with Checkpoints(folder, keep=2) as saved:
+    for block in range(2 * blocks + 1):
+      begin = time.perf_counter()
+      if block and block % 2 == 0:
+        saved.save(number, state, {})
+        still.append(time.perf_counter() - begin)
+      for _ in range(steps):
+        state, _ = step_fn(state, batch, prompts, number)
+        number += 1
+      jax.block_until_ready(state)
+      if block:  # the first one compiles
+        (plain if block % 2 else saving).append(time.perf_counter() - begin)
+  size = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6
+  step = statistics.median(plain) / steps
+  extra = statistics.median(b - a for a, b in zip(plain, saving, strict=True))
+  every = config.train.save_every
+  return (
+    f"| {config.stage} | {size:.1f} MB | {step:.2f} s | {statistics.median(still):.2f} s"
+    f" | {extra:.2f} s | {every} | {100 * extra / (every * step):.2f} % |"
+  )
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--config", required=True)
+  parser.add_argument("--blocks", type=int, default=10, help="with a save, and as many without")
+  parser.add_argument("--steps", type=int, default=9, help="steps a block")
+  options = parser.parse_args()
+  config = load_config(options.config)
+  print("| stage | state | step | save stands still | longer | save_every | cost |")
+  print("|---|---:|---:|---:|---:|---:|---:|")
+  with jax.set_mesh(make_mesh(**config.mesh)), tempfile.TemporaryDirectory() as folder:
+    print(measure(config, options.blocks, options.steps, Path(folder)))
+
+
+if __name__ == "__main__":
+  main()

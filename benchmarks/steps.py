@@ -1,0 +1,246 @@
+"""Stage 1's two updates against the same updates in PyTorch, on this machine's CPU.
+
+taskset -c 0 python -m benchmarks.steps --rounds=7 --compile
+
+Float32, one small SD3, the same weights and random numbers; as many threads as the process may use
+cores (`taskset`). Rounds take turns, so that a busy machine hurts all alike; time is the processor
+time of the process (wall time beside it), of which the median counts. MFU is of our matrix products
+against one large product. Needs the `parity` extra; `--compile` adds torch.compile and needs a C++
+compiler. The policy step of stage 2 is not among them.
+"""
+
+import argparse
+import copy
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from benchmarks import torch_peer as peer
+from rtdmd_jax import stage1
+from rtdmd_jax.algo import timesteps
+from rtdmd_jax.algo.subgrpo import sample_noise
+from rtdmd_jax.aot.flops import count_flops
+from rtdmd_jax.models import build_transformer
+from rtdmd_jax.optim import OptimizerConfig, make_optimizer
+from rtdmd_jax.state import Conditioning, Frozen, TrainState
+from rtdmd_jax.weights.peft import load_peft
+from rtdmd_jax.weights.safetensors import load_params, read_config
+
+SIZES = dict(
+  sample_size=16, patch_size=2, in_channels=16, out_channels=16, num_layers=6,
+  attention_head_dim=64, num_attention_heads=4, joint_attention_dim=256,
+  caption_projection_dim=256, pooled_projection_dim=256, pos_embed_max_size=16,
+  qk_norm="rms_norm",
+)  # fmt: skip
+SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)
+STOP = 3
+BATCH, TEXT_LENGTH = 4, 77
+LEARNING_RATE, GUIDANCE = 3e-5, 4.5
+UPDATES = ("fake_score", "generator")
+
+
+class Case(NamedTuple):
+  """The same networks, inputs and draws in both programs, by update where they differ."""
+
+  ours: dict[str, Callable[[], dict[str, Any]]]
+  theirs: dict[str, Callable[[], dict[str, Any]]]
+  flops: dict[str, float]
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument("--rounds", type=int, default=7)
+  parser.add_argument("--compile", action="store_true", help="time torch.compile as well")
+  options = parser.parse_args()
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_disable_most_optimizations", False)
+  threads = len(os.sched_getaffinity(0))
+  torch.set_num_threads(threads)
+  case = make_case(SIZES, BATCH, TEXT_LENGTH)
+  programs = {"rtdmd_jax": case.ours, "PyTorch, eager": case.theirs}
+  if options.compile:
+    compiled = make_case(SIZES, BATCH, TEXT_LENGTH, wrap=torch.compile)
+    programs["PyTorch, torch.compile"] = compiled.theirs
+  ceiling = matmul_ceiling()
+  print(f"jax {jax.__version__}, torch {torch.__version__}, threads: {threads}")
+  print(
+    f"load of the last minute {os.getloadavg()[0]:.1f}, large product {ceiling / 1e9:.1f} GFLOP/s"
+  )
+  print("| update | program | GFLOP | CPU s | wall s | times ours | MFU | loss |")
+  print("|---|---|---|---|---|---|---|---|")
+  for name in UPDATES:
+    report(name, {key: runs[name] for key, runs in programs.items()}, case, ceiling, options.rounds)
+
+
+def report(name: str, programs: dict, case: Case, ceiling: float, rounds: int) -> None:
+  """Prints a row for each program of one update."""
+  losses = {key: run()["loss"] for key, run in programs.items()}  # compiles, too
+  spent = {key: [] for key in programs}
+  for _ in range(rounds):
+    for key, run in programs.items():
+      spent[key].append(timed(run))
+  medians = {key: [statistics.median(c) for c in zip(*t, strict=True)] for key, t in spent.items()}
+  first = next(iter(medians.values()))[0]
+  for key, (cpu, wall) in medians.items():
+    mfu = case.flops[name] / cpu / ceiling
+    print(
+      f"| `{name}` | {key} | {case.flops[name] / 1e9:.1f} | {cpu:.3f} | {wall:.3f} |"
+      f" {cpu / first:.2f} | {mfu:.0%} | {losses[key]:.6f} |",
+      flush=True,
+    )
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, float]:
+  """Processor and wall seconds."""
+  cpu, wall = time.process_time(), time.perf_counter()
+  run()
+  return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def matmul_ceiling(side: int = 1024, rounds: int = 9) -> float:
+  """Best float32 rate of one matrix product (1/s), of both libraries, by processor time."""
+  a, b = jnp.ones((side, side)), torch.ones(side, side)
+  product = jax.jit(jnp.matmul)
+  runs = (lambda: product(a, a).block_until_ready(), lambda: b @ b)
+  seconds = [timed(run)[0] for _ in range(rounds) for run in runs]
+  return 2.0 * side**3 / min(s for s in seconds[2:])
+
+
+def make_case(
+  sizes: dict[str, Any], batch: int, length: int, wrap: Callable[[Any], Any] = lambda model: model
+) -> Case:
+  """Builds both programs; `wrap` is applied to PyTorch's networks."""
+  models = peer.make_models(sizes)
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+  wide, narrow = sizes["joint_attention_dim"], sizes["pooled_projection_dim"]
+  texts, empty = ((draw(n, length, wide), draw(n, narrow)) for n in (batch, 1))
+  side = sizes["sample_size"]
+  latents = (side, side, sizes["in_channels"])
+  seeds = {name: seed_with_stop(name) for name in UPDATES}
+  with tempfile.TemporaryDirectory() as directory:
+    ours, flops = our_updates(models, Path(directory), texts, empty, latents, seeds)
+  draws = {name: peer_draws(name, jax.random.key(seeds[name]), batch, latents) for name in UPDATES}
+  theirs = {name: their_update(name, models, wrap, texts, empty, draws[name]) for name in UPDATES}
+  return Case(ours, theirs, flops)
+
+
+def keys(name: str, key: Any) -> tuple[Any, Any]:
+  """The keys of an update's rollout and of its loss."""
+  parts = jax.random.split(key, 3 if name == "fake_score" else 4)
+  return parts[0], parts[2]
+
+
+def seed_with_stop(name: str) -> int:
+  """The first seed whose rollout takes `STOP` steps."""
+  for seed in range(1000):
+    rollout_key, _ = keys(name, jax.random.key(seed))
+    if int(timesteps.random_stop(jax.random.split(rollout_key, 3)[2], len(SIGMAS) - 1)) == STOP:
+      return seed
+  raise ValueError(f"no seed below 1000 stops after {STOP} steps")
+
+
+def peer_draws(name: str, key: Any, batch: int, latents: tuple[int, int, int]) -> Any:
+  """What an update of ours draws from `key`, for the peer."""
+  index, config = jnp.arange(batch), stage1.DMDConfig()
+
+  def noise(key, shape=latents):
+    drawn = torch.tensor(np.array(sample_noise(key, index, shape)))
+    return drawn.movedim(-1, -3).contiguous()
+
+  rollout_key, loss_key = keys(name, key)
+  start_key, step_key, _ = jax.random.split(rollout_key, 3)
+  steps = [noise(jax.random.fold_in(step_key, i)) for i in range(STOP)]
+  parts = jax.random.split(loss_key, 4 if name == "fake_score" else 3)
+  level = stage1.renoise_level(config, jnp.float32(SIGMAS[STOP]), index, parts[0])
+  column = lambda a: torch.tensor(np.array(a)).reshape(-1, 1, 1, 1)  # noqa: E731
+  if name == "generator":
+    back, moves = None, [noise(parts[2])]
+  else:
+    c = config.consistency
+    back = column(timesteps.consistency_steps(parts[2], 1, index, epsilon=c.max_steps_back))
+    moves = list(noise(parts[3], (2, 1, *latents))[:, :, 0].movedim(1, 0))
+  return peer.Draws(noise(start_key), steps, column(level), noise(parts[1]), back, moves)
+
+
+def our_updates(models, directory: Path, texts, empty, latents, seeds):
+  """Callables that run each update and return its loss and gradient norm, and their FLOP."""
+  for role in ("base", "teacher"):
+    models[role].save_pretrained(directory / role)
+  transformer = build_transformer(read_config(directory / "base"))
+  shapes = transformer.init_abstract()
+  bases = {
+    role: load_params(directory / role, shapes, transformer.table, dtype=np.float32)
+    for role in ("base", "teacher")
+  }
+  adapters = {}
+  for role in ("generator", "fake_score"):
+    models[role].save_lora_adapter(str(directory / role), adapter_name="trained")
+    adapters[role], _ = load_peft(directory / role, bases["base"], transformer.table)
+  optimizer = make_optimizer(OptimizerConfig(LEARNING_RATE, clip_norm=peer.CLIP_NORM))
+  state = TrainState(
+    jnp.zeros((), jnp.int32), adapters["generator"], adapters["fake_score"],
+    adapters["generator"], *(optimizer.init(adapters[r]) for r in ("generator", "fake_score")),
+  )  # fmt: skip
+  frozen = Frozen(bases, {}, {}, {}, {})
+  count = jnp.arange(len(texts[0]))
+  conditioning, unconditional = (Conditioning(*map(jnp.asarray, t)) for t in (texts, empty))
+  batch = stage1.Batch(conditioning, count, count, unconditional)
+  roles = stage1.Roles(
+    transformer.apply, "base", "base", "teacher", peer.ALPHA / peer.RANK,
+    jnp.array(SIGMAS), latents,
+  )  # fmt: skip
+  config = stage1.DMDConfig(eta=peer.ETA, guidance_low=GUIDANCE, guidance_high=GUIDANCE)
+  steps = {"fake_score": stage1.fake_score_step, "generator": stage1.generator_step}
+  runs, flops = {}, {}
+  for name, step in steps.items():
+    program = jax.jit(partial(step, roles=roles, config=config, optimizer=optimizer))
+    args = (state, frozen, batch, jax.random.key(seeds[name]))
+    flops[name] = count_flops(program.trace(*args).jaxpr, STOP - 1)
+    runs[name] = partial(run_ours, name, program, args)
+  return runs, flops
+
+
+def run_ours(name: str, program: Callable, args: tuple) -> dict[str, float]:
+  """One update from the same state."""
+  _, metrics = jax.block_until_ready(program(*args))
+  found = {key.removeprefix("loss/"): float(v) for key, v in metrics.items() if "loss/" in key}
+  return found | {"loss": found[name], "grad_norm": float(metrics[f"{name}/grad_norm"])}
+
+
+def their_update(name, models, wrap, texts, empty, draws) -> Callable[[], dict[str, Any]]:
+  """A callable that runs an update with PyTorch; its parameters move from call to call."""
+  # Copies, so that the other update does not see them move.
+  roles = {role: wrap(copy.deepcopy(model)) for role, model in models.items() if role != "base"}
+  texts, empty = (peer.Texts(*map(torch.as_tensor, pair)) for pair in (texts, empty))
+  optimizer = peer.make_optimizer(roles[name], LEARNING_RATE)
+  generator, fake = (peer.velocity(roles[role], texts) for role in ("generator", "fake_score"))
+  teacher = peer.velocity(roles["teacher"], texts, empty, GUIDANCE)
+
+  def fake_score() -> dict[str, Any]:
+    parts = peer.fake_score_loss(generator, fake, SIGMAS, STOP, draws)
+    total = parts["fake_score"] + peer.CONSISTENCY_WEIGHT * parts["consistency"]
+    norm = peer.update(total, optimizer)
+    found = {key: value.item() for key, value in parts.items()}
+    return found | {"loss": found["fake_score"], "grad_norm": norm}
+
+  def generate() -> dict[str, Any]:
+    loss = peer.generator_loss(generator, fake, teacher, SIGMAS, STOP, draws)
+    norm = peer.update(loss, optimizer)
+    return {"generator": loss.item(), "loss": loss.item(), "grad_norm": norm}
+
+  return fake_score if name == "fake_score" else generate
+
+
+if __name__ == "__main__":
+  main()

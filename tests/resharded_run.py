@@ -1,0 +1,36 @@
+"""Trains both stages on one mesh and, with a checkpoint between, on several in turn.
+
+`python tests/resharded_run.py DEVICES STEPS OUT DATA,FSDP,TENSOR ...`: STEPS steps on each mesh,
+and as many in all on the first one.
+"""
+
+import sys
+
+import numpy as np
+from sharded_run import advance, on, stages, values
+
+from rtdmd_jax.checkpoint import Checkpoints
+
+
+def main():
+  steps, out, meshes = int(sys.argv[2]), sys.argv[3], sys.argv[4:]
+  ends = {}
+  for stage in ("stage1", "stage2"):
+    with on(meshes[0]):
+      state, programs = stages()
+      for number in range(steps * len(meshes)):
+        state, _ = advance(programs[stage], state, number)
+      ends |= {f"whole/{stage}/{role}": values(state, role) for role in ("generator", "fake_score")}
+    for place, mesh in enumerate(meshes):
+      with on(mesh), Checkpoints(f"{out}/{stage}") as saved:
+        state, programs = stages()
+        if place:
+          state, _ = saved.restore(state)
+        for number in range(place * steps, (place + 1) * steps):
+          state, _ = advance(programs[stage], state, number)
+        saved.save((place + 1) * steps, state, {})
+    ends |= {f"parts/{stage}/{role}": values(state, role) for role in ("generator", "fake_score")}
+  np.savez(f"{out}/ends.npz", **ends)
+
+
+main()
