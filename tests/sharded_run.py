@@ -39,10 +39,10 @@ def setup():
   """Everything a step reads, on the current mesh; the same values on every mesh."""
   transformer = build_transformer(MODEL)
   base = jax.tree.map(np.asarray, transformer.init(jax.random.key(0)))
-  # The last layer starts at zero, where nothing could differ.
+  # Gates and the last layer start at zero, where no adapter would get a gradient.
   rng = np.random.default_rng(0)
-  base["proj_out"]["kernel"] = rng.normal(size=base["proj_out"]["kernel"].shape, scale=0.1).astype(
-    np.float32
+  base = jax.tree.map(
+    lambda a: a if a.any() else rng.normal(size=a.shape, scale=0.1).astype(np.float32), base
   )
 
   def make(key):
