@@ -1,7 +1,7 @@
 """From a configuration to networks, parameters, rewards and prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from rtdmd_jax.data import PromptCache
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.hosts import together
 from rtdmd_jax.models import Transformer, build_transformer
 from rtdmd_jax.models.lora import build_adapters
 from rtdmd_jax.models.vae import decode_images
@@ -64,8 +65,17 @@ def build(config: Any) -> Setup:
   """Loads everything that `config` names.
 
   Raises:
-    UserError: a missing or broken file, or values that do not fit together.
+    UserError: a missing or broken file, or values that do not fit together; of several processes,
+      in all of them.
   """
+  with together():
+    setup = _load(config)
+  unconditional = jax.tree.map(jnp.asarray, setup.pipeline.encode([""]))
+  return replace(setup, unconditional=unconditional)
+
+
+def _load(config: Any) -> Setup:
+  """Everything but the encoding of the empty prompt, which takes all processes."""
   # What fails fast comes first.
   prompts = load_prompts(config.data.prompts, split="train", metadata=True)
   held_out = load_prompts(config.data.held_out, split="test", metadata=True)
@@ -112,7 +122,7 @@ def build(config: Any) -> Setup:
     scoring,
     make(host, options=options) if host else None,
     PromptCache(_encoder(pipeline, models)),
-    jax.tree.map(jnp.asarray, pipeline.encode([""])),
+    None,
     prompts,
     held_out,
     {name: models[name].score for name in models if name not in weights},

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from rtdmd_jax.prompts import Prompt, prompt_batch
-from rtdmd_jax.sharding import replicate
+from rtdmd_jax.sharding import fetch, replicate
 from rtdmd_jax.stage1 import Batch
 from rtdmd_jax.state import Conditioning
 
@@ -31,7 +31,7 @@ class PromptCache:
       part = new[start : start + self._chunk]
       # A constant size, so that the encoders are compiled once.
       padded = part + [part[-1]] * (self._chunk - len(part))
-      tree = jax.device_get(self._encode(padded))
+      tree = fetch(self._encode(padded))
       for i, prompt in enumerate(part):
         self._rows[prompt] = jax.tree.map(lambda a, i=i: a[i], tree)
     return jax.tree.map(lambda *rows: np.stack(rows), *(self._rows[p] for p in prompts))

@@ -7,6 +7,7 @@ from rtdmd_jax.errors import UserError
 
 COORDINATOR, PROCESSES, PROCESS = "RTDMD_COORDINATOR", "RTDMD_PROCESSES", "RTDMD_PROCESS"
 AUTO = "auto"
+_PATIENCE = 60
 
 
 def arguments(environment: Mapping[str, str]) -> dict[str, str | int] | None:
@@ -47,12 +48,23 @@ def initialize() -> None:
   import jax
 
   try:
-    jax.distributed.initialize(**found)
+    # A process that ends alone, by an error of its own, ends the others after this time.
+    jax.distributed.initialize(**found, shutdown_timeout_seconds=_PATIENCE)
   except (ValueError, RuntimeError) as error:
     raise UserError(
       f"{COORDINATOR} is {os.environ[COORDINATOR]}, but the processes cannot be joined:"
       f" {str(error).splitlines()[0]}"
     ) from error
+
+
+def check_alone() -> None:
+  """For what one process does by itself.
+
+  Raises:
+    UserError: the environment asks for several.
+  """
+  if arguments(os.environ) is not None:
+    raise UserError(f"{COORDINATOR} is set, but pretraining runs in one process; unset it.")
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

@@ -15,10 +15,12 @@ from rtdmd_jax import sampling
 from rtdmd_jax.algo.subgrpo import sample_noise
 from rtdmd_jax.algo.transitions import add_noise, x0_from_v
 from rtdmd_jax.build import Setup
+from rtdmd_jax.hosts import is_main
 from rtdmd_jax.models.lora import fold_scale
 from rtdmd_jax.prompts import Prompt
+from rtdmd_jax.rewards.spread import score_shared
 from rtdmd_jax.roles import role_variables, role_velocity
-from rtdmd_jax.sharding import replicate
+from rtdmd_jax.sharding import fetch, replicate
 from rtdmd_jax.stage1 import fake_score_velocity
 from rtdmd_jax.state import Conditioning
 
@@ -94,13 +96,13 @@ class Evaluator:
     return self._draw(self._programs[key], (system.adapters, fake_score), prompts)
 
   def _draw(self, program: Callable, adapters: Tree, prompts: Sequence[Prompt]) -> np.ndarray:
-    chunk = self._config.eval.chunk
+    chunk = min(self._config.eval.chunk, len(prompts))
     parts = []
     for start in range(0, len(prompts), chunk):
       index = np.minimum(np.arange(start, start + chunk), len(prompts) - 1).astype(np.uint32)
       encoded = self._setup.cache([prompts[i].text for i in index])["conditioning"]
       inputs = replicate((encoded, index))
-      parts.append(jax.device_get(program(self._setup.frozen, adapters, *inputs)))
+      parts.append(fetch(program(self._setup.frozen, adapters, *inputs)))
     return np.concatenate(parts)[: len(prompts)]
 
   def _program(self, system: System) -> Callable:
@@ -113,6 +115,8 @@ class Evaluator:
     setup = self._setup
     embedded = setup.roles.embedded_guidance
     guided = system.guidance > 1.0 and not embedded
+    # A program may not hold arrays of several processes.
+    unconditional = fetch(setup.unconditional) if guided else None
 
     def run(frozen, adapters, conditioning: Conditioning, index: jax.Array) -> jax.Array:
       adapters, fake_score = adapters if predict else (adapters, None)
@@ -121,7 +125,7 @@ class Evaluator:
         setup.roles.apply,
         variables,
         conditioning,
-        unconditional=setup.unconditional if guided else None,
+        unconditional=unconditional,
         guidance=system.guidance,
         embedded_guidance=embedded,
       )
@@ -151,12 +155,11 @@ class Evaluator:
       for start in range(0, len(prompts), chunk):
         index = np.minimum(np.arange(start, start + chunk), len(prompts) - 1)
         inputs = replicate((images[index], features[index]))
-        parts.append(jax.device_get(program(setup.frozen.rewards[name], *inputs)))
+        parts.append(fetch(program(setup.frozen.rewards[name], *inputs)))
       result[name] = np.concatenate(parts)[: len(prompts)]
     for host in (setup.host_rewards, setup.watched_host):
       if host is not None:
-        scored = host(images, texts, [p.record for p in prompts])
-        result |= {name: scored[name] for name in host.weights}
+        result |= score_shared(host, images, prompts)
     return result
 
   def compare(self, systems: Sequence[System], prompts: Sequence[Prompt], workdir: Path) -> dict:
@@ -165,14 +168,19 @@ class Evaluator:
     for system in systems:
       images = self.images(system, prompts)
       rows.append(row(system, self.scores(images, prompts), prompts))
-      directory = workdir / "evaluation" / system.name
-      directory.mkdir(parents=True, exist_ok=True)
-      for i in range(min(self._config.eval.preview, len(prompts))):
-        Image.fromarray(images[i]).save(directory / f"{i}.png")
+      if is_main():
+        _save_images(images[: self._config.eval.preview], workdir / "evaluation" / system.name)
     shown = [p.text for p in prompts[: self._config.eval.preview]]
     table = {"systems": rows, "prompts": shown}
-    (workdir / "evaluation.json").write_text(json.dumps(table, indent=2))
+    if is_main():
+      (workdir / "evaluation.json").write_text(json.dumps(table, indent=2))
     return table
+
+
+def _save_images(images: np.ndarray, directory: Path) -> None:
+  directory.mkdir(parents=True, exist_ok=True)
+  for i, image in enumerate(images):
+    Image.fromarray(image).save(directory / f"{i}.png")
 
 
 def _of_bytes(score: Callable) -> Callable:

@@ -20,9 +20,11 @@ from absl import flags
 from rtdmd_jax import cli
 from rtdmd_jax.build import Setup
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.hosts import is_main
 from rtdmd_jax.model_card import Run, find_run, read_scores, write_card
 from rtdmd_jax.models import Transformer, build_transformer
 from rtdmd_jax.models.lora import equal_ranks, fold_scale, merge, stack_adapters
+from rtdmd_jax.sharding import fetch
 from rtdmd_jax.state import TrainState
 from rtdmd_jax.weights.adapters import Lora, load_adapters
 from rtdmd_jax.weights.native import save_native
@@ -38,7 +40,8 @@ COMFYUI_NAME = "comfyui_lora.safetensors"
 def export_adapters(config: Any, setup: Setup, state: TrainState, directory: Path) -> None:
   """Writes `generator/` (the moving average) and `fake_score/`, earlier stages included.
 
-  The generator gets a model card with the scores of `evaluation.json` above the directory.
+  The generator gets a model card with the scores of `evaluation.json` above the directory. All
+  processes of a run call this, and one writes.
   """
   table = setup.pipeline.transformer.table
   for name, frozen, trained in (
@@ -46,11 +49,16 @@ def export_adapters(config: Any, setup: Setup, state: TrainState, directory: Pat
     ("fake_score", setup.frozen.fake_score, state.fake_score),
   ):
     adapters, rank = equal_ranks(stack_adapters(frozen, fold_scale(trained, config.lora.alpha)))
+    adapters = fetch(adapters)
+    if not is_main():
+      continue
     # Full names: in FLUX.2 the suffix `attn.to_out` also names a list of two modules in the double
     # blocks, which PEFT refuses; and an earlier stage may have adapted more layers.
     targets = sorted(adapter_layers(adapters, table))
     # The scale is in b, so alpha equals the rank.
     save_peft(directory / name, adapters, table, rank=rank, alpha=float(rank), targets=targets)
+  if not is_main():
+    return
   base = config.model.generator_init or config.model.pretrained
   run = Run(json.loads(config.to_json_best_effort()), read_scores(directory.parent))
   write_card(directory / "generator", "peft", setup.pipeline.transformer, base, run)

@@ -23,12 +23,13 @@ def main(call: cli.Invocation) -> None:
     return
   if call.workdir is None:
     raise UserError(f"--workdir is required: {call.flags['workdir'].help}")
-  distributed.initialize()
   if call.config.get("stage") == "pretrain":
+    distributed.check_alone()
     from rtdmd_jax.pretrain.run import run
 
     print(f"pipeline: {run(call.config, call.workdir)}")
   else:
+    distributed.initialize()
     from rtdmd_jax.train import train
 
     train(call.config, call.workdir, allow_config_change=call.flags.allow_config_change)

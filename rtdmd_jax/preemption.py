@@ -46,6 +46,16 @@ class Preemption:
     """Whether a signal has come."""
     return self._signal is not None
 
+  @property
+  def number(self) -> int:
+    """That of the signal, 0 before one comes."""
+    return 0 if self._signal is None else int(self._signal)
+
+  def share(self, number: int) -> None:
+    """Takes over the signal, if any, that another process of the run got."""
+    if number and self._signal is None:
+      self._signal = signal.Signals(number)
+
   @contextmanager
   def deferred(self) -> Iterator[None]:
     """Inside, a signal only sets `requested`; leaving normally then raises `Stopped`."""

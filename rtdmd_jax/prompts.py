@@ -113,20 +113,6 @@ def prompt_batch(
   return np.repeat(prompts, repeats), samples.astype(np.uint32)
 
 
-def host_slice(count: int, process_index: int, process_count: int) -> slice:
-  """The part of a global batch of `count` samples that one host feeds.
-
-  Raises:
-    ValueError: `count` is not divisible by the number of hosts, or there is no such host.
-  """
-  if count % process_count:
-    raise ValueError(f"a global batch of {count} does not divide among {process_count} hosts")
-  if not 0 <= process_index < process_count:
-    raise ValueError(f"process_index {process_index} is not below {process_count}")
-  share = count // process_count
-  return slice(process_index * share, (process_index + 1) * share)
-
-
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
   # RandomState, because its stream is frozen: a newer numpy must not reorder a resumed run.

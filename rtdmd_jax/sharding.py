@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from rtdmd_jax.errors import UserError
 
@@ -115,23 +115,74 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
   )
 
 
+def put(tree: Tree, sharding: Any) -> Tree:
+  """`jax.device_put(tree, sharding)` for meshes over several processes too.
+
+  There each process takes its own parts of the arrays it has on the host, which must be equal in
+  all of them; unlike in `jax.device_put` nothing is sent to compare them.
+
+  Args:
+    tree: of arrays.
+    sharding: one for all leaves, a tree of them, or None for jax's default device.
+  """
+  first = next(iter(jax.tree.leaves(sharding)), None)
+  if first is None or first.is_fully_addressable:
+    return jax.device_put(tree, sharding)
+  if isinstance(sharding, Sharding):
+    return jax.tree.map(lambda leaf: _put_parts(leaf, sharding), tree)
+  return jax.tree.map(_put_parts, tree, sharding)
+
+
+def _put_parts(leaf: Any, sharding: Sharding) -> jax.Array:
+  if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    return jax.device_put(leaf, sharding)
+  array = np.asarray(leaf)
+  array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+  return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def fetch(tree: Tree) -> Tree:
+  """The whole arrays, as numpy; of arrays over several processes all must ask for them."""
+
+  def whole(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      return leaf if leaf.is_fully_replicated else replicate(leaf)
+    return leaf
+
+  return jax.device_get(jax.tree.map(whole, tree))
+
+
+def held_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+  """Indices [n], ascending, and values [n, ...] of the rows that this process holds.
+
+  `array` is split along its first axis at most. Of several processes that hold a row, one gets it.
+  """
+  parts = {}
+  for shard in array.addressable_shards:
+    if shard.replica_id == 0:
+      parts[shard.index[0].indices(len(array))[0]] = jax.device_get(shard.data)
+  rows = [np.arange(start, start + len(parts[start])) for start in sorted(parts)]
+  if not rows:
+    return np.zeros(0, int), np.zeros((0, *array.shape[1:]), array.dtype)
+  return np.concatenate(rows), np.concatenate([parts[start] for start in sorted(parts)])
+
+
 def place(tree: Tree) -> Tree:
   """Puts every array where the table says on the current mesh, or on jax's default device."""
   mesh = current()
-  return jax.device_put(tree, None if mesh is None else shardings(tree, mesh))
+  return put(tree, None if mesh is None else shardings(tree, mesh))
 
 
 def replicate(tree: Tree) -> Tree:
   """Puts every array on all devices of the current mesh, or on jax's default device."""
   mesh = current()
-  return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+  return put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
 def split_batch(tree: Tree) -> Tree:
   """Splits the first axis of every array over the batch's axes of the current mesh."""
   mesh = current()
-  sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-  return jax.device_put(tree, sharding)
+  return put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
 
 
 def pin(tree: Tree) -> Tree:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from rtdmd_jax.errors import EXIT_NUMBERS, Stopped
+from rtdmd_jax.sharding import fetch
 from rtdmd_jax.state import TrainState
 
 _SHOWN = 5
@@ -56,7 +57,7 @@ class Skips:
     return {f"{network}/skipped_total": float(n) for network, n in self._totals.items()}
 
   def _explain(self, step: int, network: str, metrics: dict[str, jax.Array]) -> str:
-    finite = jax.device_get(metrics[f"{network}/finite"])
+    finite = fetch(metrics[f"{network}/finite"])
     names = [name for name, fine in zip(self._names[network], finite, strict=True) if not fine]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     others = [

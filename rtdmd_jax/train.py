@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from rtdmd_jax import evaluation, sharding, stage1, stage2
+from rtdmd_jax import evaluation, hosts, sharding, stage1, stage2
 from rtdmd_jax.build import (
   Setup,
   build,
@@ -46,6 +46,7 @@ from rtdmd_jax.resume import (
   store_config,
   versions,
 )
+from rtdmd_jax.rewards.spread import score_held
 from rtdmd_jax.sharding import make_mesh, pin, replicate
 from rtdmd_jax.skips import Skips, scalars
 from rtdmd_jax.stage1 import Batch, Metrics
@@ -204,10 +205,7 @@ def stage2_step(config: Any, setup: Setup, optimizers: Optimizers) -> StepFn:
     state, metrics = programs["fake_score"](state, setup.frozen, batch, samples)
     rewards = dict(samples.rewards)
     if setup.host_rewards is not None:
-      images = jax.device_get(samples.images)
-      scores = setup.host_rewards(images, [p.text for p in prompts], [p.record for p in prompts])
-      host = {name: scores[name] for name in setup.host_rewards.weights}
-      rewards |= replicate(host)
+      rewards |= replicate(score_held(setup.host_rewards, samples.images, prompts))
     state, more = programs["policy"](state, setup.frozen, batch, samples, rewards)
     return programs["finish"](state), metrics | more
 
@@ -230,30 +228,30 @@ def train(config: Any, workdir: Path, *, allow_config_change: bool = False) -> N
     UserError: a bad configuration, a missing or broken file, or a workdir of another run.
     Stopped: a signal came, or too many updates in a row were not finite.
   """
-  if jax.process_count() > 1:
-    raise UserError(
-      f"training in {jax.process_count()} processes is not there yet: each would write the same"
-      " checkpoints and metrics; use the devices of one process."
-    )
-  with jax.set_mesh(make_mesh(**config.mesh)), Preemption(config.train.grace_seconds) as stop:
-    _train(config, workdir, stop, allow_config_change)
+  with hosts.quiet():
+    settings = json.loads(config.to_json_best_effort())
+    hosts.agree({"config": settings, "versions": versions(), "code": hosts.code_digest()})
+    with jax.set_mesh(make_mesh(**config.mesh)), Preemption(config.train.grace_seconds) as stop:
+      _train(config, settings, workdir, stop, allow_config_change)
+      hosts.gather(None)  # process 0 has written everything
 
 
-def _train(config: Any, workdir: Path, stop: Preemption, allow: bool) -> None:
+def _train(config: Any, settings: dict, workdir: Path, stop: Preemption, allow: bool) -> None:
   if config.stage not in STAGES:
     raise UserError(f"stage is {config.stage!r}; use one of {', '.join(STAGES)} or pretrain.")
   check_limits(config)
   if config.log.wandb:
     import_wandb()
   workdir.mkdir(parents=True, exist_ok=True)
-  settings = json.loads(config.to_json_best_effort())
   keep, keep_every = config.train.keep, config.train.keep_every or None
   with Checkpoints(workdir / "checkpoints", keep=keep, keep_every=keep_every) as saved:
     if saved.latest_step is not None:
       _check_settings(saved, workdir, settings, allow)
     setup = build(config)
-    store_config(workdir / "config.json", settings)
-    (workdir / "versions.json").write_text(json.dumps(versions(), indent=2))
+    if hosts.is_main():
+      store_config(workdir / "config.json", settings)
+      (workdir / "versions.json").write_text(json.dumps(versions(), indent=2))
+    _agree_on_files(setup, saved, workdir)
     optimizers = Optimizers(
       *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
     )
@@ -267,7 +265,19 @@ def _train(config: Any, workdir: Path, stop: Preemption, allow: bool) -> None:
     state = _loop(config, setup, evaluator, step_fn, state, saved, record, stop, workdir)
   _final_evaluation(config, setup, evaluator, state, workdir)
   export_adapters(config, setup, state, workdir / "export")
-  print(f"report: {write_report(workdir)}")
+  if hosts.is_main():
+    print(f"report: {write_report(workdir)}")
+
+
+def _agree_on_files(setup: Setup, saved: Checkpoints, workdir: Path) -> None:
+  """Stops processes with other prompts, or with a workdir of their own."""
+  prompts = {"data.prompts": setup.prompts, "data.held_out": setup.held_out}
+  hosts.agree(
+    {name: hosts.digest([p.record for p in values]) for name, values in prompts.items()}
+    | {"newest checkpoint": saved.latest_step}
+  )
+  file = workdir / "config.json"
+  hosts.agree({str(file): hosts.file_digest(file)})
 
 
 def _check_settings(saved: Checkpoints, workdir: Path, settings: dict, allow: bool) -> None:
@@ -329,12 +339,9 @@ def _loop(
   workdir: Path,
 ) -> TrainState:
   start, last = int(state.step), config.train.steps
-  mirror = None
-  if config.log.wandb:
-    mirror = WandbRun(workdir, project=config.log.wandb_project, config=record["config"])
-  writer = MetricWriter(workdir, resume_step=start if start else -1, mirror=mirror)
+  writer = _writer(config, start, record, workdir)
   samples, logged = config.batch.prompts * config.batch.repeats, start
-  skips = Skips(config.train.max_skipped, state)
+  skips, agreed = Skips(config.train.max_skipped, state), hosts.Agreement()
   with writer, Progress(last, start_step=start) as progress:
     for name in ("config", "versions"):
       writer.text(start, name, markdown(dict(flatten(record[name]))))
@@ -361,15 +368,26 @@ def _loop(
           writer.scalars(done, values)
           progress.update(done, (done - logged) * samples, values)
           logged = done
-        if done % config.eval.every == 0 and not stop.requested:
+        leaving = agreed(stop.number)
+        if done % config.eval.every == 0 and not leaving:
           _evaluate(config, setup, evaluator, state, done, writer, workdir)
-        leaving = stop.requested
+          leaving = agreed(stop.number)
         if leaving or done % config.train.save_every == 0 or done == last:
           saved.save(done, state, record)
         if leaving:
           saved.wait()
+          stop.share(leaving)
           stop.stop(f"checkpoint {done} is saved; the same command goes on from it")
+      stop.share(max(hosts.gather(stop.number)))
   return state
+
+
+def _writer(config: Any, start: int, record: dict[str, Any], workdir: Path) -> MetricWriter:
+  """Where the main process writes metrics; nothing in the other ones."""
+  mirror = None
+  if config.log.wandb and hosts.is_main():
+    mirror = WandbRun(workdir, project=config.log.wandb_project, config=record["config"])
+  return MetricWriter(workdir, resume_step=start or -1, active=hosts.is_main(), mirror=mirror)
 
 
 def _evaluate(
@@ -388,13 +406,15 @@ def _evaluate(
   images, groups = np.split(evaluator.images(system, prompts + several), [len(prompts)])
   groups = groups.reshape(-1, DIVERSE_IMAGES, *groups.shape[1:])
   values = {f"eval/{name}": v for name, v in evaluator.scores(images, prompts).items()}
+  picture = _preview(config, setup, evaluator, state, system, images, prompts)
+  if not hosts.is_main():
+    return
   values |= image_values(images, groups)
   writer.scalars(step, {name: _mean(v) for name, v in values.items()})
   trained = [name for name, reward in config.rewards.items() if reward.weight]
   if warning := Monitor(workdir / "monitor.json", trained).look(step, values):
     print(warning)
     writer.warning(step, warning)
-  picture = _preview(config, setup, evaluator, state, system, images, prompts)
   (workdir / "previews").mkdir(exist_ok=True)
   save_png(workdir / f"previews/step_{step:06d}.png", picture)
   writer.image(step, "preview", np.asarray(picture))

@@ -1,6 +1,7 @@
 """Runs both stages of a small SD3 on a mesh; a script, because the devices are set at start.
 
-`python tests/sharded_run.py DEVICES STEPS OUT DATA,FSDP,TENSOR ...`; without a mesh, one device.
+`python tests/sharded_run.py DEVICES STEPS OUT DATA,FSDP,TENSOR ...`; 1,1,1 is one device without a
+mesh. DEVICES are those of a process; the environment may join several, of which 0 writes.
 """
 
 import os
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax import sharding
+from rtdmd_jax import distributed, hosts, sharding
 from rtdmd_jax import stage1 as s1
 from rtdmd_jax import stage2 as s2
 from rtdmd_jax.algo.schedules import sd3_sigmas
@@ -38,10 +39,10 @@ def setup():
   """Everything a step reads, on the current mesh; the same values on every mesh."""
   transformer = build_transformer(MODEL)
   base = jax.tree.map(np.asarray, transformer.init(jax.random.key(0)))
-  # The last layer starts at zero, where nothing could differ.
+  # Gates and the last layer start at zero, where no adapter would get a gradient.
   rng = np.random.default_rng(0)
-  base["proj_out"]["kernel"] = rng.normal(size=base["proj_out"]["kernel"].shape, scale=0.1).astype(
-    np.float32
+  base = jax.tree.map(
+    lambda a: a if a.any() else rng.normal(size=a.shape, scale=0.1).astype(np.float32), base
   )
 
   def make(key):
@@ -68,7 +69,9 @@ def setup():
   )
   sigmas = jnp.append(jnp.asarray(sd3_sigmas([1000, 750, 500, 250], shift=3.0)), 0.0)
   roles = s1.Roles(transformer.apply, "base", "base", "base", 2.0, sigmas, SHAPE)
-  frozen = Frozen({"base": sharding.place(base)}, {}, {}, {}, {"bright": jnp.float32(0.5)})
+  frozen = Frozen(
+    {"base": sharding.place(base)}, {}, {}, {}, sharding.replicate({"bright": np.float32(0.5)})
+  )
   return roles, frozen, jax.jit(initial)(), sharding.replicate(batch), optimizer
 
 
@@ -88,13 +91,13 @@ def stages():
   policy = s2.PolicyConfig(micro_batches=2)
   more = common | {"policy": policy}
 
-  def fake1(state, key):
+  def fake1(state, frozen, batch, key):
     return s1.fake_score_step(state, frozen, batch, key, optimizer=optimizer, **common)
 
-  def generator1(state, key):
+  def generator1(state, frozen, batch, key):
     return s1.generator_step(state, frozen, batch, key, optimizer=optimizer, **common)
 
-  def epoch(state, key):
+  def epoch(state, frozen, batch, key):
     keys = jax.random.split(key, 3)
     samples = s2.rollout(state, frozen, batch, keys[0], scoring=scoring(), **more)
     state, a = s2.fake_score_step(
@@ -107,11 +110,13 @@ def stages():
     return state, a | b
 
   def pinned(step):
-    def wrapped(state, key):
-      state, metrics = step(state, key)
+    def wrapped(state, frozen, batch, key):
+      state, metrics = step(state, frozen, batch, key)
       return sharding.pin(state), metrics
 
-    return jax.jit(wrapped)
+    program = jax.jit(wrapped)
+    # Arrays of several processes are arguments; a program may not hold them.
+    return lambda state, key: program(state, frozen, batch, key)
 
   return first, {"stage1": [pinned(fake1), pinned(generator1)], "stage2": [pinned(epoch)]}
 
@@ -128,7 +133,7 @@ def advance(programs, state, number):
 
 def values(state, role):
   """All adapters of a role in one array."""
-  return np.concatenate([np.asarray(a).ravel() for a in jax.tree.leaves(getattr(state, role))])
+  return np.concatenate([a.ravel() for a in jax.tree.leaves(sharding.fetch(getattr(state, role)))])
 
 
 def run(steps):
@@ -159,6 +164,9 @@ def on(mesh):
 
 
 if __name__ == "__main__":
+  distributed.initialize()
   for mesh in sys.argv[4:]:
     with on(mesh):
-      np.savez(f"{sys.argv[3]}/{mesh}.npz", **run(int(sys.argv[2])))
+      out = run(int(sys.argv[2]))
+    if hosts.is_main():
+      np.savez(f"{sys.argv[3]}/{mesh}.npz", **out)

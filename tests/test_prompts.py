@@ -3,9 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from rtdmd_jax import prompts
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.prompts import Prompt, host_slice, load_prompts, prompt_batch
+from rtdmd_jax.prompts import Prompt, load_prompts, prompt_batch
 
 GENEVAL = {
   "tag": "position",
@@ -124,29 +123,6 @@ def test_repeats_and_sample_indices():
     seen += samples.tolist()
   assert seen == list(range(48))
   assert prompt_batch(1, 2**31, 6, 3, 4)[1][0] == (2**31 * 12) % 2**32
-
-
-@pytest.mark.parametrize("hosts", [1, 2, 4])
-@pytest.mark.parametrize("step", [0, 5, 40])
-def test_hosts_share_the_batch(hosts, step):
-  """Each host draws the batch for itself and takes its part; together they are one host's."""
-  whole = prompt_batch(3, step, 100, 8, 3)
-  parts = []
-  for index in range(hosts):
-    prompts._permutation.cache_clear()  # as another process
-    parts.append([a[host_slice(24, index, hosts)] for a in prompt_batch(3, step, 100, 8, 3)])
-  for one, several in zip(whole, zip(*parts, strict=True), strict=True):
-    np.testing.assert_array_equal(np.concatenate(several), one)
-  other_seed, other_step = prompt_batch(4, step, 100, 8, 3), prompt_batch(3, step + 1, 100, 8, 3)
-  assert not np.array_equal(other_seed[0], whole[0])
-  assert not np.array_equal(other_step[0], whole[0])
-
-
-def test_a_host_that_does_not_exist():
-  with pytest.raises(ValueError, match="does not divide among 5 hosts"):
-    host_slice(24, 0, 5)
-  with pytest.raises(ValueError, match="process_index 4"):
-    host_slice(24, 4, 4)
 
 
 def test_bad_counts():

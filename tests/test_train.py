@@ -82,12 +82,6 @@ def test_a_checkpoint_with_a_misshaped_tensor(tmp_path, pipeline, capsys):
   _expect(capsys, code, "proj_out.bias", "shape")
 
 
-def test_several_processes_are_refused(tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(jax, "process_count", lambda: 2)
-  _expect(capsys, _run(tmp_path / "run"), "2 processes", "one process")
-  assert not (tmp_path / "run").exists()
-
-
 def test_micro_batches_that_do_not_divide(tmp_path, capsys):
   code = _run(tmp_path, *SMALL, "--config.batch.micro_batches=3")
   _expect(capsys, code, "micro_batches", "4")

@@ -133,7 +133,7 @@ def _build(
   for entry, leaf, place in zip(entries, leaves, shardings, strict=True):
     array = _read_leaf(entry, leaf, tensors, _leaf_dtype(leaf.dtype, dtype))
     # A transfer that is still under way would keep its leaf in host memory.
-    loaded.append(jax.block_until_ready(jax.device_put(array, place)))
+    loaded.append(jax.block_until_ready(sharding_table.put(array, place)))
   return treedef.unflatten(loaded)
 
 
