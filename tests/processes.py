@@ -12,19 +12,23 @@ ROOT = Path(__file__).parents[1]
 def start(commands, folder, devices):
   """Python processes with these arguments and so many simulated devices each.
 
-  Their compiled programs are kept in `folder`, so that a second start compiles nothing.
+  Their compiled programs are kept, in `folder` if nothing else is said, so that a second start
+  compiles nothing.
   """
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
   joined = {"RTDMD_COORDINATOR": address, "RTDMD_PROCESSES": str(len(commands))}
-  environment = os.environ | {
-    "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-    "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-  }
+  environment = (
+    {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    | os.environ
+    | {
+      "PYTHONPATH": str(ROOT),
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+      "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
+  )
   return [
     subprocess.Popen(
       [sys.executable, *map(str, command)],
