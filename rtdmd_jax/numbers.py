@@ -32,6 +32,7 @@ def checked_jit(function: Callable, *, check: bool, **options: Any) -> Callable:
       raise Stopped(f"train.check_numbers: {found} ({_line(found)})", EXIT_NUMBERS)
     return out
 
+  run.trace = compiled.trace
   return run
 
 

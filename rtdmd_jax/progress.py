@@ -22,33 +22,34 @@ _TRENDS = ("loss/", "reward/")
 
 
 class Rate:
-  """Steps and samples a second, averaged over the recent past."""
+  """Steps, samples and TFLOP a second, averaged over the recent past."""
 
   def __init__(self, start_step: int, window: int = 50):
     """`window` is the number of updates averaged over."""
     self._window = window
-    self._marks: list[tuple[float, int, int]] = []
-    self._samples = 0
+    self._marks: list[tuple[float, int, int, float]] = []
+    self._samples, self._tflop = 0, 0.0
     self._start_step = start_step
 
-  def update(self, now: float, step: int, samples: int) -> None:
-    """Record that `step` finished at `now` (seconds) with `samples` more samples.
+  def update(self, now: float, step: int, samples: int, tflop: float = 0.0) -> None:
+    """Record that `step` finished at `now` (seconds) with so many more samples and TFLOP.
 
     The time before the first update is compilation and counts for nothing.
     """
     if step <= (self._marks[-1][1] if self._marks else self._start_step):
       raise ValueError(f"step {step} does not follow the last one")
     self._samples += samples
-    self._marks.append((now, step, self._samples))
+    self._tflop += tflop
+    self._marks.append((now, step, self._samples, self._tflop))
     del self._marks[: -self._window - 1]
 
-  def per_second(self) -> tuple[float, float] | None:
-    """Steps and samples a second; None before the second update."""
+  def per_second(self) -> tuple[float, float, float] | None:
+    """Steps, samples and TFLOP a second; None before the second update."""
     if len(self._marks) < 2:
       return None
-    (t0, step0, samples0), (t1, step1, samples1) = self._marks[0], self._marks[-1]
-    seconds = max(t1 - t0, 1e-9)
-    return (step1 - step0) / seconds, (samples1 - samples0) / seconds
+    first, last = self._marks[0], self._marks[-1]
+    seconds = max(last[0] - first[0], 1e-9)
+    return tuple((b - a) / seconds for a, b in zip(first[1:], last[1:], strict=True))
 
 
 class Trend:
@@ -89,11 +90,25 @@ class Progress:
     *,
     start_step: int = 0,
     unit: str = "images",
+    peak_tflops: float | None = None,
+    recomputes: bool = False,
     every_seconds: float = 30.0,
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
   ):
-    """Count from `start_step` to `total_steps`, in samples called `unit`; `clock` is in seconds."""
+    """Count from `start_step` to `total_steps`.
+
+    Args:
+      total_steps: last step.
+      start_step: step before the first one.
+      unit: what samples are called.
+      peak_tflops: what the devices could do in a second, for the share of it that is used.
+      recomputes: that share includes rematerialisation: hardware, not model FLOPs utilization.
+      every_seconds: between plain lines.
+      stream: where to show, stdout by default.
+      clock: in seconds.
+    """
+    self._peak, self._share = peak_tflops, "HFU" if recomputes else "MFU"
     self._total, self._unit, self._every, self._clock = total_steps, unit, every_seconds, clock
     self._stream = stream or sys.stdout
     self._rate = Rate(start_step)
@@ -120,16 +135,19 @@ class Progress:
     if self._live:
       self._live.stop()
 
-  def update(self, step: int, samples: int, metrics: Mapping[str, float]) -> None:
+  def update(
+    self, step: int, samples: int, metrics: Mapping[str, float], tflop: float = 0.0
+  ) -> None:
     """Report a finished step.
 
     Args:
       step: its number, above the one reported before.
       samples: images made or seen since then, over all hosts.
       metrics: current losses, rewards and the like, as Python floats.
+      tflop: computed since then, over all hosts, in 1e12 operations.
     """
     now = self._clock()
-    self._rate.update(now, step, samples)
+    self._rate.update(now, step, samples, tflop)
     rate = self._rate.per_second()
     left = "" if rate is None else f"{format_seconds((self._total - step) / rate[0])} left"
     facts = dict(memory())
@@ -140,7 +158,7 @@ class Progress:
       for name, value in metrics.items()
     }
     if rate is not None:
-      facts = {"steps/s": f"{rate[0]:.3g}", f"{self._unit}/s": f"{rate[1]:.4g}", **facts}
+      facts = self._rates(*rate) | facts
     if self._live:
       self._bar.update(self._task, completed=step, eta=left)
       self._live.update(Group(self._bar, _table(shown, facts)))
@@ -149,6 +167,14 @@ class Progress:
       words = [f"step {step}/{self._total}", *([left] if left else [])]
       words += [f"{name} {value}" for name, value in (shown | facts).items()]
       print(" | ".join(words), file=self._stream, flush=True)
+
+  def _rates(self, steps: float, samples: float, tflop: float) -> dict[str, str]:
+    found = {"steps/s": f"{steps:.3g}", f"{self._unit}/s": f"{samples:.4g}"}
+    if tflop:
+      found["TFLOP/s"] = f"{tflop:.3g}"
+    if tflop and self._peak:
+      found[self._share] = f"{tflop / self._peak:.1%}"
+    return found
 
 
 def memory() -> dict[str, str]:

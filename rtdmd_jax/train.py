@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from PIL import Image
 
 from rtdmd_jax import evaluation, hosts, sharding, stage1, stage2
 from rtdmd_jax.build import (
@@ -27,10 +25,9 @@ from rtdmd_jax.config import flatten
 from rtdmd_jax.data import make_batch
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.export import export_adapters
-from rtdmd_jax.grids import save_png, side_by_side
+from rtdmd_jax.held_out import evaluate, final_evaluation
 from rtdmd_jax.limits import check_limits
 from rtdmd_jax.metrics import MetricWriter, markdown
-from rtdmd_jax.monitors import DIVERSE_IMAGES, DIVERSE_PROMPTS, Monitor, image_values
 from rtdmd_jax.numbers import checked_jit
 from rtdmd_jax.optim import ema_update, make_optimizer
 from rtdmd_jax.preemption import Preemption
@@ -51,6 +48,7 @@ from rtdmd_jax.sharding import make_mesh, pin, replicate
 from rtdmd_jax.skips import Skips, scalars
 from rtdmd_jax.stage1 import Batch, Metrics
 from rtdmd_jax.state import TrainState
+from rtdmd_jax.throughput import Meter, peak_tflops
 from rtdmd_jax.wandb_log import WandbRun, import_wandb
 
 # A resumed run must agree with itself in these sections.
@@ -62,11 +60,10 @@ FIXED = (
   *(f"model.{role}_init" for role in ("generator", "fake_score", "teacher")),
 )
 
-# Width of an image of the preview in pixels, at most.
-_PREVIEW_CELL = 256
-
 # (state, batch, prompts, step) -> (state, metrics); metrics stay on the device.
 StepFn = Callable[[TrainState, Batch, list[Prompt], int], tuple[TrainState, Metrics]]
+# Takes a stage's programs and gives what a step calls in their place.
+Watch = Callable[[dict[str, Callable]], dict[str, Callable]]
 
 
 class Optimizers(NamedTuple):
@@ -143,9 +140,9 @@ def stage1_programs(config: Any, setup: Setup, optimizers: Optimizers) -> dict[s
   }
 
 
-def stage1_step(config: Any, setup: Setup, optimizers: Optimizers) -> StepFn:
+def stage1_step(config: Any, setup: Setup, optimizers: Optimizers, watch: Watch = dict) -> StepFn:
   """A fake-score update every step, a generator update every `fake_update_ratio`-th."""
-  programs = stage1_programs(config, setup, optimizers)
+  programs = watch(stage1_programs(config, setup, optimizers))
 
   def step(state: TrainState, batch: Batch, prompts: list[Prompt], number: int):
     state, metrics = programs["fake_score"](state, setup.frozen, batch)
@@ -196,9 +193,9 @@ def stage2_programs(config: Any, setup: Setup, optimizers: Optimizers) -> dict[s
   }
 
 
-def stage2_step(config: Any, setup: Setup, optimizers: Optimizers) -> StepFn:
+def stage2_step(config: Any, setup: Setup, optimizers: Optimizers, watch: Watch = dict) -> StepFn:
   """Rollout, fake-score update while the host scores, policy update."""
-  programs = stage2_programs(config, setup, optimizers)
+  programs = watch(stage2_programs(config, setup, optimizers))
 
   def step(state: TrainState, batch: Batch, prompts: list[Prompt], number: int):
     samples = programs["rollout"](state, setup.frozen, batch)
@@ -260,10 +257,13 @@ def _train(config: Any, settings: dict, workdir: Path, stop: Preemption, allow: 
     record = {"config": settings, "versions": versions(), "weights": _weights(setup)}
     if saved.latest_step is not None:
       state = _restore(saved, state, record, allow)
-    step_fn = profiled(STAGES[config.stage](config, setup, optimizers), config.train, workdir)
+    # A random stop is uniform over the schedule.
+    meter = Meter(turns=(len(config.dmd.steps) - 1) / 2)
+    step_fn = STAGES[config.stage](config, setup, optimizers, meter.watch)
+    step_fn = profiled(step_fn, config.train, workdir)
     evaluator = evaluation.Evaluator(setup, config)
-    state = _loop(config, setup, evaluator, step_fn, state, saved, record, stop, workdir)
-  _final_evaluation(config, setup, evaluator, state, workdir)
+    state = _loop(config, setup, evaluator, step_fn, meter, state, saved, record, stop, workdir)
+  final_evaluation(config, setup, evaluator, state, workdir)
   export_adapters(config, setup, state, workdir / "export")
   if hosts.is_main():
     print(f"report: {write_report(workdir)}")
@@ -332,6 +332,7 @@ def _loop(
   setup: Setup,
   evaluator: evaluation.Evaluator,
   step_fn: StepFn,
+  meter: Meter,
   state: TrainState,
   saved: Checkpoints,
   record: dict[str, Any],
@@ -342,11 +343,18 @@ def _loop(
   writer = _writer(config, start, record, workdir)
   samples, logged = config.batch.prompts * config.batch.repeats, start
   skips, agreed = Skips(config.train.max_skipped, state), hosts.Agreement()
-  with writer, Progress(last, start_step=start) as progress:
+  counted = 0.0
+  shown = Progress(
+    last,
+    start_step=start,
+    peak_tflops=peak_tflops(),
+    recomputes=config.model.remat != "none",
+  )
+  with writer, shown as progress:
     for name in ("config", "versions"):
       writer.text(start, name, markdown(dict(flatten(record[name]))))
     if start == 0:
-      _evaluate(config, setup, evaluator, state, 0, writer, workdir)
+      evaluate(config, setup, evaluator, state, 0, writer, workdir)
     # A step takes its state's memory over, so between its parts there is nothing to save.
     with stop.deferred():
       for number in range(start, last):
@@ -366,11 +374,11 @@ def _loop(
           skips.look()
           values = scalars(metrics) | skips.totals()
           writer.scalars(done, values)
-          progress.update(done, (done - logged) * samples, values)
-          logged = done
+          progress.update(done, (done - logged) * samples, values, meter.tflop - counted)
+          logged, counted = done, meter.tflop
         leaving = agreed(stop.number)
         if done % config.eval.every == 0 and not leaving:
-          _evaluate(config, setup, evaluator, state, done, writer, workdir)
+          evaluate(config, setup, evaluator, state, done, writer, workdir)
           leaving = agreed(stop.number)
         if leaving or done % config.train.save_every == 0 or done == last:
           saved.save(done, state, record)
@@ -388,85 +396,3 @@ def _writer(config: Any, start: int, record: dict[str, Any], workdir: Path) -> M
   if config.log.wandb and hosts.is_main():
     mirror = WandbRun(workdir, project=config.log.wandb_project, config=record["config"])
   return MetricWriter(workdir, resume_step=start or -1, active=hosts.is_main(), mirror=mirror)
-
-
-def _evaluate(
-  config: Any,
-  setup: Setup,
-  evaluator: evaluation.Evaluator,
-  state: TrainState,
-  step: int,
-  writer: MetricWriter,
-  workdir: Path,
-) -> None:
-  """Scores the averaged generator on a few held-out prompts and writes a preview grid."""
-  prompts = spread(setup.held_out, config.eval.prompts)
-  system = evaluation.generator(setup, config, "generator", state.ema)
-  several = [p for p in prompts[:DIVERSE_PROMPTS] for _ in range(DIVERSE_IMAGES)]
-  images, groups = np.split(evaluator.images(system, prompts + several), [len(prompts)])
-  groups = groups.reshape(-1, DIVERSE_IMAGES, *groups.shape[1:])
-  values = {f"eval/{name}": v for name, v in evaluator.scores(images, prompts).items()}
-  picture = _preview(config, setup, evaluator, state, system, images, prompts)
-  if not hosts.is_main():
-    return
-  values |= image_values(images, groups)
-  writer.scalars(step, {name: _mean(v) for name, v in values.items()})
-  trained = [name for name, reward in config.rewards.items() if reward.weight]
-  if warning := Monitor(workdir / "monitor.json", trained).look(step, values):
-    print(warning)
-    writer.warning(step, warning)
-  (workdir / "previews").mkdir(exist_ok=True)
-  save_png(workdir / f"previews/step_{step:06d}.png", picture)
-  writer.image(step, "preview", np.asarray(picture))
-
-
-def _preview(
-  config: Any,
-  setup: Setup,
-  evaluator: evaluation.Evaluator,
-  state: TrainState,
-  system: evaluation.System,
-  images: np.ndarray,
-  prompts: list[Prompt],
-) -> Image.Image:
-  """The generator's images between the teacher's and what the fake score takes them for."""
-  prompts = prompts[: config.eval.preview]
-  teacher = evaluation.teacher(setup, config)
-  rows = {
-    f"teacher, {teacher.steps} steps": evaluator.teacher_images(teacher, prompts),
-    "generator": images[: len(prompts)],
-    "fake score": evaluator.predictions(system, state.fake_score, prompts),
-  }
-  cell = min(max(images.shape[2], 128), _PREVIEW_CELL)
-  return side_by_side(rows, [p.text for p in prompts], cell=cell)
-
-
-def _mean(values: np.ndarray) -> float:
-  finite = values[np.isfinite(values)]
-  return float(finite.mean()) if len(finite) else float("nan")
-
-
-def spread(prompts: list[Prompt], count: int) -> list[Prompt]:
-  """At most `count` prompts, evenly spread over the list and shuffled the same way every time."""
-  count = min(count, len(prompts))
-  chosen = [prompts[i * len(prompts) // count] for i in range(count)]
-  return [chosen[i] for i in np.random.default_rng(0).permutation(count)]
-
-
-def _final_evaluation(
-  config: Any,
-  setup: Setup,
-  evaluator: evaluation.Evaluator,
-  state: TrainState,
-  workdir: Path,
-) -> None:
-  prompts = spread(setup.held_out, config.eval.final_prompts)
-  start = "cold start" if setup.frozen.generator else "base"
-  systems = [
-    evaluation.teacher(setup, config),
-    evaluation.generator(setup, config, f"{start}, few steps", None),
-    evaluation.generator(setup, config, "result, few steps", state.ema),
-  ]
-  for row in evaluator.compare(systems, prompts, workdir)["systems"]:
-    scores = "  ".join(f"{name} {evaluation.score_text(s)}" for name, s in row["scores"].items())
-    print(f"{row['name']:24s} {row['steps']:3d} steps  guidance {row['guidance']}  {scores}")

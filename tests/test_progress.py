@@ -43,10 +43,27 @@ def test_terminal_shows_bar_metrics_and_time():
 def test_rate_forgets_the_distant_past():
   rate = Rate(0, window=2)
   for now, step in ((0, 1), (100, 2), (101, 3), (102, 5)):
-    rate.update(now, step, 10)
-  assert rate.per_second() == (1.5, 10.0)
+    rate.update(now, step, 10, 0.5)
+  assert rate.per_second() == (1.5, 10.0, 0.5)
   with pytest.raises(ValueError, match="does not follow"):
     rate.update(103, 5, 1)
+
+
+@pytest.mark.parametrize(
+  "options, words",
+  [
+    ({}, "TFLOP/s 1.5 |"),
+    ({"peak_tflops": 6.0}, "TFLOP/s 1.5 | MFU 25.0% |"),
+    ({"peak_tflops": 6.0, "recomputes": True}, "TFLOP/s 1.5 | HFU 25.0% |"),
+  ],
+)
+def test_share_of_the_peak(options, words):
+  stream = io.StringIO()
+  with Progress(2, stream=stream, every_seconds=0, clock=clock([0.0, 2.0]), **options) as shown:
+    shown.update(1, 4, {}, 9.0)
+    shown.update(2, 4, {}, 3.0)
+  first, second = stream.getvalue().splitlines()
+  assert words in second and "TFLOP" not in first
 
 
 def test_trends():

@@ -1,4 +1,4 @@
-"""What one TPU device offers: peak arithmetic, memory and links."""
+"""What one device offers: peak arithmetic, memory and links."""
 
 from typing import NamedTuple
 
@@ -22,13 +22,18 @@ class Chip(NamedTuple):
 _GIB = 2**30
 # By `device_kind`. Rates: the page of each version at cloud.google.com/tpu/docs; the pages give
 # links in both directions together, of which half counts here. Memory: what libtpu 0.0.52 says is
-# available when a program does not fit. A v4 or TPU7x chip is two devices here.
+# available when a program does not fit. A v4 or TPU7x chip is two devices here. GPUs: NVIDIA's data
+# sheets, dense rates; of NVLink, half counts, too.
 CHIPS = {
   "TPU v4": Chip("v4", 275e12 / 2, 15.25 * _GIB, 1200e9 / 2, 300e9 / 2),
   "TPU v5 lite": Chip("v5e", 197e12, 15.75 * _GIB, 819e9, 200e9),
   "TPU v5": Chip("v5p", 459e12, 95.73 * _GIB, 2765e9, 600e9),
   "TPU v6 lite": Chip("v6e", 918e12, 31.24 * _GIB, 1600e9, 400e9),
   "TPU7x": Chip("tpu7x", 2307e12 / 2, 94.74 * _GIB, 7380e9 / 2, 600e9 / 2),
+  "NVIDIA A100-SXM4-40GB": Chip("a100-40", 312e12, 40e9, 1555e9, 300e9),
+  "NVIDIA A100-SXM4-80GB": Chip("a100-80", 312e12, 80e9, 2039e9, 300e9),
+  "NVIDIA H100 80GB HBM3": Chip("h100", 989e12, 80e9, 3350e9, 450e9),
+  "NVIDIA H200": Chip("h200", 989e12, 141e9, 4800e9, 450e9),
 }
 
 

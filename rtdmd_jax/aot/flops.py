@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def count_flops(jaxpr: Any, unknown_turns: int = 1) -> float:
+def count_flops(jaxpr: Any, unknown_turns: float = 1) -> float:
   """Operations of all matrix products and convolutions, a multiplication and an addition each.
 
   Counts the whole program, not one device's share; elementwise work is left out. Of the branches of
