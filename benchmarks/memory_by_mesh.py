@@ -42,7 +42,7 @@ def trees(config):
 
 def main():
   parser = argparse.ArgumentParser()
-  parser.add_argument("--base_storage", choices=STORAGES, default=STORAGES[0])
+  parser.add_argument("--base_storage", choices=STORAGES, default="native")
   overrides = [f"model.base_storage={parser.parse_args().base_storage}"]
   sizes = " | ".join(f"{n} device{'s' * (n > 1)}" for n in DEVICES)
   print(f"| | {sizes} | on one: transformers, training, text encoders, rewards and autoencoder |")
