@@ -21,6 +21,7 @@ from rtdmd_jax.build import (
 )
 from rtdmd_jax.checkpoint import Checkpoints
 from rtdmd_jax.checksum import fingerprint
+from rtdmd_jax.compilation import keep_programs
 from rtdmd_jax.config import flatten
 from rtdmd_jax.data import make_batch
 from rtdmd_jax.errors import UserError
@@ -237,6 +238,7 @@ def _train(config: Any, settings: dict, workdir: Path, stop: Preemption, allow: 
   if config.stage not in STAGES:
     raise UserError(f"stage is {config.stage!r}; use one of {', '.join(STAGES)} or pretrain.")
   check_limits(config)
+  keep_programs(workdir)
   if config.log.wandb:
     import_wandb()
   workdir.mkdir(parents=True, exist_ok=True)
