@@ -20,6 +20,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from rtdmd_jax.models import build_transformer
+from rtdmd_jax.weights.int8 import STORAGES
 from rtdmd_jax.weights.safetensors import load_params, read_config
 
 LIMIT = 1.1
@@ -80,10 +81,10 @@ def memory(field: str) -> int:
   raise KeyError(field)
 
 
-def measure(directory: Path) -> dict:
-  """Loads the checkpoint as bfloat16; all numbers in bytes."""
+def measure(directory: Path, storage: str) -> dict:
+  """Loads the checkpoint as bfloat16, its kernels perhaps as int8; all numbers in bytes."""
   transformer = build_transformer(read_config(directory))
-  abstract = transformer.init_abstract()
+  abstract = transformer.stored(transformer.init_abstract(), storage)
   jax.block_until_ready(jnp.zeros(1))
   Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
   before = memory("VmRSS")
@@ -109,16 +110,18 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--gigabytes", type=float, default=2.0, help="size on disk")
   parser.add_argument("--stored", choices=TYPES, default="bfloat16", help="type on disk")
+  parser.add_argument("--base_storage", choices=STORAGES, default="native")
   parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.load:
-    print(json.dumps(measure(args.load)))
+    print(json.dumps(measure(args.load, args.base_storage)))
     return 0
   dtype = TYPES[args.stored]
   with tempfile.TemporaryDirectory() as name:
     directory = Path(name)
     write(directory, config_of(args.gigabytes, np.dtype(dtype).itemsize), dtype, 500_000_000)
-    command = [sys.executable, __file__, f"--load={directory}"]
+    options = [f"--load={directory}", f"--base_storage={args.base_storage}"]
+    command = [sys.executable, __file__, *options]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
   print(json.dumps(result, indent=2))
   return int(result["ratio_to_largest_leaf"] > LIMIT)

@@ -3,8 +3,10 @@
 Bytes at rest by the sharding table (parameters, adapters with moments and moving average, text
 encoders, autoencoder, rewards on the device) without the temporaries of a step, which
 `python -m rtdmd_jax.aot` measures. Nothing is loaded: shapes are those of published checkpoints.
+With --base_storage=int8 the transformers' kernels take a byte a weight.
 """
 
+import argparse
 from pathlib import Path
 
 import jax
@@ -16,6 +18,7 @@ from rtdmd_jax.build import optimizer_config
 from rtdmd_jax.config import load_config
 from rtdmd_jax.optim import make_optimizer
 from rtdmd_jax.train import Optimizers, initial_state
+from rtdmd_jax.weights.int8 import STORAGES
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEVICES = (1, 4, 8, 16, 64)
@@ -38,11 +41,14 @@ def trees(config):
 
 
 def main():
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--base_storage", choices=STORAGES, default="native")
+  overrides = [f"model.base_storage={parser.parse_args().base_storage}"]
   sizes = " | ".join(f"{n} device{'s' * (n > 1)}" for n in DEVICES)
   print(f"| | {sizes} | on one: transformers, training, text encoders, rewards and autoencoder |")
   print("|---" * (len(DEVICES) + 2) + "|")
   for family in ("sd3", "sd35", "flux1", "flux2", "flux2_9b"):
-    found = trees(load_config(str(CONFIGS / f"{family}_stage2.py")))
+    found = trees(load_config(str(CONFIGS / f"{family}_stage2.py"), overrides))
     cells = []
     for count in DEVICES:
       axes = (AxisType.Auto,) * 3

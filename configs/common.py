@@ -16,6 +16,9 @@ def base() -> config_dict.ConfigDict:
   c.model.teacher_init = ""
   c.model.image_size = 512
   c.model.dtype = "bfloat16"  # of the frozen networks; adapters are always float32
+  # Kernels of the transformers: "native" keeps `dtype`, "int8" one byte a weight and one float32
+  # scale an output channel.
+  c.model.base_storage = "native"
   # What is kept of a block for the backward pass: everything, "dots" (weight products), or, with
   # "full", nothing but its input.
   c.model.remat = "none"

@@ -84,6 +84,7 @@ def _load(config: Any) -> Setup:
     dtype=jnp.dtype(config.model.dtype),
     remat=config.model.remat,
     attention=config.model.attention,
+    base_storage=config.model.base_storage,
   )
   sigmas = pipeline.few_step_sigmas(config.dmd.steps, config.model.image_size)
   bases, keys = _bases(config.model, pipeline)
@@ -151,18 +152,19 @@ def _bases(model: Any, pipeline: Pipeline) -> tuple[dict[str, Tree], dict[str, s
     path = (path / "transformer" if (path / "transformer").is_dir() else path).resolve()
     keys[role] = str(path)
     if keys[role] not in bases:
-      bases[keys[role]] = _base(path, pipeline.transformer, jnp.dtype(model.dtype), role)
+      bases[keys[role]] = _base(path, pipeline.transformer, model, role)
   return bases, keys
 
 
-def _base(path: Path, transformer: Transformer, dtype: Any, role: str) -> Tree:
+def _base(path: Path, transformer: Transformer, model: Any, role: str) -> Tree:
   """A role's own parameters: a diffusers transformer directory, or one file of the same network."""
   if path.is_dir() and build_transformer(read_config(path)).config != transformer.config:
     raise UserError(
       f"model.{role}_init is {path}, whose config.json describes another network than that of"
       " model.pretrained; the roles must be of one architecture."
     )
-  return load_params(path, transformer.init_abstract(), transformer.table, dtype=dtype)
+  shapes = transformer.stored(transformer.init_abstract(), model.base_storage)
+  return load_params(path, shapes, transformer.table, dtype=jnp.dtype(model.dtype))
 
 
 def _differentiable(config: Any, models: dict[str, device.DeviceReward]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.lora import INITS
+from rtdmd_jax.weights.int8 import STORAGES
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -25,6 +26,7 @@ _LEVELS: Rule = (
 _RULES: dict[str, Rule] = {
   "seed": _SEED,
   "model.dtype": (lambda v: _is_float(v), "a floating-point type such as bfloat16 or float32"),
+  "model.base_storage": (lambda v: v in STORAGES, f"one of {', '.join(STORAGES)}"),
   "model.image_size": _COUNT,
   "lora.rank": _COUNT,
   "lora.alpha": _POSITIVE,

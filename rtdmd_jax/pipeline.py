@@ -67,6 +67,7 @@ class Pipeline:
     mesh: Mesh | None = None,
     remat: str = "none",
     attention: str = "auto",
+    base_storage: str = "native",
   ) -> "Pipeline":
     """Loads a directory with `model_index.json`.
 
@@ -76,13 +77,16 @@ class Pipeline:
       mesh: splits every parameter as the sharding table says; the current mesh by default.
       remat: what a backward pass through the transformer recomputes; see `build_transformer`.
       attention: the transformer's attention kernel; see `build_transformer`.
+      base_storage: how the transformer's kernels are kept; a name in `weights.int8.STORAGES`.
 
     Raises:
       UserError: a missing or broken file, or a pipeline class that is not supported.
     """
     if mesh is not None:
       with jax.set_mesh(mesh):
-        return cls.from_pretrained(directory, dtype=dtype, remat=remat, attention=attention)
+        return cls.from_pretrained(
+          directory, dtype=dtype, remat=remat, attention=attention, base_storage=base_storage
+        )
     directory = Path(directory)
     kind = read_config(directory, "model_index.json").get("_class_name")
     if not isinstance(kind, str) or kind not in _FAMILIES:
@@ -100,7 +104,7 @@ class Pipeline:
     )
     params = load_params(
       directory / "transformer",
-      transformer.init_abstract(),
+      transformer.stored(transformer.init_abstract(), base_storage),
       transformer.table,
       dtype=dtype,
     )

@@ -25,7 +25,7 @@ BATCH_AXES = ("data", "fsdp")
 # First match wins. The axes are those of a leaf's last dimensions; leading ones (the stack of
 # blocks, a convolution's window) are never split. The optimizer's moments have the names of what
 # they belong to, so the table covers them too.
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+_OWN: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   # Adapters: the long side of each factor.
   (r"/a$", ("fsdp", None)),
   (r"/b$", (None, "fsdp")),
@@ -42,6 +42,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"/(embedding|pos_embed)$", (None, "fsdp")),
   (r"/(bias|scale|class_embedding)$", (None,)),
 )
+# The scales of an int8 kernel lie along its last axis.
+_SCALES = tuple((p[:-1] + "_scale$", axes[-1:]) for p, axes in _OWN if p.endswith("/kernel$"))
+RULES = (*_OWN, *_SCALES)
 # A leaf without a rule may be repeated up to this many elements.
 SMALL = 2**16
 

@@ -57,7 +57,7 @@ FIXED = (
   *("stage", "seed", "lora", "load", "data", "dmd", "policy", "rewards"),
   # Not batch.micro_batches, model.remat and model.attention, which only save memory.
   *("batch.prompts", "batch.repeats", "train.fake_update_ratio"),
-  *(f"model.{key}" for key in ("pretrained", "image_size", "dtype")),
+  *(f"model.{key}" for key in ("pretrained", "image_size", "dtype", "base_storage")),
   *(f"model.{role}_init" for role in ("generator", "fake_score", "teacher")),
 )
 

@@ -24,7 +24,7 @@ def pipeline():
 
 
 def _model(**inits):
-  overrides = [f"model.{name}={path}" for name, path in inits.items()]
+  overrides = [f"model.{name}={value}" for name, value in inits.items()]
   return load_config(str(CONFIGS / "tiny_stage1.py"), overrides).model
 
 
@@ -55,6 +55,15 @@ def test_a_role_may_have_its_own_base_and_equal_paths_are_loaded_once(pipeline, 
   # The checkpoint is float16, where adding 1 rounds.
   np.testing.assert_allclose(new["bias"], own["bias"] + 1, atol=1e-3)
   np.testing.assert_array_equal(new["kernel"], own["kernel"])
+
+
+def test_a_roles_own_base_is_stored_as_the_config_says(pipeline, other):
+  bases, keys = build._bases(_model(generator_init=other, base_storage="int8"), pipeline)
+  layer = bases[keys["generator"]]["blocks_0"]["attn"]["to_q"]
+  exact = pipeline.params["blocks_0"]["attn"]["to_q"]["kernel"]
+  assert layer["kernel"].dtype == np.int8 and layer["bias"].dtype == exact.dtype
+  scale = np.asarray(layer["kernel_scale"])[:, None]
+  assert (np.abs(layer["kernel"] * scale - exact) <= 0.5001 * scale).all()
 
 
 def test_a_single_file_is_a_base_too(pipeline, other):

@@ -26,6 +26,7 @@ def test_shipped_configurations_pass(name):
     "lora.targets=",
     "model.dtype=int8",
     "model.dtype=float33",
+    "model.base_storage=int4",
     "dmd.steps=250,1000",
     "dmd.steps=",
     "dmd.eta=1.5",

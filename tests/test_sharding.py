@@ -35,6 +35,9 @@ FULL_SIZE = {
     ("time_text_embed/text_embedder/linear_1/kernel", (12, 64), (None, None)),
     ("decoder/conv_in/kernel", (3, 3, 16, 512), (None, None, None, None)),
     ("blocks_0/attn/to_q/bias", (23, 1536), (None, None)),
+    ("blocks_0/attn/to_q/kernel_scale", (23, 1536), (None, "tensor")),
+    ("ff/net_2/kernel_scale", (1536,), ("fsdp",)),
+    ("x_embedder/kernel_scale", (1536,), (None,)),
     ("step", (), ()),
   ],
 )

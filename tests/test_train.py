@@ -107,6 +107,21 @@ def test_a_score_is_shown_as_far_as_it_exists(mean, ci95, text):
 
 
 @pytest.mark.slow
+def test_a_run_over_int8_bases_ends_and_resumes_as_such(tmp_path, capsys):
+  small = [*SMALL, "--config.train.steps=2", "--config.train.fake_update_ratio=1"]
+  int8 = [*small, "--config.model.base_storage=int8"]
+  assert _run(tmp_path, *int8, config="tiny_stage1.py") == 0
+  lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+  steps = [line for line in lines if "generator/grad_norm" in line.get("scalars", {})]
+  assert [line["step"] for line in steps] == [1, 2]
+  assert all(line["scalars"]["generator/grad_norm"] > 0 for line in steps)
+  assert (tmp_path / "export/generator/adapter_model.safetensors").is_file()
+  capsys.readouterr()
+  code = _run(tmp_path, *small, config="tiny_stage1.py")
+  _expect(capsys, code, 'model.base_storage: "int8" -> "native"')
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["tiny_stage1.py", "tiny_stage2.py"])
 def test_an_interrupted_run_resumes_bit_for_bit_and_leaves_everything(tmp_path, config):
   overrides = [o for o in SMALL if config == "tiny_stage2.py" or "policy" not in o]

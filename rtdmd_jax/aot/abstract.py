@@ -63,7 +63,11 @@ def abstract_setup(config: Any) -> Setup:
   """
   dtype = jnp.dtype(config.model.dtype)
   pipeline = abstract_pipeline(
-    config.model.pretrained, dtype, remat=config.model.remat, attention=config.model.attention
+    config.model.pretrained,
+    dtype,
+    remat=config.model.remat,
+    attention=config.model.attention,
+    base_storage=config.model.base_storage,
   )
   keys = {
     role: config.model[f"{role}_init"] or config.model.pretrained
@@ -119,7 +123,12 @@ def abstract_batch(config: Any, setup: Setup) -> Batch:
 
 
 def abstract_pipeline(
-  directory: str, dtype: Any, *, remat: str = "none", attention: str = "auto"
+  directory: str,
+  dtype: Any,
+  *,
+  remat: str = "none",
+  attention: str = "auto",
+  base_storage: str = "native",
 ) -> Pipeline:
   """`Pipeline.from_pretrained` without parameters, and without tokenizers."""
   kind = _kind(directory)
@@ -131,7 +140,7 @@ def abstract_pipeline(
   )
   decoder, decoder_params = abstract_vae(read(directory, "vae"), source=directory, dtype=dtype)
   text = TextEncoder(_text_params(directory, kind, dtype), _nothing, _nothing)
-  params = _cast(transformer.init_abstract(), dtype)
+  params = transformer.stored(_cast(transformer.init_abstract(), dtype), base_storage)
   return Pipeline(transformer, params, decoder, _cast(decoder_params, dtype), text, schedule)
 
 

@@ -7,10 +7,36 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rtdmd_jax.weights import int8
+
 Dtype = Any
 
 # Collections of adapters that a dense layer adds, in this order.
 ADAPTER_COLLECTIONS = ("lora_frozen", "lora")
+
+
+@jax.custom_vjp
+def int8_product(x: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
+  """`x @ (values * scale)` for x [..., in], int8 values [in, out] and float32 scale [out].
+
+  The backward pass converts the values again. By itself jax would keep what the forward pass
+  converted, which of a stack of blocks is a whole floating-point copy. Only x has a gradient.
+  """
+  y = x @ values.astype(x.dtype)
+  return (y.astype(jnp.float32) * scale).astype(x.dtype)
+
+
+def _int8_forward(x: jax.Array, values: jax.Array, scale: jax.Array) -> tuple[jax.Array, Any]:
+  return int8_product(x, values, scale), (values, scale)
+
+
+def _int8_backward(kernel: Any, gradient: jax.Array) -> tuple[jax.Array, None, None]:
+  values, scale = kernel
+  scaled = (gradient.astype(jnp.float32) * scale).astype(gradient.dtype)
+  return scaled @ values.T.astype(gradient.dtype), None, None
+
+
+int8_product.defvjp(_int8_forward, _int8_backward)
 
 
 class Dense(nn.Module):
@@ -19,6 +45,7 @@ class Dense(nn.Module):
   An adapter entry at this module's path is `{"a": [D_in, r], "b": [r, D_out]}`; it adds
   `(x @ a) @ b`. The scale alpha / r is folded into `b` by the caller, so that models know neither
   rank nor targets. `params` may be low precision; adapters are float32 masters cast to `dtype`.
+  A `kernel_scale` [features] beside an int8 kernel multiplies its columns (`weights.int8`).
   """
 
   features: int
@@ -31,7 +58,10 @@ class Dense(nn.Module):
     """Maps [..., D_in] to [..., features]."""
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
     x = x.astype(self.dtype)
-    y = x @ kernel.astype(self.dtype)
+    if self.has_variable("params", int8.SCALE):
+      y = int8_product(x, kernel, self.get_variable("params", int8.SCALE))
+    else:
+      y = x @ kernel.astype(self.dtype)
     if self.use_bias:
       y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
     for collection in ADAPTER_COLLECTIONS:

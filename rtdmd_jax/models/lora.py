@@ -34,7 +34,7 @@ def module_names(entry: Entry) -> tuple[str, ...]:
 def dense_entries(abstract_params: Any, table: KeyTable) -> list[Entry]:
   """The kernels that can carry an adapter: [in, out], or [layers, in, out] in a stack."""
   entries = table.entries(abstract_params)
-  return [e for e in entries if e.path[-1] == "kernel" and len(e.shape) == 2]
+  return [entry for entry in entries if entry.dense]
 
 
 def target_entries(abstract_params: Any, table: KeyTable, targets: Sequence[str]) -> list[Entry]:
@@ -153,7 +153,7 @@ def merge(params: dict[str, Any], adapters: dict[str, Any], alpha: float) -> dic
   rounds the product first). The other leaves are shared with `params`.
 
   Raises:
-    ValueError: an adapter without a kernel, or of another shape.
+    ValueError: an adapter without a kernel, or of another shape, or an int8 kernel.
   """
   flat, parts = flatten_dict(params), flatten_dict(adapters)
   for path in [p for p in parts if p[-1] == "a"]:
@@ -161,8 +161,8 @@ def merge(params: dict[str, Any], adapters: dict[str, Any], alpha: float) -> dic
     a, b = parts[path], parts[(*module, "b")]
     kernel = flat.get((*module, "kernel"))
     shape = (*a.shape[:-1], b.shape[-1])
-    if kernel is None or kernel.shape != shape:
-      raise ValueError(f"adapter {'.'.join(module)} has no kernel of shape {shape}")
+    if kernel is None or kernel.shape != shape or kernel.dtype == jnp.int8:
+      raise ValueError(f"adapter {'.'.join(module)} has no floating-point kernel of shape {shape}")
     delta = jnp.matmul(
       a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.attention import attention_kernel
+from rtdmd_jax.weights.int8 import STORAGES, int8_shapes
 from rtdmd_jax.weights.maps import KeyTable
 
 _LARGEST_SIZE = 2**31 - 1
@@ -50,6 +51,28 @@ class Transformer:
   def init_abstract(self) -> Any:
     """Shapes of the parameters; allocates nothing."""
     return jax.eval_shape(self.init, jax.random.key(0))
+
+  def stored(self, abstract_params: Any, storage: str) -> Any:
+    """Shapes of parameters as a run keeps them, given those of `init_abstract` in any type.
+
+    Args:
+      abstract_params: what "native" storage keeps.
+      storage: a name in `weights.int8.STORAGES`.
+
+    Raises:
+      UserError: an unknown name, or int8 for a computation in float16.
+    """
+    if storage not in STORAGES:
+      raise UserError(f"base_storage is {storage!r}; choose one of {', '.join(STORAGES)}.")
+    if storage == "native":
+      return abstract_params
+    if jnp.dtype(self.module.dtype) == jnp.float16:
+      # Before their scale is applied, products are some hundred times as large.
+      raise UserError(
+        "model.base_storage is 'int8' and model.dtype is 'float16', in which its products"
+        " overflow; use bfloat16 or float32."
+      )
+    return int8_shapes(abstract_params, self.table)
 
   def apply(
     self,

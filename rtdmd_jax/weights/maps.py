@@ -43,6 +43,11 @@ class Entry:
   axes: tuple[int, ...]
 
   @property
+  def dense(self) -> bool:
+    """Whether the leaf is the kernel of dense layers: [in, out], or [layers, in, out]."""
+    return self.path[-1] == "kernel" and len(self.shape) == 2
+
+  @property
   def inverse_axes(self) -> tuple[int, ...]:
     """The permutation from a checkpoint tensor to a layer of the leaf."""
     return tuple(self.axes.index(i) for i in range(len(self.axes)))

@@ -10,19 +10,22 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rtdmd_jax import sharding as sharding_table
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.jsontext import parse_json
+from rtdmd_jax.weights import int8
 from rtdmd_jax.weights.maps import Entry, KeyTable
 from rtdmd_jax.weights.recognize import recognized
+from rtdmd_jax.weights.tensors import Array, Tensor, copy_rows
 
 _STEMS = ("diffusion_pytorch_model", "model")
 _DTYPES = {
@@ -39,8 +42,6 @@ _DTYPES = {
   "U8": np.uint8,
   "BOOL": np.bool_,
 }
-# A tensor is read in rows of about this size, so that little lies beside the leaf it goes to.
-_BLOCK_BYTES = 16 << 20
 
 
 def load_params(
@@ -56,7 +57,8 @@ def load_params(
 
   Args:
     path: a `.safetensors` file or a directory that diffusers or transformers wrote.
-    abstract_params: nested dicts of leaves with `shape` and `dtype` (from `jax.eval_shape`).
+    abstract_params: nested dicts of leaves with `shape` and `dtype` (from `jax.eval_shape`); dense
+      kernels may be int8 (`int8.int8_shapes`).
     table: maps leaves to checkpoint keys.
     dtype: type of the floating-point leaves; None takes the type of the abstract leaf.
     sharding: one sharding for all leaves or a tree of them; None follows the sharding table on
@@ -106,35 +108,36 @@ def params_from_tensors(
   Raises:
     UserError: unknown, missing or mis-shaped key.
   """
-  arrays = {key: _Array(source, tensor) for key, tensor in tensors.items()}
+  arrays = {key: Array(source, tensor) for key, tensor in tensors.items()}
   return _build(source, arrays, abstract_params, table, dtype, sharding, ignore)
 
 
 def _build(
   path: str | os.PathLike,
-  tensors: "Mapping[str, _Tensor | _Array]",
+  tensors: Mapping[str, Tensor | Array],
   abstract_params: Any,
   table: KeyTable,
   dtype: Any,
   sharding: Any,
   ignore: Sequence[str],
 ) -> Any:
-  entries = table.entries(abstract_params)
-  leaves, treedef = jax.tree.flatten(abstract_params)
+  # A scale has no tensor: it is made of its kernel's.
+  shapes = flatten_dict(abstract_params)
+  entries = table.entries(
+    unflatten_dict({path: leaf for path, leaf in shapes.items() if path[-1] != int8.SCALE})
+  )
   mesh = sharding_table.current()
   if sharding is None and mesh is not None:
     sharding = sharding_table.shardings(abstract_params, mesh)
   if sharding is None or isinstance(sharding, jax.sharding.Sharding):
-    shardings = [sharding] * len(leaves)
+    places = dict.fromkeys(shapes, sharding)
   else:
-    shardings = treedef.flatten_up_to(sharding)
+    places = flatten_dict(sharding)
   _check_keys(path, entries, tensors, ignore)
-  loaded = []
-  for entry, leaf, place in zip(entries, leaves, shardings, strict=True):
-    array = _read_leaf(entry, leaf, tensors, _leaf_dtype(leaf.dtype, dtype))
-    # A transfer that is still under way would keep its leaf in host memory.
-    loaded.append(jax.block_until_ready(sharding_table.put(array, place)))
-  return treedef.unflatten(loaded)
+  loaded = {}
+  for entry in entries:
+    loaded |= _load(entry, shapes, tensors, dtype, places)
+  return unflatten_dict(loaded)
 
 
 def save_params(
@@ -269,51 +272,9 @@ def _indexed_files(index: Path) -> dict[Path, frozenset[str]]:
   return {file: frozenset(keys) for file, keys in files.items()}
 
 
-class _Tensor(NamedTuple):
-  """Where a tensor lies."""
-
-  file: Path
-  stream: BinaryIO
-  dtype: np.dtype
-  shape: tuple[int, ...]
-  offset: int
-
-  def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-    """Runs of the first axis as (first index, array); a scalar is one run.
-
-    The file is read, not mapped: mapped pages would count as memory of the process.
-    """
-    rows = self.shape[0] if self.shape else 1
-    row_shape = self.shape[1:]
-    row_bytes = int(np.prod(row_shape, dtype=np.int64)) * self.dtype.itemsize
-    step = max(1, _BLOCK_BYTES // max(1, row_bytes))
-    buffer = np.empty(min(step, rows) * row_bytes, np.uint8)
-    self.stream.seek(self.offset)
-    for start in range(0, rows, step):
-      count = min(step, rows - start)
-      part = buffer[: count * row_bytes]
-      if self.stream.readinto(part) != len(part):
-        raise UserError(f"{self.file} ended while it was read; is it still being written?")
-      yield start, part.view(self.dtype).reshape((count, *row_shape) if self.shape else ())
-
-
-class _Array(NamedTuple):
-  """A tensor at hand, with what `_Tensor` offers."""
-
-  file: str | os.PathLike
-  array: np.ndarray
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return self.array.shape
-
-  def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-    yield 0, self.array
-
-
 @contextmanager
-def _open_files(files: Mapping[Path, frozenset[str]]) -> Iterator[dict[str, _Tensor]]:
-  tensors: dict[str, _Tensor] = {}
+def _open_files(files: Mapping[Path, frozenset[str]]) -> Iterator[dict[str, Tensor]]:
+  tensors: dict[str, Tensor] = {}
   with ExitStack() as stack:
     for file, promised in files.items():
       found = _tensors_of(file, stack)
@@ -326,7 +287,7 @@ def _open_files(files: Mapping[Path, frozenset[str]]) -> Iterator[dict[str, _Ten
     yield tensors
 
 
-def _tensors_of(file: Path, stack: ExitStack) -> dict[str, _Tensor]:
+def _tensors_of(file: Path, stack: ExitStack) -> dict[str, Tensor]:
   """The tensors of a file that stays open as long as `stack`."""
   try:
     with safe_open(file, framework="numpy"):  # checks the header against the file's length
@@ -343,14 +304,14 @@ def _tensors_of(file: Path, stack: ExitStack) -> dict[str, _Tensor]:
       raise UserError(f"{file}: tensor {key} has type {value['dtype']}, which is not supported.")
     dtype = np.dtype(_DTYPES[value["dtype"]])
     offset = 8 + length + value["data_offsets"][0]
-    tensors[key] = _Tensor(file, stream, dtype, tuple(value["shape"]), offset)
+    tensors[key] = Tensor(file, stream, dtype, tuple(value["shape"]), offset)
   return tensors
 
 
 def _check_keys(
   path: str | os.PathLike,
   entries: Sequence[Entry],
-  tensors: Mapping[str, _Tensor | _Array],
+  tensors: Mapping[str, Tensor | Array],
   ignore: Sequence[str],
 ) -> None:
   wanted = {key: entry for entry in entries for key in entry.keys}
@@ -380,16 +341,48 @@ def _leaf_dtype(own: Any, wanted: Any) -> np.dtype:
   return np.dtype(wanted)
 
 
+def _load(
+  entry: Entry,
+  shapes: Mapping[tuple[str, ...], Any],
+  tensors: Mapping[str, Tensor | Array],
+  dtype: Any,
+  places: Mapping[tuple[str, ...], Any],
+) -> dict[tuple[str, ...], jax.Array]:
+  """The leaf of an entry by its path, and with an int8 kernel its scales; on the devices."""
+  leaf, scale = shapes[entry.path], (*entry.path[:-1], int8.SCALE)
+  if entry.dense and scale in shapes:
+    arrays = dict(zip((entry.path, scale), _read_int8(entry, leaf, tensors), strict=True))
+  else:
+    arrays = {entry.path: _read_leaf(entry, leaf, tensors, _leaf_dtype(leaf.dtype, dtype))}
+  # A transfer that is still under way would keep its leaf in host memory.
+  return {
+    path: jax.block_until_ready(sharding_table.put(array, places[path]))
+    for path, array in arrays.items()
+  }
+
+
 def _read_leaf(
-  entry: Entry, leaf: Any, tensors: Mapping[str, _Tensor | _Array], dtype: np.dtype
+  entry: Entry, leaf: Any, tensors: Mapping[str, Tensor | Array], dtype: np.dtype
 ) -> np.ndarray:
   out = np.empty(leaf.shape, dtype)
   layers = out if entry.stacked else out[None]
   for i, key in enumerate(entry.keys):
-    # A view of the layer with the checkpoint's axes; `...` keeps a scalar a view.
-    target = layers[i, ...].transpose(entry.axes)
-    for start, block in tensors[key].blocks():
-      # One copy does the transposition, the cast and the stacking.
-      rows = target[start : start + len(block)] if block.ndim else target
-      np.copyto(rows, block, casting="unsafe")
+    # A view of the layer with the checkpoint's axes (`...` keeps a scalar a view): one copy does
+    # the transposition, the cast and the stacking.
+    copy_rows(tensors[key], layers[i, ...].transpose(entry.axes))
   return out
+
+
+def _read_int8(
+  entry: Entry, leaf: Any, tensors: Mapping[str, Tensor | Array]
+) -> tuple[np.ndarray, np.ndarray]:
+  """A dense kernel's int8 values and scales; of floating-point copies there is one layer."""
+  layers = [len(entry.keys)] if entry.stacked else []
+  values = np.empty(leaf.shape, np.int8)
+  scales = np.empty((*layers, leaf.shape[-1]), np.float32)
+  kernel = np.empty(leaf.shape[-2:], np.float32)
+  for i, key in enumerate(entry.keys):
+    copy_rows(tensors[key], kernel.transpose(entry.axes))
+    at = i if entry.stacked else ...
+    values[at], scales[at] = int8.quantise(kernel)
+  return values, scales

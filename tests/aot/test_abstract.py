@@ -13,6 +13,7 @@ from rtdmd_jax.aot.published import read
 from rtdmd_jax.build import build
 from rtdmd_jax.config import load_config
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.weights.int8 import STORAGES
 
 CONFIGS = Path(rtdmd_jax.__file__).parents[1] / "configs"
 
@@ -40,8 +41,9 @@ def test_published_sizes(name, parameters, text):
   assert {leaf.dtype for leaf in jax.tree.leaves(pipeline.params)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_the_tiny_pipeline_has_the_shapes_of_its_files():
-  config = load_config(str(CONFIGS / "tiny_stage2.py"))
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_tiny_pipeline_has_the_shapes_of_its_files(storage):
+  config = load_config(str(CONFIGS / "tiny_stage2.py"), [f"model.base_storage={storage}"])
   with config.unlocked():
     del config.rewards["geneval"]
   abstract, real = abstract_setup(config), build(config)

@@ -16,10 +16,10 @@ pytestmark = [
 ]
 
 
-def _run(*arguments):
+def _run(*arguments, program=("-m", "rtdmd_jax.aot")):
   environment = {k: v for k, v in os.environ.items() if k != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
   return subprocess.run(
-    [sys.executable, "-m", "rtdmd_jax.aot", *arguments],
+    [sys.executable, *program, *arguments],
     cwd=ROOT,
     env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
     capture_output=True,
@@ -70,3 +70,10 @@ def test_mistakes_exit_with_2(arguments, message):
   done = _run("--config=configs/tiny_stage1.py", *arguments)
   assert done.returncode == 2
   assert message in done.stderr.splitlines()[-1]
+
+
+def test_int8_kernels_stay_int8_until_their_block():
+  done = _run(program=("tests/aot/int8_on_tpu.py",))
+  assert done.returncode == 0, done.stderr
+  # No floats of a whole stack are kept, and devices send each other one byte a weight.
+  assert json.loads(done.stdout) == {"stacks": ["s8"], "gathered": ["s8"]}

@@ -1,0 +1,48 @@
+"""The programs of a run over int8 bases hold no floating-point copy of one."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from programs import float_results
+
+import rtdmd_jax
+from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup
+from rtdmd_jax.aot.compile import program_arguments
+from rtdmd_jax.build import optimizer_config
+from rtdmd_jax.config import load_config
+from rtdmd_jax.optim import make_optimizer
+from rtdmd_jax.train import PROGRAMS, Optimizers, initial_state
+
+CONFIGS = Path(rtdmd_jax.__file__).parents[1] / "configs"
+# Six images at once, so that no activation has the shape of a stack of four blocks.
+OVERRIDES = [
+  "model.base_storage=int8",
+  "batch.prompts=3",
+  "batch.repeats=2",
+  "batch.micro_batches=1",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["tiny_stage1.py", "tiny_stage2.py"])
+def test_no_program_makes_floats_of_a_stack_of_kernels(config):
+  config = load_config(str(CONFIGS / config), OVERRIDES)
+  setup = abstract_setup(config)
+  (base,) = setup.frozen.bases.values()
+  stacks = {a.shape for a in jax.tree.leaves(base) if a.dtype == jnp.int8 and a.ndim == 3}
+  assert stacks == {(4, 128, n) for n in (128, 512, 768)} | {(4, 512, 128)}
+  optimizers = Optimizers(
+    *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
+  )
+  state = jax.eval_shape(lambda: initial_state(config, setup, optimizers))
+  known = {"state": state, "frozen": setup.frozen, "batch": abstract_batch(config, setup)}
+  for name, program in PROGRAMS[config.stage](config, setup, optimizers).items():
+    args = [known[key] for key in program_arguments(config.stage, name)]
+    found = float_results(jax.make_jaxpr(program)(*args), stacks)
+    assert not found, (name, found)
+    if name == "rollout":
+      score = jax.ShapeDtypeStruct((6,), jnp.float32)
+      known["samples"] = jax.eval_shape(program, *args)
+      known["rewards"] = dict.fromkeys(config.rewards, score)
