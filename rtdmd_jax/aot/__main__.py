@@ -1,5 +1,7 @@
 """Compiles a run for TPUs without one: `python -m rtdmd_jax.aot --config=FILE --topology=v5e:8x8`.
 
+GPUs' compiler needs a GPU: for --topology=h100:8 the CPU's program is measured, an estimate.
+
 Prints what every program of a training step costs one device: memory against what the device has,
 floating-point operations, traffic, and the least time that its peak rates allow. Reads config files
 alone: checkpoints that are missing are described by their published configs. Writes the file of
@@ -20,25 +22,29 @@ from rtdmd_jax import cli
 from rtdmd_jax.errors import UserError
 
 DOES_NOT_FIT = 1
+_ESTIMATE = (
+  "an estimate: temporaries and traffic are those of a CPU's program, which keeps all scores of an"
+  " attention and computes in float32"
+)
 
 
 def define_flags(values: flags.FlagValues) -> None:
   """The tool's own flags."""
-  flags.DEFINE_string("topology", None, "TPU slice, such as v5e:8x8 or v5p:2x2x2.", values)
+  flags.DEFINE_string("topology", None, "TPU slice or GPUs, such as v5e:8x8 or h100:8.", values)
   flags.DEFINE_string("json", None, "Also write the report to this file.", values)
   flags.DEFINE_string("only", "", "Compile this program alone.", values)
 
 
 def main(call: cli.Invocation) -> None:
   """Exits with `DOES_NOT_FIT` if a program does not fit."""
-  # libtpu would look for a TPU machine's metadata; jax would look for a device.
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")  # jax would look for a device
   import jax
 
+  from rtdmd_jax.aot.chips import gpus
   from rtdmd_jax.aot.compile import measure
 
+  if found := gpus(call.flags.topology):
+    jax.config.update("jax_num_cpu_devices", found[1])
   jax.config.update("jax_disable_most_optimizations", False)
   out = None if call.flags.json is None else Path(call.flags.json)
   if out is not None and not out.parent.is_dir():
@@ -68,6 +74,7 @@ def lines(report: dict[str, Any]) -> list[str]:
   out = [
     f"{report['stage']} on {report['topology']}: {size} devices ({mesh}), a batch of"
     f" {report['batch']}; {chip['hbm'] / 1e9:.2f} GB each",
+    *([_ESTIMATE] if report["estimate"] else []),
     "",
     f"{'on every device':28s}{'parameters':>16s}{'GB':>10s}",
   ]

@@ -35,6 +35,8 @@ CHIPS = {
   "NVIDIA H100 80GB HBM3": Chip("h100", 989e12, 80e9, 3350e9, 450e9),
   "NVIDIA H200": Chip("h200", 989e12, 141e9, 4800e9, 450e9),
 }
+# More simulated devices than this take the host's memory.
+_MOST_GPUS = 256
 
 
 def chip(device_kind: str) -> Chip:
@@ -46,6 +48,23 @@ def chip(device_kind: str) -> Chip:
   if device_kind not in CHIPS:
     raise UserError(f"no peak rates are known of {device_kind!r}; known are {', '.join(CHIPS)}.")
   return CHIPS[device_kind]
+
+
+def gpus(topology: str) -> tuple[Chip, int] | None:
+  """The chip of "h100:8" and how many; None if it names no GPU.
+
+  Raises:
+    UserError: no number of GPUs.
+  """
+  name, _, count = topology.partition(":")
+  found = [c for kind, c in CHIPS.items() if kind.startswith("NVIDIA") and c.name == name]
+  if not found:
+    return None
+  if not (count.isdecimal() and 0 < int(count) <= _MOST_GPUS):
+    raise UserError(
+      f"--topology is {topology!r}; of GPUs give the number, up to {_MOST_GPUS}, such as {name}:8."
+    )
+  return found[0], int(count)
 
 
 def roofline(chip: Chip, flops: float, memory: float, network: float) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Compiles every program of a run's step for a mesh of absent devices and measures the result."""
 
 import math
+import os
 import re
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rtdmd_jax import sharding, train
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup
-from rtdmd_jax.aot.chips import chip, roofline
+from rtdmd_jax.aot.chips import Chip, chip, gpus, roofline
 from rtdmd_jax.aot.flops import count_flops
 from rtdmd_jax.aot.hlo import traffic
 from rtdmd_jax.build import Setup, optimizer_config
@@ -24,6 +25,13 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.optim import make_optimizer
 
 Tree = Any
+
+# libtpu would look for a TPU machine's metadata, and lock out whoever compiles at the same time.
+_LIBTPU = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @dataclass
@@ -64,20 +72,27 @@ class Cost:
   compile_seconds: float = 0
 
 
-def get_devices(topology: str) -> list[Any]:
-  """The devices of a topology such as "v5e:8x8"; needs libtpu but no TPU.
+def get_devices(topology: str) -> tuple[Chip, list[Any]]:
+  """A topology's kind of device, and the devices to compile for.
+
+  Of TPUs ("v5e:8x8") they are absent ones, which needs libtpu. GPUs' compiler needs a GPU: theirs
+  ("h100:8") are as many devices of this CPU, if jax has been told to have that many.
 
   Raises:
     UserError: libtpu is missing, or it knows no such topology.
   """
+  if found := gpus(topology):
+    return found[0], jax.devices("cpu")[: found[1]]
+  for name, value in _LIBTPU.items():
+    os.environ.setdefault(name, value)
   try:
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
   except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
     reason = str(error).splitlines()[0]
     raise UserError(
-      f"--topology is {topology!r}: {reason} (examples: v5e:8x8, v5p:2x2x2, v6e:4x4)."
+      f"--topology is {topology!r}: {reason} (examples: v5e:8x8, v5p:2x2x2, v6e:4x4, h100:8)."
     ) from error
-  return list(found)
+  return chip(devices[0].device_kind), devices
 
 
 def measure(
@@ -102,11 +117,11 @@ def measure(
     raise UserError(f"stage is {config.stage!r}; use one of {', '.join(train.PROGRAMS)}.")
   # Made before the mesh is set, so that no constant asks for a device that is not there.
   setup = abstract_setup(config)
-  devices = get_devices(topology)
+  device, devices = get_devices(topology)
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
   with jax.set_mesh(mesh):
     _check_batch(config)
-    return _measure(config, setup, mesh, topology, only, done)
+    return _measure(config, setup, mesh, topology, device, only, done)
 
 
 def _check_batch(config: Any) -> None:
@@ -123,6 +138,7 @@ def _measure(
   setup: Setup,
   mesh: Mesh,
   topology: str,
+  device: Chip,
   only: str,
   done: Callable[[Cost], None],
 ) -> dict[str, Any]:
@@ -146,12 +162,12 @@ def _measure(
     if not needed:
       continue
     args = [known[key] for key in program_arguments(config.stage, name)]
-    cost, compiled = _cost(name, program, args, mesh, turns, text, _resident(known, args))
+    cost, compiled = _cost(name, program, args, mesh, device, turns, text, _resident(known, args))
     costs.append(cost)
     done(cost)
     if name == "rollout":
       known |= _samples(config, program, args, compiled, mesh)
-  return _report(config, topology, mesh, known, text, costs)
+  return _report(config, topology, mesh, device, known, text, costs)
 
 
 def program_arguments(stage: str, name: str) -> tuple[str, ...]:
@@ -207,10 +223,16 @@ def _resident(known: dict[str, Tree], args: list[Tree]) -> float:
 
 
 def _cost(
-  name: str, program: Any, args: list[Tree], mesh: Mesh, turns: int, text: float, others: float
+  name: str,
+  program: Any,
+  args: list[Tree],
+  mesh: Mesh,
+  device: Chip,
+  turns: int,
+  text: float,
+  others: float,
 ) -> tuple[Cost, Any]:
   """Compiles one program; no second result if it is too large for the compiler."""
-  device = chip(mesh.devices.flat[0].device_kind)
   start = time.perf_counter()
   traced = program.trace(*args)
   flops = count_flops(traced.jaxpr, turns) / mesh.size
@@ -220,7 +242,7 @@ def _cost(
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise UserError(
-        f"the TPU compiler itself failed on {name}, so it is not known whether it fits; try another"
+        f"the compiler itself failed on {name}, so it is not known whether it fits; try another"
         f" topology or batch ({str(error).splitlines()[0]})."
       ) from error
     reason = re.sub(r"^.*?(Ran out|Used)", r"\1", str(error).splitlines()[0])
@@ -261,9 +283,14 @@ def _unread(jaxpr: Any, args: list[Tree]) -> float:
 
 
 def _report(
-  config: Any, topology: str, mesh: Mesh, known: dict[str, Tree], text: float, costs: list[Cost]
+  config: Any,
+  topology: str,
+  mesh: Mesh,
+  device: Chip,
+  known: dict[str, Tree],
+  text: float,
+  costs: list[Cost],
 ) -> dict[str, Any]:
-  device = chip(mesh.devices.flat[0].device_kind)
   frozen = known["frozen"]
   trees = {f"base {Path(name).name}": base for name, base in frozen.bases.items()}
   trees |= {f"reward {name}": params for name, params in frozen.rewards.items()}
@@ -272,6 +299,7 @@ def _report(
   return {
     "stage": config.stage,
     "topology": topology,
+    "estimate": gpus(topology) is not None,
     "mesh": dict(mesh.shape),
     "chip": device._asdict(),
     "batch": config.batch.prompts * config.batch.repeats,

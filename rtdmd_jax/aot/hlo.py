@@ -16,6 +16,7 @@ _CALLED = re.compile(
   r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _COLLECTIVES = (
   "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
@@ -149,7 +150,8 @@ def _walk(all_, computation, times, unknown_turns, out, channels) -> None:
   for ins in computation.instructions.values():
     called = dict(_CALLED.findall(ins.text))
     if ins.opcode == "while":
-      turns = loop_turns(all_[called["condition"]])
+      known = _TRIP_COUNT.search(ins.text)
+      turns = int(known[1]) if known else loop_turns(all_[called["condition"]])
       out.unknown_loops += turns is None
       turns = unknown_turns if turns is None else turns
       _walk(all_, all_[called["body"]], times * turns, unknown_turns, out, channels)

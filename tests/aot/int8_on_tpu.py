@@ -35,7 +35,7 @@ def compiled(base, transformer):
   adapters = jax.eval_shape(
     lambda: build_adapters(shapes, transformer.table, ["attn.to_out"], rank=4, key=key)
   )
-  mesh = Mesh(np.array(get_devices("v5e:2x2")).reshape(1, 4, 1), sharding.AXES)
+  mesh = Mesh(np.array(get_devices("v5e:2x2")[1]).reshape(1, 4, 1), sharding.AXES)
   rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
 
   def place(leaf, where):

@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [
-  pytest.mark.slow,
-  pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
-]
+pytestmark = pytest.mark.slow
+tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 
 
 def _run(*arguments, program=("-m", "rtdmd_jax.aot")):
@@ -27,6 +25,7 @@ def _run(*arguments, program=("-m", "rtdmd_jax.aot")):
   )
 
 
+@tpu
 @pytest.mark.parametrize(
   "stage, topology, programs",
   [
@@ -48,6 +47,7 @@ def test_the_tiny_run_fits(tmp_path, stage, topology, programs):
     assert bool(program["sent"]) == (topology == "v5e:2x2")
 
 
+@tpu
 def test_a_batch_that_is_too_large_exits_with_1():
   done = _run(
     "--config=configs/tiny_stage1.py", "--topology=v5e:1x1", "--only=fake_score",
@@ -57,10 +57,12 @@ def test_a_batch_that_is_too_large_exits_with_1():
   assert "DOES NOT FIT" in done.stdout
 
 
+@tpu
 @pytest.mark.parametrize(
   "arguments, message",
   [
     (["--topology=v9z:2x2"], "--topology is 'v9z:2x2'"),
+    (["--topology=h100:none"], "such as h100:8"),
     (["--topology=v5e:2x2", "--config.batch.prompts=6"], "do not split over the 4 devices"),
     (["--topology=v5e:2x2", "--config.model.pretrained=x/unknown"], "no published checkpoint"),
     (["--topology=v5e:2x2", "--only=nothing"], "the programs are fake_score, generator, finish"),
@@ -72,8 +74,18 @@ def test_mistakes_exit_with_2(arguments, message):
   assert message in done.stderr.splitlines()[-1]
 
 
+@tpu
 def test_int8_kernels_stay_int8_until_their_block():
   done = _run(program=("tests/aot/int8_on_tpu.py",))
   assert done.returncode == 0, done.stderr
   # No floats of a whole stack are kept, and devices send each other one byte a weight.
   assert json.loads(done.stdout) == {"stacks": ["s8"], "gathered": ["s8"]}
+
+
+def test_gpus_are_estimated_from_the_cpus_program():
+  done = _run("--config=configs/tiny_stage1.py", "--topology=h100:2", "--only=generator")
+  assert done.returncode == 0, done.stderr
+  assert "on h100:2: 2 devices" in done.stdout and "an estimate:" in done.stdout
+  assert "80.00 GB each" in done.stdout and "all-gather" in done.stdout
+  # The rollout with its random stop, and nothing else.
+  assert "  1 loops of unknown length" in done.stdout

@@ -65,6 +65,12 @@ def test_loops_multiply_collectives_and_parts_of_one_count_once():
   assert got.unknown_loops == 0
 
 
+def test_a_loop_may_say_how_often_it_turns():
+  loop = "while(%t), condition=%condition, body=%body"
+  said = MODULE.replace(loop, loop + ', backend_config={"known_trip_count":{"n":"4"}}')
+  assert said != MODULE and traffic(said).count == {"all-gather": 4, "all-reduce": 4}
+
+
 def test_memory_is_slices_and_what_is_not_on_chip():
   # Each turn reads the slice and its index, and reads and writes x; the end reads two, writes one.
   assert traffic(MODULE).memory == 6 * (256 * 64 * 2 + 4 + 2 * X) + 3 * X
