@@ -2,10 +2,10 @@
 
 python benchmarks/kills.py --kills=10 --append=docs/robustness.md
 
-Of each stage a tiny run is made twice undisturbed. Then the same run is killed again and again: at a
-moment drawn from the length of the second undisturbed run, or, every second time, while a checkpoint is
-being written. Started again with the same command it must go on from a complete checkpoint that is
-not older than the last one seen, and every leaf of its last checkpoint (adapters, optimizer states,
+Of each stage a tiny run is made twice undisturbed. Then the same run is killed again and again: at
+a moment drawn from the length of the second one, or, every second time, while a checkpoint is being
+written. Started again with the same command it must go on from a complete checkpoint that is not
+older than the last one seen, and every leaf of its last checkpoint (adapters, optimizer states,
 moving average, step) must have the bits of the undisturbed run's. Writes a row of a table for each
 stage; exits with 1 if anything differs. Files stay in --workdir.
 """
