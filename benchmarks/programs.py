@@ -1,0 +1,171 @@
+"""Times every program of a training step with random weights of the published shapes.
+
+  python benchmarks/programs.py                      # one GPU: the list below, within ten minutes
+  python benchmarks/programs.py configs/tiny_stage1.py --devices 1 2 4 8 --images=32
+
+No checkpoint is needed. Each case runs in a process of its own: a config, an attention kernel, a
+number of devices (of a CPU: simulated ones). A row is one program: seconds of its first call, mean
+seconds of the next ones, rate, the part of the devices' peak (where it is known), and the largest
+memory that the process has had on a device until then. Rollouts stop at random, so take --rounds
+from 10 up to compare two rows closely; rates take the mean length of a rollout.
+"""
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from rtdmd_jax import train  # noqa: E402  reachable only now
+from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup  # noqa: E402
+from rtdmd_jax.aot.compile import program_arguments  # noqa: E402
+from rtdmd_jax.aot.flops import count_flops  # noqa: E402
+from rtdmd_jax.build import optimizer_config  # noqa: E402
+from rtdmd_jax.config import load_config  # noqa: E402
+from rtdmd_jax.optim import make_optimizer  # noqa: E402
+from rtdmd_jax.sharding import current, make_mesh, shardings  # noqa: E402
+from rtdmd_jax.throughput import peak_tflops  # noqa: E402
+
+# Config and attention kernel, for one GPU of 80 GB or more.
+GPU_CASES = (
+  ("sd35_stage1", "auto"),
+  ("sd35_stage1", "xla"),
+  ("flux2_stage1", "auto"),
+  ("flux2_stage1", "xla"),
+  ("sd35_stage2", "auto"),
+  ("flux2_stage2", "auto"),
+)
+COLUMNS = "config, stage | attention | devices | program | first s | s | TFLOP/s | MFU | peak GB"
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument("configs", nargs="*", type=Path, help="the GPU's list by default")
+  parser.add_argument("--attention", nargs="+", default=["auto"], help="kernels to compare")
+  parser.add_argument("--devices", nargs="+", type=int, default=[0], help="0: all there are")
+  parser.add_argument("--images", type=int, default=8, help="of a batch")
+  parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the configs")
+  parser.add_argument("--case", action="store_true", help=argparse.SUPPRESS)
+  options = parser.parse_args()
+  if options.case:
+    run_case(options)
+    return 0
+  cases = [(c, a) for c in options.configs for a in options.attention]
+  cases = cases or [(ROOT / f"configs/{name}.py", kernel) for name, kernel in GPU_CASES]
+  print(f"| {COLUMNS} |\n|{'---|' * len(COLUMNS.split('|'))}", flush=True)
+  failed = 0
+  for config, attention in cases:
+    for devices in options.devices:
+      command = [sys.executable, __file__, str(config), "--case", f"--attention={attention}"]
+      command += [f"--devices={devices}", f"--images={options.images}"]
+      command += [f"--rounds={options.rounds}", "--set", *options.set]
+      failed += subprocess.run(command, check=False).returncode != 0
+  return int(failed > 0)
+
+
+def run_case(options: argparse.Namespace) -> None:
+  """Prints the rows of one config."""
+  (path,), (attention,), (devices,) = options.configs, options.attention, options.devices
+  if devices:
+    jax.config.update("jax_num_cpu_devices", devices)
+  config = load_config(str(path), [f"model.attention={attention}", *options.set])
+  repeats = 4 if config.stage == "stage2" and options.images % 4 == 0 else 1
+  config.batch.update(prompts=options.images // repeats, repeats=repeats, micro_batches=1)
+  setup = abstract_setup(config)
+  mesh = make_mesh(**config.mesh, devices=jax.devices()[: devices or None])
+  with jax.set_mesh(mesh):
+    for row in measure(config, setup, options.rounds):
+      numbers = [row[k] for k in ("first", "seconds", "tflops", "mfu", "peak")]
+      cells = [path.stem, attention, mesh.size, row["name"], *map(_cell, numbers)]
+      print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def _cell(value: float | None) -> str:
+  return "" if value is None else f"{value:.3g}"
+
+
+def measure(config: Any, setup: Any, rounds: int) -> list[dict[str, Any]]:
+  """Runs `rounds` steps after a first one; a dictionary for each program."""
+  frozen, batch = random_like(setup.frozen), random_batch(config, setup)
+  setup = dataclasses.replace(setup, frozen=frozen)
+  optimizers = train.Optimizers(
+    *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
+  )
+  state = jax.jit(lambda: train.initial_state(config, setup, optimizers))()
+  programs = train.PROGRAMS[config.stage](config, setup, optimizers)
+  turns = (len(config.dmd.steps) - 1) / 2
+  rows = {name: {"name": name, "spent": []} for name in programs}
+  for _ in range(rounds + 1):
+    known = {"frozen": frozen, "batch": batch}
+    for name, program in programs.items():
+      args = [(known | {"state": state})[key] for key in program_arguments(config.stage, name)]
+      row = rows[name]
+      if "tflop" not in row:
+        row["tflop"] = count_flops(program.trace(*args).jaxpr, turns) / 1e12
+      began = time.perf_counter()
+      out = jax.block_until_ready(program(*args))
+      row["spent"].append(time.perf_counter() - began)
+      row["peak"] = _peak()
+      if name == "rollout":
+        scores = {key: jnp.zeros(len(batch.sample_index)) for key in config.rewards}
+        known |= {"samples": out, "rewards": scores | dict(out.rewards)}
+      else:
+        state = out[0] if isinstance(out, tuple) else out
+  return [_summary(row) for row in rows.values()]
+
+
+def _summary(row: dict[str, Any]) -> dict[str, Any]:
+  first, *later = row["spent"]
+  seconds = sum(later) / len(later)
+  rate, most = row["tflop"] / seconds, peak_tflops()
+  mfu = rate / most if most else None
+  return row | {"first": first, "seconds": seconds, "tflops": rate, "mfu": mfu}
+
+
+def _peak() -> float | None:
+  """GB that this process has had on the first device at most, if the platform tells."""
+  found = jax.local_devices()[0].memory_stats() or {}
+  return found["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in found else None
+
+
+def random_like(shapes: Any) -> Any:
+  """Small numbers for every leaf of a tree of shapes, placed as a run would."""
+  leaves, tree = jax.tree.flatten(shapes)
+  mesh = current()
+  places = jax.tree.leaves(shardings(shapes, mesh)) if mesh else [None] * len(leaves)
+  keys = jax.random.split(jax.random.key(0), len(leaves))
+  made = [
+    jax.jit(_fill, static_argnums=(1, 2), out_shardings=place)(key, s.shape, s.dtype)
+    for key, s, place in zip(keys, leaves, places, strict=True)
+  ]
+  return tree.unflatten(made)
+
+
+def _fill(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+  if jnp.issubdtype(dtype, jnp.floating):
+    return 0.02 * jax.random.normal(key, shape, dtype)
+  return jax.random.randint(key, shape, 0, 100).astype(dtype)
+
+
+def random_batch(config: Any, setup: Any) -> Any:
+  """A batch of random encodings; consecutive samples share a prompt."""
+  shapes = abstract_batch(config, setup)
+  count = shapes.sample_index.shape[0]
+  key = jax.random.key(1)
+  filled = jax.tree.map(lambda s: _fill(key, s.shape, s.dtype), shapes)
+  return filled.replace(
+    prompt_index=jnp.arange(count, dtype=jnp.int32) // config.batch.repeats,
+    sample_index=jnp.arange(count, dtype=jnp.uint32),
+  )
+
+
+if __name__ == "__main__":
+  sys.exit(main())
