@@ -1,4 +1,4 @@
-"""Stage 1's two updates against the same updates in PyTorch, on this machine's CPU.
+"""Both stages' updates against the same updates in PyTorch, on this machine's CPU.
 
 taskset -c 0 python -m benchmarks.steps --rounds=7 --compile
 
@@ -6,7 +6,7 @@ Float32, one small SD3, the same weights and random numbers; as many threads as 
 cores (`taskset`). Rounds take turns, so that a busy machine hurts all alike; time is the processor
 time of the process (wall time beside it), of which the median counts. MFU is of our matrix products
 against one large product. Needs the `parity` extra; `--compile` adds torch.compile and needs a C++
-compiler. The policy step of stage 2 is not among them.
+compiler. `policy` is stage 2's without back-propagated rewards; its fake-score update is stage 1's.
 """
 
 import argparse
@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 from benchmarks import torch_peer as peer
-from rtdmd_jax import stage1
+from rtdmd_jax import stage1, stage2
 from rtdmd_jax.algo import timesteps
+from rtdmd_jax.algo.advantages import group_advantages
 from rtdmd_jax.algo.subgrpo import sample_noise
 from rtdmd_jax.aot.flops import count_flops
 from rtdmd_jax.models import build_transformer
@@ -46,7 +47,11 @@ SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)
 STOP = 3
 BATCH, TEXT_LENGTH = 4, 77
 LEARNING_RATE, GUIDANCE = 3e-5, 4.5
-UPDATES = ("fake_score", "generator")
+# Two prompts of two samples each, the first two of four steps.
+POLICY = stage2.PolicyConfig(num_train_steps=2, dm_weight=0.1, reward_weight=0.0)
+CHOSEN = [0, 1]
+TRAINED = {"fake_score": "fake_score", "generator": "generator", "policy": "generator"}
+UPDATES = tuple(TRAINED)
 
 
 class Case(NamedTuple):
@@ -55,6 +60,14 @@ class Case(NamedTuple):
   ours: dict[str, Callable[[], dict[str, Any]]]
   theirs: dict[str, Callable[[], dict[str, Any]]]
   flops: dict[str, float]
+
+
+class Epoch(NamedTuple):
+  """What stage 2 sampled: x [K + 1, B, h, w, c], the prompt of each sample, a reward [B]."""
+
+  x: np.ndarray
+  prompt: np.ndarray
+  reward: np.ndarray
 
 
 def main():
@@ -127,11 +140,14 @@ def make_case(
   texts, empty = ((draw(n, length, wide), draw(n, narrow)) for n in (batch, 1))
   side = sizes["sample_size"]
   latents = (side, side, sizes["in_channels"])
-  seeds = {name: seed_with_stop(name) for name in UPDATES}
+  epoch = Epoch(draw(len(SIGMAS), batch, *latents), np.arange(batch) // 2, draw(batch))
+  seeds = {name: 0 if name == "policy" else seed_with_stop(name) for name in UPDATES}
   with tempfile.TemporaryDirectory() as directory:
-    ours, flops = our_updates(models, Path(directory), texts, empty, latents, seeds)
+    ours, flops = our_updates(models, Path(directory), texts, empty, latents, seeds, epoch)
   draws = {name: peer_draws(name, jax.random.key(seeds[name]), batch, latents) for name in UPDATES}
-  theirs = {name: their_update(name, models, wrap, texts, empty, draws[name]) for name in UPDATES}
+  theirs = {
+    name: their_update(name, models, wrap, texts, empty, draws[name], epoch) for name in UPDATES
+  }
   return Case(ours, theirs, flops)
 
 
@@ -153,17 +169,22 @@ def seed_with_stop(name: str) -> int:
 def peer_draws(name: str, key: Any, batch: int, latents: tuple[int, int, int]) -> Any:
   """What an update of ours draws from `key`, for the peer."""
   index, config = jnp.arange(batch), stage1.DMDConfig()
+  column = lambda a: torch.tensor(np.array(a)).reshape(-1, 1, 1, 1)  # noqa: E731
 
   def noise(key, shape=latents):
     drawn = torch.tensor(np.array(sample_noise(key, index, shape)))
     return drawn.movedim(-1, -3).contiguous()
 
+  if name == "policy":
+    _, noise_key = jax.random.split(jax.random.split(key)[0])
+    parts = jax.random.split(noise_key, 3)
+    level = stage1.renoise_level(config, jnp.float32(0), index, parts[0])
+    return peer.Draws(None, [], column(level), noise(parts[1]), None, [noise(parts[2])])
   rollout_key, loss_key = keys(name, key)
   start_key, step_key, _ = jax.random.split(rollout_key, 3)
   steps = [noise(jax.random.fold_in(step_key, i)) for i in range(STOP)]
   parts = jax.random.split(loss_key, 4 if name == "fake_score" else 3)
   level = stage1.renoise_level(config, jnp.float32(SIGMAS[STOP]), index, parts[0])
-  column = lambda a: torch.tensor(np.array(a)).reshape(-1, 1, 1, 1)  # noqa: E731
   if name == "generator":
     back, moves = None, [noise(parts[2])]
   else:
@@ -173,7 +194,7 @@ def peer_draws(name: str, key: Any, batch: int, latents: tuple[int, int, int]) -
   return peer.Draws(noise(start_key), steps, column(level), noise(parts[1]), back, moves)
 
 
-def our_updates(models, directory: Path, texts, empty, latents, seeds):
+def our_updates(models, directory: Path, texts, empty, latents, seeds, epoch):
   """Callables that run each update and return its loss and gradient norm, and their FLOP."""
   for role in ("base", "teacher"):
     models[role].save_pretrained(directory / role)
@@ -201,11 +222,21 @@ def our_updates(models, directory: Path, texts, empty, latents, seeds):
     jnp.array(SIGMAS), latents,
   )  # fmt: skip
   config = stage1.DMDConfig(eta=peer.ETA, guidance_low=GUIDANCE, guidance_high=GUIDANCE)
-  steps = {"fake_score": stage1.fake_score_step, "generator": stage1.generator_step}
+  scoring = stage2.Scoring(lambda params, x: x, {}, {"reward": 1.0}, ())
+  steps = {
+    "fake_score": stage1.fake_score_step,
+    "generator": stage1.generator_step,
+    "policy": partial(stage2.policy_step, policy=POLICY, scoring=scoring),
+  }
+  zeros = jnp.zeros((len(SIGMAS) - 1, len(count)))  # log-probabilities are only compared with
+  samples = stage2.Rollout(jnp.asarray(epoch.x), zeros, jnp.array(CHOSEN), {}, jnp.zeros(0))
+  groups = batch.replace(prompt_index=jnp.asarray(epoch.prompt))
+  more = {"policy": (samples, {"reward": jnp.asarray(epoch.reward)})}
   runs, flops = {}, {}
   for name, step in steps.items():
     program = jax.jit(partial(step, roles=roles, config=config, optimizer=optimizer))
-    args = (state, frozen, batch, jax.random.key(seeds[name]))
+    given = (groups, *more[name]) if name in more else (batch,)
+    args = (state, frozen, *given, jax.random.key(seeds[name]))
     flops[name] = count_flops(program.trace(*args).jaxpr, STOP - 1)
     runs[name] = partial(run_ours, name, program, args)
   return runs, flops
@@ -215,15 +246,17 @@ def run_ours(name: str, program: Callable, args: tuple) -> dict[str, float]:
   """One update from the same state."""
   _, metrics = jax.block_until_ready(program(*args))
   found = {key.removeprefix("loss/"): float(v) for key, v in metrics.items() if "loss/" in key}
-  return found | {"loss": found[name], "grad_norm": float(metrics[f"{name}/grad_norm"])}
+  return found | {"loss": found[name], "grad_norm": float(metrics[f"{TRAINED[name]}/grad_norm"])}
 
 
-def their_update(name, models, wrap, texts, empty, draws) -> Callable[[], dict[str, Any]]:
+def their_update(name, models, wrap, texts, empty, draws, epoch) -> Callable[[], dict[str, Any]]:
   """A callable that runs an update with PyTorch; its parameters move from call to call."""
   # Copies, so that the other update does not see them move.
   roles = {role: wrap(copy.deepcopy(model)) for role, model in models.items() if role != "base"}
   texts, empty = (peer.Texts(*map(torch.as_tensor, pair)) for pair in (texts, empty))
-  optimizer = peer.make_optimizer(roles[name], LEARNING_RATE)
+  if name == "policy":
+    texts = peer.Texts(*(a[epoch.prompt] for a in texts))
+  optimizer = peer.make_optimizer(roles[TRAINED[name]], LEARNING_RATE)
   generator, fake = (peer.velocity(roles[role], texts) for role in ("generator", "fake_score"))
   teacher = peer.velocity(roles["teacher"], texts, empty, GUIDANCE)
 
@@ -239,7 +272,22 @@ def their_update(name, models, wrap, texts, empty, draws) -> Callable[[], dict[s
     norm = peer.update(loss, optimizer)
     return {"generator": loss.item(), "loss": loss.item(), "grad_norm": norm}
 
-  return fake_score if name == "fake_score" else generate
+  x = torch.tensor(epoch.x).movedim(-1, -3).contiguous()
+  rewards, prompt = {"reward": jnp.asarray(epoch.reward)}, jnp.asarray(epoch.prompt)
+  advantages = torch.tensor(np.array(group_advantages(rewards, prompt, {"reward": 1.0})))
+  each = peer.Texts(*(torch.cat([a] * (len(CHOSEN) + 1)) for a in texts))
+
+  def policy() -> dict[str, Any]:
+    parts = peer.policy_loss(
+      peer.velocity(roles["generator"], each), fake, teacher, SIGMAS, x, CHOSEN, advantages,
+      POLICY.clip_low, draws,
+    )  # fmt: skip
+    total = len(CHOSEN) * parts["policy"] + POLICY.dm_weight * parts["generator"]
+    norm = peer.update(total / (len(CHOSEN) + 1), optimizer)
+    found = {key: value.item() for key, value in parts.items()}
+    return found | {"loss": found["policy"], "grad_norm": norm}
+
+  return {"fake_score": fake_score, "generator": generate, "policy": policy}[name]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""AC-DMD's two updates (arXiv 2605.26108, section 3.1) in PyTorch, to time ours against.
+"""Updates of AC-DMD and RTDMD (arXiv 2605.26108, section 3) in PyTorch, to time ours against.
 
 Of diffusers' SD3 transformer and PEFT's adapters; latents are channel-first here. The random
 numbers come from outside, so that both programs compute the same step.
@@ -126,7 +126,11 @@ def fake_score_loss(generator, fake, sigmas, stop: int, draws: Draws) -> dict[st
 def generator_loss(generator, fake, teacher, sigmas, stop: int, draws: Draws) -> torch.Tensor:
   """Distribution matching on the sub-interval."""
   s = sigmas[stop]
-  x_s = rollout(generator, sigmas, stop, draws)
+  return matching_loss(rollout(generator, sigmas, stop, draws), s, fake, teacher, draws)
+
+
+def matching_loss(x_s, s: float, fake, teacher, draws: Draws) -> torch.Tensor:
+  """Pulls `x_s` of level s to where the teacher and not the fake score moves it."""
   with torch.no_grad():
     x_t, _ = renoise(x_s, s, draws)
     wrong, real = (
@@ -136,6 +140,28 @@ def generator_loss(generator, fake, teacher, sigmas, stop: int, draws: Draws) ->
     away = (wrong - real) / (x_s - real).abs().mean(dim=(1, 2, 3), keepdim=True)
     aim = x_s - away
   return 0.5 * (x_s - aim).square().mean()
+
+
+def policy_loss(
+  generator, fake, teacher, sigmas, x, chosen: list[int], advantages, clip: float, draws: Draws
+) -> dict[str, torch.Tensor]:
+  """The parts `policy` (mean over the chosen steps) and `generator` (of the last step), unweighted.
+
+  `x` [K + 1, B, C, H, W] are the rollout's samples; all steps go through the generator in one call.
+  """
+  steps = [*chosen, len(sigmas) - 2]
+  levels = torch.tensor([sigmas[i] for i in steps]).repeat_interleave(x.shape[1])
+  *v, v_last = generator(torch.cat([x[i] for i in steps]), levels).chunk(len(steps))
+  losses = []
+  for i, v_i in zip(chosen, v, strict=True):
+    mean = transition(x[i], v_i, sigmas[i], sigmas[i + 1], 0.0)
+    log_prob = -(x[i + 1] - mean).square().mean(dim=(1, 2, 3))
+    ratio = (log_prob - log_prob.detach()).exp()
+    bounded = ratio.clamp(1 - clip, 1 + clip)
+    losses.append(torch.maximum(-advantages * ratio, -advantages * bounded).mean())
+  clean = x[-2] - sigmas[-2] * v_last
+  matching = matching_loss(clean, 0.0, fake, teacher, draws)
+  return {"policy": torch.stack(losses).mean(), "generator": matching}
 
 
 def update(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> float:

@@ -31,8 +31,12 @@ def test_the_peer_computes_the_same_update(case, name):
   ours, theirs = case.ours[name](), case.theirs[name]()
   assert ours.keys() == theirs.keys() and case.flops[name] > 0
   for part, value in ours.items():
-    assert value != 0.0
-    assert value == pytest.approx(theirs[part], rel=1e-4), part
+    if name == "policy" and part in ("policy", "loss"):
+      # Its value is minus the mean advantage, which is zero but for rounding; its gradient counts.
+      assert value == pytest.approx(theirs[part], abs=1e-6), part
+    else:
+      assert value != 0.0
+      assert value == pytest.approx(theirs[part], rel=1e-4), part
 
 
 def test_profile_sorts_operations_by_what_they_hold():
