@@ -4,8 +4,8 @@
 
 Runs the training loop as it is, without evaluations, previews and saves, and notes when each
 program is called and when its result is there. The share is what no program covers of the time
-from the end of the second step to the end of the last one. The longest gaps are listed by the
-programs around them; rewards on the host lie in one of them, as far as no program runs meanwhile.
+from the beginning of the third step to the end of the last program. The longest gaps are listed by
+the programs around them; rewards on the host lie in one, as far as no program runs meanwhile.
 """
 
 import argparse

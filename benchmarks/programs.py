@@ -1,6 +1,6 @@
 """Times every program of a training step with random weights of the published shapes.
 
-  python benchmarks/programs.py                      # one GPU: the list below, within ten minutes
+  python benchmarks/programs.py                      # one GPU: the list below
   python benchmarks/programs.py configs/tiny_stage1.py --devices 1 2 4 8 --images=32
 
 No checkpoint is needed. Each case runs in a process of its own: a config, an attention kernel, a
@@ -119,13 +119,15 @@ def measure(config: Any, setup: Any, rounds: int) -> list[dict[str, Any]]:
         known |= {"samples": out, "rewards": scores | dict(out.rewards)}
       else:
         state = out[0] if isinstance(out, tuple) else out
-  return [_summary(row) for row in rows.values()]
+  mesh, most = current(), peak_tflops()
+  most = most and most * (mesh.size if mesh else 1) / jax.device_count()
+  return [_summary(row, most) for row in rows.values()]
 
 
-def _summary(row: dict[str, Any]) -> dict[str, Any]:
+def _summary(row: dict[str, Any], most: float | None) -> dict[str, Any]:
   first, *later = row["spent"]
   seconds = sum(later) / len(later)
-  rate, most = row["tflop"] / seconds, peak_tflops()
+  rate = row["tflop"] / seconds
   mfu = rate / most if most else None
   return row | {"first": first, "seconds": seconds, "tflops": rate, "mfu": mfu}
 
