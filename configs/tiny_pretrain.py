@@ -7,6 +7,7 @@ def get_config() -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
   c.stage = "pretrain"
   c.seed = 0
+  c.cpu_devices = 2
   # Phases run in this order; one whose output exists in the workdir is not run again.
   c.phases = ("vae", "text", "scorer", "teacher")
   c.images = 60_000
@@ -55,7 +56,8 @@ def get_config() -> config_dict.ConfigDict:
   )
 
   c.scorer = config_dict.ConfigDict()
-  c.scorer.steps = 1200
+  c.scorer.steps = 1500
+  c.scorer.images = 20_000  # of the scenes; these are also seen worn and spoiled
   c.scorer.batch_size = 128
   c.scorer.learning_rate = 1.5e-3
   c.scorer.projection_dim = 64

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rtdmd_jax.data import PromptCache
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.hosts import together
-from rtdmd_jax.models import Transformer, build_transformer
+from rtdmd_jax.models import Transformer, build_transformer, load_base
 from rtdmd_jax.models.lora import build_adapters
 from rtdmd_jax.models.vae import decode_images
 from rtdmd_jax.optim import OptimizerConfig
@@ -24,7 +24,7 @@ from rtdmd_jax.stage1 import Consistency, DMDConfig, Roles
 from rtdmd_jax.stage2 import PolicyConfig, Scoring
 from rtdmd_jax.state import Conditioning, Frozen
 from rtdmd_jax.weights.adapters import Lora, load_adapters
-from rtdmd_jax.weights.safetensors import load_params, read_config
+from rtdmd_jax.weights.safetensors import read_config
 
 Tree = Any
 OBJECTIVES = ("ac_dmd", "dmd")
@@ -85,6 +85,7 @@ def _load(config: Any) -> Setup:
     remat=config.model.remat,
     attention=config.model.attention,
     base_storage=config.model.base_storage,
+    offload=config.model.offload,
   )
   sigmas = pipeline.few_step_sigmas(config.dmd.steps, config.model.image_size)
   bases, keys = _bases(config.model, pipeline)
@@ -163,8 +164,13 @@ def _base(path: Path, transformer: Transformer, model: Any, role: str) -> Tree:
       f"model.{role}_init is {path}, whose config.json describes another network than that of"
       " model.pretrained; the roles must be of one architecture."
     )
-  shapes = transformer.stored(transformer.init_abstract(), model.base_storage)
-  return load_params(path, shapes, transformer.table, dtype=jnp.dtype(model.dtype))
+  return load_base(
+    path,
+    transformer,
+    dtype=jnp.dtype(model.dtype),
+    storage=model.base_storage,
+    offload=model.offload,
+  )
 
 
 def _differentiable(config: Any, models: dict[str, device.DeviceReward]) -> tuple[str, ...]:

@@ -205,7 +205,7 @@ def _programs(problems: list[str], config: Any, setup: Setup) -> list[str]:
     return []
   if not problems:
     _try(problems, _trace, config, setup, optimizers, state)
-  lines, total = _memory(setup, state)
+  lines, total = _memory(config, setup, state)
   limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
   if limit is not None and total > limit:
     problems.append(
@@ -247,11 +247,12 @@ def _trace(config: Any, setup: Setup, optimizers: Any, state: Any) -> None:
       known |= {"samples": result, "rewards": dict.fromkeys(config.rewards, score)}
 
 
-def _memory(setup: Setup, state: Any) -> tuple[list[str], int]:
+def _memory(config: Any, setup: Setup, state: Any) -> tuple[list[str], int]:
   """What stays on every device during a run, and the bytes of it in all."""
-  frozen = setup.frozen
+  frozen, mesh = setup.frozen, sharding.current()
+  bases = sharding.placed(frozen.bases, mesh, offload=config.model.offload)
   trees: Mapping[str, Any] = {
-    **{f"base {Path(name).name}": base for name, base in frozen.bases.items()},
+    **{f"base {Path(name).name}": base for name, base in bases.items()},
     **{f"reward {name}": params for name, params in frozen.rewards.items()},
     "autoencoder": frozen.vae,
     "text encoders": setup.pipeline.text.params,
@@ -260,7 +261,6 @@ def _memory(setup: Setup, state: Any) -> tuple[list[str], int]:
     "moving average": state.ema,
     "optimizers": (state.generator_opt, state.fake_score_opt),
   }
-  mesh = sharding.current()
   rows = sharding.table(trees, mesh)
   total = sum(local for *_, local in rows)
   parts = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())

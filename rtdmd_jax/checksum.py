@@ -7,6 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rtdmd_jax.models.stack import fetch
+from rtdmd_jax.sharding import on_host
+
 
 def checksums(arrays: dict[str, Any]) -> dict[str, int]:
   """A 32-bit sum of each array's bit patterns, weighted by position.
@@ -17,8 +20,11 @@ def checksums(arrays: dict[str, Any]) -> dict[str, int]:
   Args:
     arrays: by name; elements of 1, 2 or 4 bytes.
   """
-  sums = jax.device_get(_sums(list(arrays.values())))
-  return {name: int(value) for name, value in zip(arrays, sums, strict=True)}
+  here = {name: array for name, array in arrays.items() if not on_host(array)}
+  sums = dict(zip(here, _sums(list(here.values())), strict=True))
+  for name in arrays.keys() - here.keys():  # one after the other, for the device's memory
+    (sums[name],) = _sums([arrays[name]])
+  return {name: int(value) for name, value in jax.device_get(sums).items()}
 
 
 def fingerprint(tree: Any) -> str:
@@ -33,7 +39,7 @@ def fingerprint(tree: Any) -> str:
 
 @jax.jit
 def _sums(arrays: list[jax.Array]) -> list[jax.Array]:
-  return [_sum(array) for array in arrays]
+  return [_sum(array) for array in fetch(arrays)]
 
 
 def _sum(x: jax.Array) -> jax.Array:

@@ -18,6 +18,7 @@ _POSITIVE: Rule = (lambda v: 0 < v < math.inf, "a number above 0")
 _NOT_NEGATIVE: Rule = (lambda v: 0 <= v < math.inf, "a number from 0")
 _FRACTION: Rule = (lambda v: 0 <= v <= 1, "a number from 0 to 1")
 _DECAY: Rule = (lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
+_BOOL: Rule = (lambda v: isinstance(v, bool), "true or false")
 _SEED: Rule = (lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295")
 _LEVELS: Rule = (
   lambda v: len(v) > 0 and all(0 < t <= 1000 for t in v) and list(v) == sorted(set(v))[::-1],
@@ -27,6 +28,7 @@ _RULES: dict[str, Rule] = {
   "seed": _SEED,
   "model.dtype": (lambda v: _is_float(v), "a floating-point type such as bfloat16 or float32"),
   "model.base_storage": (lambda v: v in STORAGES, f"one of {', '.join(STORAGES)}"),
+  "model.offload": _BOOL,
   "model.image_size": _COUNT,
   "lora.rank": _COUNT,
   "lora.alpha": _POSITIVE,
@@ -35,6 +37,7 @@ _RULES: dict[str, Rule] = {
   "dmd.steps": _LEVELS,
   "dmd.eta": _FRACTION,
   "ema.decay": _FRACTION,
+  "cpu_devices": _COUNT,
   "ema.every": _COUNT,
   "batch.prompts": _COUNT,
   "batch.repeats": _COUNT,
@@ -55,7 +58,7 @@ _RULES: dict[str, Rule] = {
   "eval.teacher_steps": _COUNT,
   "eval.preview": _COUNT,
   "eval.seed": _SEED,
-  "log.wandb": (lambda v: isinstance(v, bool), "true or false"),
+  "log.wandb": _BOOL,
 }
 for _network in ("generator", "fake_score"):
   _RULES |= {
@@ -86,6 +89,16 @@ def check_limits(config: Any) -> None:
       section = section[part]
     if not fits(section):
       raise UserError(f"{key} is {section!r}; it must be {words}.")
+  if config.model.offload and config.model.base_storage != "native":
+    raise UserError(
+      "model.offload is true and model.base_storage is 'int8', whose stacks the TPU compiler brings"
+      " back to the device as a whole; use one of the two."
+    )
+  if config.model.offload and config.model.remat == "none":
+    raise UserError(
+      "model.offload is true and model.remat is 'none', which keeps a copy of every block on the"
+      " device for the backward pass; set model.remat to 'full' or 'dots'."
+    )
 
 
 def _is_float(name: str) -> bool:

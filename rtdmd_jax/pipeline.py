@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 
 from rtdmd_jax import sampling
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.models import Transformer, build_transformer
+from rtdmd_jax.models import Transformer, build_transformer, load_base
 from rtdmd_jax.models.encoders import load_vae
 from rtdmd_jax.models.text import TextEncoder, load_flux1_text, load_flux2_text, load_sd3_text
 from rtdmd_jax.models.vae import AutoencoderKL, decode_images
 from rtdmd_jax.roles import role_variables, role_velocity
 from rtdmd_jax.sharding import replicate
 from rtdmd_jax.state import Conditioning
-from rtdmd_jax.weights.safetensors import load_params, read_config
+from rtdmd_jax.weights.safetensors import read_config
 
 
 class Family(NamedTuple):
@@ -68,6 +68,7 @@ class Pipeline:
     remat: str = "none",
     attention: str = "auto",
     base_storage: str = "native",
+    offload: bool = False,
   ) -> "Pipeline":
     """Loads a directory with `model_index.json`.
 
@@ -78,6 +79,7 @@ class Pipeline:
       remat: what a backward pass through the transformer recomputes; see `build_transformer`.
       attention: the transformer's attention kernel; see `build_transformer`.
       base_storage: how the transformer's kernels are kept; a name in `weights.int8.STORAGES`.
+      offload: its blocks' kernels stay in the memory of the hosts; needs a mesh.
 
     Raises:
       UserError: a missing or broken file, or a pipeline class that is not supported.
@@ -85,7 +87,12 @@ class Pipeline:
     if mesh is not None:
       with jax.set_mesh(mesh):
         return cls.from_pretrained(
-          directory, dtype=dtype, remat=remat, attention=attention, base_storage=base_storage
+          directory,
+          dtype=dtype,
+          remat=remat,
+          attention=attention,
+          base_storage=base_storage,
+          offload=offload,
         )
     directory = Path(directory)
     kind = read_config(directory, "model_index.json").get("_class_name")
@@ -102,11 +109,8 @@ class Pipeline:
     transformer = build_transformer(
       read_config(directory / "transformer"), dtype=dtype, remat=remat, attention=attention
     )
-    params = load_params(
-      directory / "transformer",
-      transformer.stored(transformer.init_abstract(), base_storage),
-      transformer.table,
-      dtype=dtype,
+    params = load_base(
+      directory / "transformer", transformer, dtype=dtype, storage=base_storage, offload=offload
     )
     vae, vae_params = load_vae(directory / "vae", dtype=dtype)
     return cls(

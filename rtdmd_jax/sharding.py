@@ -47,6 +47,9 @@ _SCALES = tuple((p[:-1] + "_scale$", axes[-1:]) for p, axes in _OWN if p.endswit
 RULES = (*_OWN, *_SCALES)
 # A leaf without a rule may be repeated up to this many elements.
 SMALL = 2**16
+# What `offload` leaves to the host: nearly all of a base. Vectors cannot be sliced there.
+_STACKED_KERNEL = re.compile(r"(^|/|_)blocks\w*/.*/kernel$")
+HOST = "pinned_host"
 
 
 def make_mesh(
@@ -111,11 +114,33 @@ def current() -> Mesh | None:
   return None if mesh.empty else mesh
 
 
-def shardings(tree: Tree, mesh: Mesh) -> Tree:
-  """The `NamedSharding` of every leaf of a tree of arrays or `ShapeDtypeStruct`s."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: NamedSharding(mesh, spec(_name(path), leaf.shape, mesh)), tree
+def shardings(tree: Tree, mesh: Mesh, *, offload: bool = False) -> Tree:
+  """The `NamedSharding` of every leaf of a tree of arrays or `ShapeDtypeStruct`s.
+
+  With `offload` the kernels of stacked blocks lie in the memory of the hosts, from where the blocks
+  fetch them (`models.stack.fetch`).
+  """
+
+  def one(path: Sequence[Any], leaf: Any) -> NamedSharding:
+    name = _name(path)
+    there = offload and len(leaf.shape) == 3 and _STACKED_KERNEL.search(name)
+    return NamedSharding(mesh, spec(name, leaf.shape, mesh), memory_kind=HOST if there else None)
+
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def placed(tree: Tree, mesh: Mesh, *, offload: bool = False) -> Tree:
+  """Shapes of a tree as it lies on a mesh; see `shardings`."""
+  return jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    tree,
+    shardings(tree, mesh, offload=offload),
   )
+
+
+def on_host(leaf: Any) -> bool:
+  """Whether an array, or the shape of one, lies in the memory of the hosts."""
+  return getattr(getattr(leaf, "sharding", None), "memory_kind", None) == HOST
 
 
 def put(tree: Tree, sharding: Any) -> Tree:
@@ -236,7 +261,10 @@ def platform() -> str:
 
 
 def table(trees: Mapping[str, Tree], mesh: Mesh) -> list[tuple[str, int, int, int]]:
-  """What lives where: (name, parameters, bytes in all, bytes on one device) of each tree."""
+  """What lives where: (name, parameters, bytes in all, bytes on one device) of each tree.
+
+  What lies in the memory of the hosts takes no bytes of a device.
+  """
   rows = []
   for name, tree in trees.items():
     count = total = local = 0
@@ -245,7 +273,7 @@ def table(trees: Mapping[str, Tree], mesh: Mesh) -> list[tuple[str, int, int, in
       sharding = NamedSharding(mesh, spec(_name(path), shape, mesh))
       count += math.prod(shape)
       total += item * math.prod(shape)
-      local += item * math.prod(sharding.shard_shape(shape))
+      local += 0 if on_host(leaf) else item * math.prod(sharding.shard_shape(shape))
     rows.append((name, count, total, local))
   return rows
 

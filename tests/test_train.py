@@ -107,6 +107,33 @@ def test_a_score_is_shown_as_far_as_it_exists(mean, ci95, text):
 
 
 @pytest.mark.slow
+def test_offloaded_bases_change_nothing_but_where_they_lie(tmp_path):
+  scalars = []
+  for offload in ("false", "true"):
+    options = [
+      *SMALL,
+      "--config.train.steps=2",
+      "--config.train.fake_update_ratio=1",
+      "--config.model.remat=full",
+      f"--config.model.offload={offload}",
+    ]
+    assert _run(tmp_path / offload, *options, config="tiny_stage1.py") == 0
+    lines = map(json.loads, (tmp_path / offload / "metrics.jsonl").read_text().splitlines())
+    found = [line["scalars"] for line in lines if "generator/grad_norm" in line.get("scalars", {})]
+    scalars.append([{k: v for k, v in f.items() if "loss" in k or "grad" in k} for f in found])
+  assert len(scalars[0]) == 2 and all(step["generator/grad_norm"] > 0 for step in scalars[0])
+  for device, host in zip(*scalars, strict=True):
+    assert host == pytest.approx(device, rel=1e-5)  # two programs, which may round differently
+
+
+@pytest.mark.parametrize("key, value", [("remat", "none"), ("base_storage", "int8")])
+def test_offloading_is_refused_where_it_saves_nothing(tmp_path, capsys, key, value):
+  options = ["--config.model.remat=full", f"--config.model.{key}={value}"]
+  code = _run(tmp_path, *SMALL, "--config.model.offload=true", *options)
+  _expect(capsys, code, "model.offload", f"model.{key}")
+
+
+@pytest.mark.slow
 def test_a_run_over_int8_bases_ends_and_resumes_as_such(tmp_path, capsys):
   small = [*SMALL, "--config.train.steps=2", "--config.train.fake_update_ratio=1"]
   int8 = [*small, "--config.model.base_storage=int8"]

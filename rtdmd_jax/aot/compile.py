@@ -150,11 +150,13 @@ def _measure(
   if only and only not in programs:
     raise UserError(f"--only is {only!r}; the programs are {', '.join(programs)}.")
   known = {
-    "state": _placed(state, mesh),
-    "frozen": _placed(setup.frozen, mesh),
+    "state": sharding.placed(state, mesh),
+    "frozen": sharding.placed(setup.frozen, mesh).replace(
+      bases=sharding.placed(setup.frozen.bases, mesh, offload=config.model.offload)
+    ),
     "batch": _repeated(abstract_batch(config, setup), mesh),
   }
-  text = _local_bytes(_placed(setup.pipeline.text.params, mesh))
+  text = _local_bytes(sharding.placed(setup.pipeline.text.params, mesh))
   turns = len(config.dmd.steps) - 1
   costs = []
   for name, program in programs.items():
@@ -197,10 +199,6 @@ def _with(shape: Any, where: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
 
-def _placed(tree: Tree, mesh: Mesh) -> Tree:
-  return jax.tree.map(_with, tree, sharding.shardings(tree, mesh))
-
-
 def _repeated(tree: Tree, mesh: Mesh) -> Tree:
   return jax.tree.map(lambda s: _with(s, NamedSharding(mesh, PartitionSpec())), tree)
 
@@ -211,6 +209,7 @@ def _local_bytes(tree: Tree) -> float:
     sum(
       np.dtype(s.dtype).itemsize * math.prod(s.sharding.shard_shape(s.shape))
       for s in jax.tree.leaves(tree)
+      if not sharding.on_host(s)
     )
   )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from rtdmd_jax import sharding
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import flux1, flux2, sd3
 from rtdmd_jax.models.attention import KERNELS
@@ -52,6 +53,32 @@ def build_transformer(
     raise UserError(f"_class_name is {name!r}; known transformers are {', '.join(FAMILIES)}.")
   built = FAMILIES[name](config, dtype=dtype, scan=scan, remat=remat)
   return replace(built, attention=attention)
+
+
+def load_base(
+  path: str | os.PathLike,
+  transformer: Transformer,
+  *,
+  dtype: Any,
+  storage: str = "native",
+  offload: bool = False,
+) -> Any:
+  """Parameters of a frozen base as a run keeps them.
+
+  Args:
+    path: a `transformer/` directory or a file.
+    transformer: the network.
+    dtype: of floating-point parameters.
+    storage: a name in `weights.int8.STORAGES`.
+    offload: the blocks' kernels stay in the memory of the hosts; needs a mesh.
+
+  Raises:
+    UserError: missing or broken files, or keys that do not fit.
+  """
+  shapes = transformer.stored(transformer.init_abstract(), storage)
+  mesh = sharding.current()
+  where = sharding.shardings(shapes, mesh, offload=True) if offload else None
+  return load_params(path, shapes, transformer.table, dtype=dtype, sharding=where)
 
 
 def load_transformer(

@@ -13,14 +13,29 @@ REMAT_POLICIES = {
 }
 
 
+def fetch(params):
+  """Copies what lies in the host's memory to the device; the rest is there already."""
+  space = jax.memory.Space
+
+  def one(leaf: jax.Array) -> jax.Array:
+    on_host = jax.typeof(leaf).memory_space == space.Host
+    return jax.device_put(leaf, space.Device) if on_host else leaf
+
+  return jax.tree.map(one, params)
+
+
 def remat_block(block: type[nn.Module], remat: str, *, prevent_cse: bool = True):
-  """Applies a rematerialisation policy to a block's class.
+  """Applies a rematerialisation policy to a block's class, which fetches its own parameters.
+
+  Parameters kept in the host's memory reach the device one block at a time, and with a policy
+  other than "none" the backward pass fetches them again.
 
   Args:
     block: module class.
     remat: a name in `REMAT_POLICIES`.
     prevent_cse: may be False inside a loop, where XLA cannot merge the recomputation away.
   """
+  block = nn.map_variables(block, "params", trans_in_fn=fetch, init=True)
   if remat == "none":
     return block
   return nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)

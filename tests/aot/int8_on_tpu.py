@@ -29,8 +29,8 @@ FLUX2 = {
 }
 
 
-def compiled(base, transformer):
-  """The program as text; `base` has the shapes of the parameters."""
+def compiled(base, transformer, *, offload=False):
+  """The program; `base` has the shapes of the parameters."""
   shapes, key = transformer.init_abstract(), jax.random.key(0)
   adapters = jax.eval_shape(
     lambda: build_adapters(shapes, transformer.table, ["attn.to_out"], rank=4, key=key)
@@ -38,19 +38,17 @@ def compiled(base, transformer):
   mesh = Mesh(np.array(get_devices("v5e:2x2")[1]).reshape(1, 4, 1), sharding.AXES)
   rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
 
-  def place(leaf, where):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
   def loss(adapters, base, *inputs):
     return jnp.mean(transformer.apply({"params": base, "lora": adapters}, *inputs) ** 2)
 
-  trees = [jax.tree.map(place, t, sharding.shardings(t, mesh)) for t in (adapters, base)]
+  adapters = sharding.placed(adapters, mesh)
+  base = sharding.placed(base, mesh, offload=offload)
   inputs = [
     jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
     for shape in ((8, 8, 8, 64), (8,), (8, 32, 256))
   ]
   with jax.set_mesh(mesh):
-    return jax.jit(jax.grad(loss)).lower(*trees, *inputs).compile().as_text()
+    return jax.jit(jax.grad(loss)).lower(adapters, base, *inputs).compile()
 
 
 def types_of(text, kernels):
@@ -73,7 +71,7 @@ def main():
   base = transformer.stored(transformer.init_abstract(), "int8")
   block = base["single_transformer_blocks"]["attn"]
   kernels = {block[name]["kernel"].shape[1:] for name in ("to_qkv_mlp_proj", "to_out")}
-  print(json.dumps(types_of(compiled(base, transformer), kernels)))
+  print(json.dumps(types_of(compiled(base, transformer).as_text(), kernels)))
 
 
 if __name__ == "__main__":

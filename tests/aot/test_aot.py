@@ -48,6 +48,18 @@ def test_the_tiny_run_fits(tmp_path, stage, topology, programs):
 
 
 @tpu
+def test_offloaded_kernels_never_lie_on_the_device_as_a_stack():
+  done = _run(program=("tests/aot/offload_on_tpu.py",))
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  here, there = found["resident"], found["offloaded"]
+  assert here["on_device"] > 0 and here["on_host"] == 0 and here["host_arguments"] == 0
+  assert there["on_device"] == 0 and there["on_host"] > 0
+  assert there["host_arguments"] >= found["kernels"]
+  assert here["arguments"] - there["arguments"] >= found["kernels"]
+
+
+@tpu
 def test_a_batch_that_is_too_large_exits_with_1():
   done = _run(
     "--config=configs/tiny_stage1.py", "--topology=v5e:1x1", "--only=fake_score",
