@@ -3,7 +3,8 @@
 Bytes at rest by the sharding table (parameters, adapters with moments and moving average, text
 encoders, autoencoder, rewards on the device) without the temporaries of a step, which
 `python -m rtdmd_jax.aot` measures. Nothing is loaded: shapes are those of published checkpoints.
-With --base_storage=int8 the transformers' kernels take a byte a weight.
+With --base_storage=int8 the transformers' kernels take a byte a weight, with --offload those of
+transformers and text encoders none.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from rtdmd_jax.weights.int8 import STORAGES
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEVICES = (1, 4, 8, 16, 64)
+OFFLOADED = ("transformers", "text encoders")  # by model.offload
 
 
 def trees(config):
@@ -43,20 +45,26 @@ def trees(config):
 def main():
   parser = argparse.ArgumentParser()
   parser.add_argument("--base_storage", choices=STORAGES, default="native")
-  overrides = [f"model.base_storage={parser.parse_args().base_storage}"]
+  parser.add_argument("--offload", action="store_true")
+  options = parser.parse_args()
+  overrides = [f"model.base_storage={options.base_storage}"]
   sizes = " | ".join(f"{n} device{'s' * (n > 1)}" for n in DEVICES)
   print(f"| | {sizes} | on one: transformers, training, text encoders, rewards and autoencoder |")
   print("|---" * (len(DEVICES) + 2) + "|")
   for family in ("sd3", "sd35", "flux1", "flux2", "flux2_9b"):
     found = trees(load_config(str(CONFIGS / f"{family}_stage2.py"), overrides))
-    cells = []
+    cells, parts = [], []
     for count in DEVICES:
       axes = (AxisType.Auto,) * 3
       mesh = AbstractMesh((1, count, 1), ("data", "fsdp", "tensor"), axis_types=axes)
-      rows = sharding.table(found, mesh)
-      cells.append(f"{sum(local for *_, local in rows) / 1e9:.1f}")
-    parts = ", ".join(f"{total / 1e9:.1f}" for _, _, total, _ in rows)
-    print(f"| `{family}` | " + " | ".join(cells) + f" | {parts} |", flush=True)
+      placed = {
+        name: sharding.placed(tree, mesh, offload=options.offload and name in OFFLOADED)
+        for name, tree in found.items()
+      }
+      sizes = [local / 1e9 for *_, local in sharding.table(placed, mesh)]
+      cells.append(f"{sum(sizes):.1f}")
+      parts = parts or [f"{size:.1f}" for size in sizes]
+    print(f"| `{family}` | " + " | ".join(cells) + f" | {', '.join(parts)} |", flush=True)
 
 
 if __name__ == "__main__":

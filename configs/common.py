@@ -19,7 +19,8 @@ def base() -> config_dict.ConfigDict:
   # Kernels of the transformers: "native" keeps `dtype`, "int8" one byte a weight and one float32
   # scale an output channel.
   c.model.base_storage = "native"
-  # The blocks' kernels stay in the memory of the hosts, and travel to the devices block by block.
+  # The kernels of transformers and text encoders stay in the memory of the hosts and travel to the
+  # devices block by block.
   c.model.offload = False
   # What is kept of a block for the backward pass: everything, "dots" (weight products), or, with
   # "full", nothing but its input.

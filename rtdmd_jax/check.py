@@ -250,12 +250,15 @@ def _trace(config: Any, setup: Setup, optimizers: Any, state: Any) -> None:
 def _memory(config: Any, setup: Setup, state: Any) -> tuple[list[str], int]:
   """What stays on every device during a run, and the bytes of it in all."""
   frozen, mesh = setup.frozen, sharding.current()
-  bases = sharding.placed(frozen.bases, mesh, offload=config.model.offload)
+  bases, text = (
+    sharding.placed(tree, mesh, offload=config.model.offload)
+    for tree in (frozen.bases, setup.pipeline.text.params)
+  )
   trees: Mapping[str, Any] = {
     **{f"base {Path(name).name}": base for name, base in bases.items()},
     **{f"reward {name}": params for name, params in frozen.rewards.items()},
     "autoencoder": frozen.vae,
-    "text encoders": setup.pipeline.text.params,
+    "text encoders": text,
     "earlier adapters": (frozen.generator, frozen.fake_score),
     "adapters": (state.generator, state.fake_score),
     "moving average": state.ema,

@@ -18,7 +18,7 @@ from rtdmd_jax.models.encoders import load_vae
 from rtdmd_jax.models.text import TextEncoder, load_flux1_text, load_flux2_text, load_sd3_text
 from rtdmd_jax.models.vae import AutoencoderKL, decode_images
 from rtdmd_jax.roles import role_variables, role_velocity
-from rtdmd_jax.sharding import replicate
+from rtdmd_jax.sharding import place, replicate
 from rtdmd_jax.state import Conditioning
 from rtdmd_jax.weights.safetensors import read_config
 
@@ -79,7 +79,7 @@ class Pipeline:
       remat: what a backward pass through the transformer recomputes; see `build_transformer`.
       attention: the transformer's attention kernel; see `build_transformer`.
       base_storage: how the transformer's kernels are kept; a name in `weights.int8.STORAGES`.
-      offload: its blocks' kernels stay in the memory of the hosts; needs a mesh.
+      offload: kernels of its blocks and the text encoders' stay with the hosts; needs a mesh.
 
     Raises:
       UserError: a missing or broken file, or a pipeline class that is not supported.
@@ -113,12 +113,15 @@ class Pipeline:
       directory / "transformer", transformer, dtype=dtype, storage=base_storage, offload=offload
     )
     vae, vae_params = load_vae(directory / "vae", dtype=dtype)
+    text = family.load_text(directory, dtype=dtype)
+    if offload:
+      text = text._replace(params=place(text.params, offload=True))
     return cls(
       transformer,
       params,
       vae,
       vae_params,
-      family.load_text(directory, dtype=dtype),
+      text,
       schedule,
     )
 

@@ -47,8 +47,6 @@ _SCALES = tuple((p[:-1] + "_scale$", axes[-1:]) for p, axes in _OWN if p.endswit
 RULES = (*_OWN, *_SCALES)
 # A leaf without a rule may be repeated up to this many elements.
 SMALL = 2**16
-# What `offload` leaves to the host: nearly all of a base. Vectors cannot be sliced there.
-_STACKED_KERNEL = re.compile(r"(^|/|_)blocks\w*/.*/kernel$")
 HOST = "pinned_host"
 
 
@@ -117,13 +115,13 @@ def current() -> Mesh | None:
 def shardings(tree: Tree, mesh: Mesh, *, offload: bool = False) -> Tree:
   """The `NamedSharding` of every leaf of a tree of arrays or `ShapeDtypeStruct`s.
 
-  With `offload` the kernels of stacked blocks lie in the memory of the hosts, from where the blocks
-  fetch them (`models.stack.fetch`).
+  With `offload` the kernels of stacked blocks, nearly all of a network, lie in the memory of the
+  hosts, from where the blocks fetch them (`models.stack.fetch`). Vectors cannot be sliced there.
   """
 
   def one(path: Sequence[Any], leaf: Any) -> NamedSharding:
     name = _name(path)
-    there = offload and len(leaf.shape) == 3 and _STACKED_KERNEL.search(name)
+    there = offload and len(leaf.shape) == 3 and name.endswith("/kernel")
     return NamedSharding(mesh, spec(name, leaf.shape, mesh), memory_kind=HOST if there else None)
 
   return jax.tree_util.tree_map_with_path(one, tree)
@@ -195,10 +193,10 @@ def held_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
   return np.concatenate(rows), np.concatenate([parts[start] for start in sorted(parts)])
 
 
-def place(tree: Tree) -> Tree:
-  """Puts every array where the table says on the current mesh, or on jax's default device."""
+def place(tree: Tree, *, offload: bool = False) -> Tree:
+  """Puts every array where `shardings` says on the current mesh, or on jax's default device."""
   mesh = current()
-  return put(tree, None if mesh is None else shardings(tree, mesh))
+  return put(tree, None if mesh is None else shardings(tree, mesh, offload=offload))
 
 
 def replicate(tree: Tree) -> Tree:

@@ -156,7 +156,9 @@ def _measure(
     ),
     "batch": _repeated(abstract_batch(config, setup), mesh),
   }
-  text = _local_bytes(sharding.placed(setup.pipeline.text.params, mesh))
+  text = _local_bytes(
+    sharding.placed(setup.pipeline.text.params, mesh, offload=config.model.offload)
+  )
   turns = len(config.dmd.steps) - 1
   costs = []
   for name, program in programs.items():
