@@ -56,8 +56,7 @@ def get_config() -> config_dict.ConfigDict:
   )
 
   c.scorer = config_dict.ConfigDict()
-  c.scorer.steps = 1500
-  c.scorer.images = 20_000  # of the scenes; these are also seen worn and spoiled
+  c.scorer.steps = 1200
   c.scorer.batch_size = 128
   c.scorer.learning_rate = 1.5e-3
   c.scorer.projection_dim = 64

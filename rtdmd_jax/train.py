@@ -199,8 +199,9 @@ def stage2_step(config: Any, setup: Setup, optimizers: Optimizers, watch: Watch 
   programs = watch(stage2_programs(config, setup, optimizers))
 
   def step(state: TrainState, batch: Batch, prompts: list[Prompt], number: int):
-    samples = programs["rollout"](state, setup.frozen, batch)
-    state, metrics = programs["fake_score"](state, setup.frozen, batch, samples)
+    samples, metrics = programs["rollout"](state, setup.frozen, batch), {}
+    if config.policy.dm_weight:  # else nothing asks for the fake score
+      state, metrics = programs["fake_score"](state, setup.frozen, batch, samples)
     rewards = dict(samples.rewards)
     if setup.host_rewards is not None:
       rewards |= replicate(score_held(setup.host_rewards, samples.images, prompts))

@@ -134,6 +134,16 @@ def test_offloading_is_refused_where_it_saves_nothing(tmp_path, capsys, key, val
 
 
 @pytest.mark.slow
+def test_without_distribution_matching_the_fake_score_rests(tmp_path):
+  options = ["--config.train.steps=2", "--config.policy.dm_weight=0.0"]
+  assert _run(tmp_path, *SMALL, *options) == 0
+  lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+  steps = [line["scalars"] for line in lines if "generator/grad_norm" in line.get("scalars", {})]
+  assert len(steps) == 2 and all(step["generator/grad_norm"] > 0 for step in steps)
+  assert not any(name.startswith("fake_score/grad") for step in steps for name in step)
+
+
+@pytest.mark.slow
 def test_a_run_over_int8_bases_ends_and_resumes_as_such(tmp_path, capsys):
   small = [*SMALL, "--config.train.steps=2", "--config.train.fake_update_ratio=1"]
   int8 = [*small, "--config.model.base_storage=int8"]

@@ -13,29 +13,17 @@ from rtdmd_jax.models.clip import CLIP, TABLE, CLIPText
 from rtdmd_jax.models.clip_config import CLIPConfig, TextConfig
 from rtdmd_jax.pretrain.data import Scenes
 from rtdmd_jax.pretrain.loop import train
-from rtdmd_jax.pretrain.spoil import Decoded
 from rtdmd_jax.weights.safetensors import save_model
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def contrastive_loss(
-  text: jax.Array,
-  image: jax.Array,
-  scale: jax.Array,
-  same: jax.Array,
-  spoiled: jax.Array | None = None,
-):
-  """Symmetric cross-entropy of unit vectors [B, P]; equal captions (`same`) share the mass.
-
-  Images that fit no caption (`spoiled` [S, P]) are further wrong answers for every text.
-  """
+def contrastive_loss(text: jax.Array, image: jax.Array, scale: jax.Array, same: jax.Array):
+  """Symmetric cross-entropy of unit vectors [B, P]; equal captions (`same`) share the mass."""
   logits = scale * text @ image.T
   target = same / jnp.sum(same, axis=1, keepdims=True)
-  wrong = jnp.zeros((text.shape[0], 0)) if spoiled is None else scale * text @ spoiled.T
-  log_share = jax.nn.log_softmax(jnp.concatenate([logits, wrong], axis=1), axis=1)
-  rows = -jnp.sum(target * log_share[:, : logits.shape[1]], axis=1)
+  rows = -jnp.sum(target * jax.nn.log_softmax(logits, axis=1), axis=1)
   columns = -jnp.sum(target * jax.nn.log_softmax(logits.T, axis=1), axis=1)
   accuracy = jnp.mean(same[jnp.arange(text.shape[0]), jnp.argmax(logits, axis=1)])
   return 0.5 * jnp.mean(rows + columns), accuracy
@@ -98,7 +86,6 @@ def train_text_towers(
 def train_scorer(
   config: Any,
   scenes: Scenes,
-  decoded: Decoded,
   ids: np.ndarray,
   special: dict[str, int],
   directory: Path,
@@ -108,14 +95,11 @@ def train_scorer(
   """Writes `clip/`, a `CLIPModel` that tells scenes apart which differ in one word.
 
   A batch is made of groups of four lookalikes (see `lookalikes`): among random captions alone the
-  colours in the image decide, and what is where never has to be learned. Half of its images have
-  been through the autoencoder, and no caption may choose a spoiled one: so the score also says how
-  well a shape is drawn.
+  colours in the image decide, and what is where never has to be learned.
 
   Args:
     config: `text`, `vision` tower fields, `projection_dim`, and the training settings.
     scenes: captioned images.
-    decoded: the same scenes, worn and spoiled.
     ids: [captions, L] token ids of `scenes.captions`.
     special: the tokenizer's fields of a text config (`vocab_size`, `eos_token_id`, ...).
     directory: of the pipeline.
@@ -126,22 +110,16 @@ def train_scorer(
   model = CLIP(CLIPConfig.from_dict(both), scan=False)
 
   def loss_fn(params, batch, key):
-    count = batch["ids"].shape[0]
     text, image, scale, same = _features(model, params, batch, key)
-    good, spoiled = image[:count], image[count:]
-    loss, accuracy = contrastive_loss(text, good, scale, same, spoiled)
-    chosen = jnp.argmax(text @ image.T, axis=1) < count
-    return loss, {"accuracy": accuracy, "unspoiled": jnp.mean(chosen), "scale": scale}
+    loss, accuracy = contrastive_loss(text, image, scale, same)
+    return loss, {"accuracy": accuracy, "scale": scale}
 
   draw = _lookalike_batches(scenes, config.batch_size)
 
   def next_batch(rng):
     index = draw(rng)
     caption = scenes.caption[index]
-    drawn = rng.random((len(index), 1, 1, 1)) < 0.5
-    good = np.where(drawn, scenes.images[index], decoded.worn[index])
-    images = np.concatenate([good, decoded.spoiled[index]])
-    return {"images": images, "caption": caption, "ids": ids[caption]}
+    return {"images": scenes.images[index], "caption": caption, "ids": ids[caption]}
 
   params = _init(model, jax.random.key(seed), scenes, ids)
   params = _train("scorer", loss_fn, params, next_batch, config, seed, checkpoints)
@@ -191,10 +169,7 @@ def _init(model: CLIP, key: jax.Array, scenes: Scenes, ids: np.ndarray) -> Any:
 
 
 def _features(model: CLIP, params: Any, batch: dict[str, jax.Array], key: jax.Array):
-  """Unit vectors of texts and images, the logit scale, and which captions are equal.
-
-  There may be more images than texts.
-  """
+  """Unit vectors of texts and images, the logit scale, and which captions are equal."""
   images = batch["images"].astype(jnp.float32) / 255.0
   # The reward must also rank images that are a little noisy.
   level_key, noise_key = jax.random.split(key)

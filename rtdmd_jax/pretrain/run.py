@@ -14,7 +14,6 @@ from rtdmd_jax.models.text import load_tokenizer, tokenize
 from rtdmd_jax.pretrain.autoencoder import train_autoencoder
 from rtdmd_jax.pretrain.contrastive import train_scorer, train_text_towers
 from rtdmd_jax.pretrain.data import draw_scenes
-from rtdmd_jax.pretrain.spoil import decode_worn_and_spoiled
 from rtdmd_jax.pretrain.teacher import cache_latents, train_teacher
 from rtdmd_jax.pretrain.tokenizers import train_clip_tokenizer, train_t5_tokenizer
 
@@ -50,10 +49,7 @@ def run(config: Any, workdir: Path) -> Path:
   if "text" in config.phases and not (directory / "text_encoder_2").exists():
     train_text_towers(config.text, *captioned, saved / "text")
   if "scorer" in config.phases and not (directory / "clip/model.safetensors").exists():
-    count = config.scorer.images
-    seen = scenes._replace(images=scenes.images[:count], caption=scenes.caption[:count])
-    decoded = decode_worn_and_spoiled(*load_vae(directory / "vae"), seen.images, config.seed)
-    train_scorer(config.scorer, seen, decoded, *captioned[1:], saved / "scorer")
+    train_scorer(config.scorer, *captioned, saved / "scorer")
   if "teacher" in config.phases and not (directory / "text_encoder_3").exists():
     latents = cache_latents(*load_vae(directory / "vae"), scenes.images)
     states = _clip_states(clip_ids, directory)
