@@ -33,8 +33,6 @@ def base() -> config_dict.ConfigDict:
   c.mesh.data = 1
   c.mesh.fsdp = -1
   c.mesh.tensor = 1
-  # Where there is no accelerator, the cores act as this many devices.
-  c.cpu_devices = 1
 
   c.lora = config_dict.ConfigDict()
   c.lora.rank = 32

@@ -7,7 +7,6 @@ def get_config() -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
   c.stage = "pretrain"
   c.seed = 0
-  c.cpu_devices = 2
   # Phases run in this order; one whose output exists in the workdir is not run again.
   c.phases = ("vae", "text", "scorer", "teacher")
   c.images = 60_000

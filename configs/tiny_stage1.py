@@ -14,7 +14,6 @@ def tiny(c):
   c.model.pretrained = str(TINY)
   c.model.image_size = 64
   c.model.dtype = "float32"
-  c.cpu_devices = 2  # on two cores almost twice as fast as one device
   c.data.prompts = str(TINY / "prompts")
   c.data.held_out = str(TINY / "prompts")
   c.lora.rank = 16

@@ -1,6 +1,5 @@
 """Joins the processes of a run on several hosts, as the environment says."""
 
-import contextlib
 import os
 from collections.abc import Mapping
 
@@ -9,7 +8,6 @@ from rtdmd_jax.errors import UserError
 COORDINATOR, PROCESSES, PROCESS = "RTDMD_COORDINATOR", "RTDMD_PROCESSES", "RTDMD_PROCESS"
 AUTO = "auto"
 _PATIENCE = 60
-_OLDER_FLAG = "xla_force_host_platform_device_count"
 
 
 def arguments(environment: Mapping[str, str]) -> dict[str, str | int] | None:
@@ -36,20 +34,6 @@ def arguments(environment: Mapping[str, str]) -> dict[str, str | int] | None:
   if not 0 <= number < count:
     raise UserError(f"{PROCESS} is {number}; it counts from 0 and is below {PROCESSES}={count}.")
   return {"coordinator_address": coordinator, "num_processes": count, "process_id": number}
-
-
-def divide_cpu(devices: int) -> None:
-  """Makes the cores act as so many devices where there is no accelerator; before any other use.
-
-  What the environment says (JAX_NUM_CPU_DEVICES, or XLA_FLAGS) comes first, and in a program that
-  has used jax before, its devices stay.
-  """
-  import jax
-
-  said = jax.config.jax_num_cpu_devices > 0 or _OLDER_FLAG in os.environ.get("XLA_FLAGS", "")
-  if devices > 1 and not said:
-    with contextlib.suppress(RuntimeError):
-      jax.config.update("jax_num_cpu_devices", devices)
 
 
 def initialize() -> None:

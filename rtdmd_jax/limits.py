@@ -37,7 +37,6 @@ _RULES: dict[str, Rule] = {
   "dmd.steps": _LEVELS,
   "dmd.eta": _FRACTION,
   "ema.decay": _FRACTION,
-  "cpu_devices": _COUNT,
   "ema.every": _COUNT,
   "batch.prompts": _COUNT,
   "batch.repeats": _COUNT,

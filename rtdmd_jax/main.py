@@ -18,7 +18,6 @@ from rtdmd_jax.errors import EXIT_USER_ERROR, UserError
 
 def main(call: cli.Invocation) -> None:
   """Dispatches on `config.stage`; jax is imported only now, so that mistakes are answered fast."""
-  distributed.divide_cpu(call.config.cpu_devices)
   if call.flags.check:
     _check(call)
     return

@@ -5,8 +5,3 @@ import os
 # Before jax is imported: no search for accelerators, and programs that compile twice as fast.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-
-import jax
-
-# One device for every test in this process, whichever comes first: the tiny configs make two.
-jax.devices()

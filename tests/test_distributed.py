@@ -54,20 +54,6 @@ def test_one_process_is_left_alone(monkeypatch):
   distributed.initialize()
 
 
-@pytest.mark.parametrize("given, count", [({}, 3), ({"JAX_NUM_CPU_DEVICES": "2"}, 2)])
-def test_cores_act_as_devices_unless_the_environment_says_how_many(given, count):
-  code = "from rtdmd_jax.distributed import divide_cpu\ndivide_cpu(3)\nimport jax\n"
-  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | given
-  done = subprocess.run(
-    [sys.executable, "-c", f"{code}print(jax.device_count())\ndivide_cpu(1)\ndivide_cpu(4)"],
-    env=environment,
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr
-  assert done.stdout.split() == [str(count)]
-
-
 @pytest.mark.slow
 def test_two_processes_find_each_other():
   with socket.socket() as free:

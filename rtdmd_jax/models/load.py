@@ -74,9 +74,12 @@ def load_base(
 
   Raises:
     UserError: missing or broken files, or keys that do not fit.
+    ValueError: offloading without a mesh.
   """
   shapes = transformer.stored(transformer.init_abstract(), storage)
   mesh = sharding.current()
+  if offload and mesh is None:
+    raise ValueError("offloading needs a mesh: jax.set_mesh, or Pipeline.from_pretrained(mesh=...)")
   where = sharding.shardings(shapes, mesh, offload=True) if offload else None
   return load_params(path, shapes, transformer.table, dtype=dtype, sharding=where)
 

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from rtdmd_jax.checkpoint import Checkpoints
 
@@ -49,8 +47,7 @@ def train(
 ) -> Tree:
   """Trains with warm-up and cosine decay; returns the moving average of the parameters.
 
-  Devices share the rows of every array of a batch that split evenly. Started again, it goes on from
-  its last checkpoint as if it had never stopped.
+  Started again, it goes on from its last checkpoint as if it had never stopped.
 
   Args:
     name: for the log lines.
@@ -82,14 +79,7 @@ def train(
     return params, opt_state, average, metrics | {"loss": loss}
 
   update = jax.jit(update, donate_argnums=(0, 1, 2))
-  mesh = Mesh(jax.devices(), ("batch",))
-  everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("batch"))
-
-  def place(rows: np.ndarray) -> jax.Array:
-    return jax.device_put(rows, everywhere if len(rows) % mesh.size else split)
-
   state = (params, optimizer.init(params), jax.tree.map(jnp.copy, params))
-  state = jax.device_put(state, everywhere)
   began = time.time()
   with Checkpoints(checkpoints, keep=1) as saved:
     start = saved.latest_step or 0
@@ -97,7 +87,7 @@ def train(
       state, _ = saved.restore(state)
       print(f"{name} goes on after {start}/{steps}", flush=True)
     for step in range(start, steps):
-      batch = jax.tree.map(place, next_batch(np.random.default_rng((seed, step))))
+      batch = next_batch(np.random.default_rng((seed, step)))
       *state, metrics = update(*state, batch, jnp.int32(step))
       done = step + 1
       if done % log_every == 0 or done == steps:
