@@ -133,6 +133,8 @@ def stage2() -> config_dict.ConfigDict:
   c.batch.prompts = 48
   c.batch.repeats = 24
   c.batch.micro_batches = 16
+  # Images that a device decodes and scores at once, for memory; 0: its part of a micro-batch.
+  c.batch.decode_chunk = 0
   c.train.steps = 1000
   c.eval.every = 50
 

@@ -79,6 +79,7 @@ def stage2(name: str) -> config_dict.ConfigDict:
   if not family.stage2_consistency:
     c.dmd.consistency.weight = 0.0
   c.batch.prompts, c.batch.repeats = family.prompts, family.repeats
+  c.batch.decode_chunk = 1
   c.train.save_every = family.stage2_save_every
   for reward in ("clipscore", "hpsv2", "pickscore"):
     c.rewards[reward] = _device_reward(reward, backpropagate=True)

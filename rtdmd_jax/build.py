@@ -256,13 +256,27 @@ def micro_batches(config: Any) -> int:
   return number
 
 
+def _decode_parts(config: Any) -> int:
+  images = config.batch.prompts * config.batch.repeats // micro_batches(config) // batch_parts()
+  at_once = config.batch.decode_chunk or images
+  if images % at_once:
+    raise UserError(
+      f"batch.decode_chunk is {at_once}, which does not divide the {images} images of a micro-batch"
+      " on a device; use a divisor, or 0 for all of them."
+    )
+  return images // at_once
+
+
 def policy_config(config: Any) -> PolicyConfig:
   """The typed form of `config.policy`.
 
   Raises:
-    UserError: too few steps to choose from, or see `micro_batches`.
+    UserError: too few steps to choose from, a batch.decode_chunk that does not divide a device's
+      images, or see `micro_batches`.
   """
-  policy = PolicyConfig(**config.policy, micro_batches=micro_batches(config))
+  policy = PolicyConfig(
+    **config.policy, micro_batches=micro_batches(config), decode_parts=_decode_parts(config)
+  )
   last = len(config.dmd.steps) - 2
   if not 0 <= policy.range_start <= policy.range_end <= last:
     raise UserError(

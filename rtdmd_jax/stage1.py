@@ -4,7 +4,6 @@ A batch is `Batch` below; a step is a pure function of (state, frozen, batch, ke
 new state and metrics.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -15,6 +14,7 @@ import optax
 from rtdmd_jax.algo import losses, timesteps
 from rtdmd_jax.algo.rollout import LastStep, Velocity, generator_rollout, subinterval_start
 from rtdmd_jax.algo.subgrpo import sample_noise
+from rtdmd_jax.microbatches import accumulated_grad
 from rtdmd_jax.optim import guarded_update
 from rtdmd_jax.roles import ApplyFn, role_variables, role_velocity, scale_adapters
 from rtdmd_jax.state import Conditioning, Frozen, TrainState
@@ -270,30 +270,6 @@ def generator_loss(
   )
 
 
-def micro_rows(count: int, micro_batches: int) -> jax.Array:
-  """Samples of each micro-batch [micro_batches, n], interleaved.
-
-  Split over devices, every micro-batch then takes its share from each device's own samples.
-  """
-  return jnp.arange(count).reshape(-1, micro_batches).T
-
-
-def accumulated_grad(
-  loss_fn: Callable[[Tree, jax.Array], tuple[jax.Array, Metrics]], params: Tree, rows: jax.Array
-) -> tuple[Tree, Metrics]:
-  """Mean gradient and metrics of `loss_fn(params, row)` over the micro-batches, by scan."""
-  grad_fn = jax.grad(loss_fn, has_aux=True)
-  if rows.shape[0] == 1:
-    return grad_fn(params, rows[0])
-
-  def add(total: Tree, row: jax.Array) -> tuple[Tree, Metrics]:
-    grads, parts = grad_fn(params, row)
-    return jax.tree.map(jnp.add, total, grads), parts
-
-  total, parts = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), rows)
-  return jax.tree.map(lambda g: g / rows.shape[0], total), jax.tree.map(jnp.mean, parts)
-
-
 def fake_score_step(
   state: TrainState,
   frozen: Frozen,
@@ -316,8 +292,8 @@ def fake_score_step(
     velocity = fake_score_velocity(roles, frozen, adapters, conditioning)
     return fake_score_loss(velocity, config, roles.sigmas, x_s, sigma_s, index, loss_key)
 
-  rows = micro_rows(batch.sample_index.shape[0], micro_batches)
-  grads, parts = accumulated_grad(loss_fn, state.fake_score, rows)
+  count = batch.sample_index.shape[0]
+  grads, parts = accumulated_grad(loss_fn, state.fake_score, count, micro_batches)
   adapters, opt_state, info = guarded_update(
     optimizer, grads, state.fake_score_opt, state.fake_score
   )
@@ -352,8 +328,8 @@ def generator_step(
     loss = generator_loss(x_s, sigma_s, teacher, fake, config, index, loss_key)
     return loss, {"generator": loss}
 
-  rows = micro_rows(batch.sample_index.shape[0], micro_batches)
-  grads, parts = accumulated_grad(loss_fn, state.generator, rows)
+  count = batch.sample_index.shape[0]
+  grads, parts = accumulated_grad(loss_fn, state.generator, count, micro_batches)
   adapters, opt_state, info = guarded_update(optimizer, grads, state.generator_opt, state.generator)
   metrics = {f"loss/{name}": value for name, value in parts.items()}
   metrics |= {f"generator/{name}": value for name, value in info.items()}

@@ -25,9 +25,9 @@ from rtdmd_jax.algo.transitions import (
   cps_step,
   x0_from_v,
 )
+from rtdmd_jax.microbatches import accumulated_grad, map_parts
 from rtdmd_jax.optim import guarded_update
 from rtdmd_jax.roles import role_variables, role_velocity
-from rtdmd_jax.sharding import constrain
 from rtdmd_jax.stage1 import Batch, DMDConfig, Metrics, Roles
 from rtdmd_jax.state import Frozen, TrainState
 
@@ -54,6 +54,7 @@ class PolicyConfig(NamedTuple):
   reward_weight: float = 1e-4
   reward_margin: float = 3.0
   micro_batches: int = 1
+  decode_parts: int = 1  # of a micro-batch
 
 
 class Scoring(NamedTuple):
@@ -118,19 +119,19 @@ def rollout(
     )
     path = sample_rollout(velocity, noise, roles.sigmas, step_noise, eta=config.eta)
     x = jnp.concatenate([path.x, path.x_next[-1:]])
-    images = scoring.decode(frozen.vae, x[-1])
+    rewards, pixels = map_parts(decoded, policy.decode_parts, x[-1], prompt)
+    return jnp.moveaxis(x, 0, 1), path.log_prob.T, rewards, pixels
+
+  def decoded(latents: jax.Array, prompt: jax.Array) -> tuple:
+    images = scoring.decode(frozen.vae, latents)
     rewards = {
       name: score(frozen.rewards[name], images, batch.reward_text[name][prompt])
       for name, score in scoring.device.items()
     }
-    pixels = jnp.round(255.0 * images).astype(jnp.uint8)
-    return jax.tree.map(constrain, (jnp.moveaxis(x, 0, 1), path.log_prob.T, rewards, pixels))
+    return rewards, jnp.round(255.0 * images).astype(jnp.uint8)
 
-  count = batch.sample_index.shape[0]
-  parts = jax.lax.map(micro, stage1.micro_rows(count, policy.micro_batches))
-  x, log_prob, rewards, pixels = jax.tree.map(
-    lambda a: jnp.swapaxes(a, 0, 1).reshape(count, *a.shape[2:]), parts
-  )
+  samples = jnp.arange(batch.sample_index.shape[0])
+  x, log_prob, rewards, pixels = map_parts(micro, policy.micro_batches, samples)
   return Rollout(jnp.moveaxis(x, 1, 0), log_prob.T, chosen, rewards, pixels)
 
 
@@ -148,7 +149,6 @@ def fake_score_step(
 ) -> tuple[TrainState, Metrics]:
   """One update of the fake score on all final samples, gradients accumulated by scan."""
   count = batch.sample_index.shape[0]
-  rows = stage1.micro_rows(count, policy.micro_batches)
   sigma_s = roles.sigmas[-1]
 
   def loss_fn(adapters: Tree, row: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -158,7 +158,7 @@ def fake_score_step(
       velocity, config, roles.sigmas, samples.x[-1][row], sigma_s, batch.sample_index[row], key
     )
 
-  grads, parts = stage1.accumulated_grad(loss_fn, state.fake_score, rows)
+  grads, parts = accumulated_grad(loss_fn, state.fake_score, count, policy.micro_batches)
   adapters, opt_state, info = guarded_update(
     optimizer, grads, state.fake_score_opt, state.fake_score
   )
@@ -226,13 +226,19 @@ def reward_loss(
   scoring: Scoring,
 ) -> jax.Array:
   """Hinge of the differentiable rewards of clean latents [n, h, w, c], through the decoder."""
-  images = scoring.decode(frozen.vae, x0)
   functions = {**scoring.device, **scoring.gradient}
-  total = sum(
-    scoring.weights[name]
-    * functions[name](frozen.rewards[name], images, batch.reward_text[name][prompt])
-    for name in scoring.differentiable
-  )
+
+  def score(x0: jax.Array, prompt: jax.Array) -> jax.Array:
+    images = scoring.decode(frozen.vae, x0)
+    return sum(
+      scoring.weights[name]
+      * functions[name](frozen.rewards[name], images, batch.reward_text[name][prompt])
+      for name in scoring.differentiable
+    )
+
+  if policy.decode_parts > 1:
+    score = jax.checkpoint(score)  # else every part would keep its activations
+  total = map_parts(score, policy.decode_parts, x0, prompt)
   return losses.reward_hinge(total, policy.reward_margin, weights=weights)
 
 

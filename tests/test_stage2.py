@@ -46,11 +46,13 @@ def _same(one, two, tolerance):
 
 
 @pytest.mark.slow
-def test_micro_batches_change_nothing():
-  results = [_run(PolicyConfig(micro_batches=m)) for m in (1, 3, 12)]
+def test_parts_change_nothing():
+  cuts = (1, 1), (1, 4), (3, 1), (3, 2), (12, 1)
+  results = [_run(PolicyConfig(micro_batches=m, decode_parts=d)) for m, d in cuts]
   for other in results[1:]:
     # Summation order only: Adam's first step turns relative rounding into at most that of lr.
     _same(results[0][1].x, other[1].x, 1e-6)
+    _same(results[0][1].rewards, other[1].rewards, 1e-6)
     _same(results[0][2].generator, other[2].generator, 1e-4)
     _same(results[0][4].fake_score, other[4].fake_score, 1e-4)
 
