@@ -259,7 +259,7 @@ def micro_batches(config: Any) -> int:
 def _decode_parts(config: Any) -> int:
   images = config.batch.prompts * config.batch.repeats // micro_batches(config) // batch_parts()
   at_once = config.batch.decode_chunk or images
-  if images % at_once:
+  if at_once < 0 or images % at_once:
     raise UserError(
       f"batch.decode_chunk is {at_once}, which does not divide the {images} images of a micro-batch"
       " on a device; use a divisor, or 0 for all of them."

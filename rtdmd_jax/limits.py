@@ -40,7 +40,6 @@ _RULES: dict[str, Rule] = {
   "ema.every": _COUNT,
   "batch.prompts": _COUNT,
   "batch.repeats": _COUNT,
-  "batch.decode_chunk": _NATURAL,
   "train.steps": _NATURAL,
   "train.fake_update_ratio": _COUNT,
   "train.log_every": _COUNT,

@@ -1,0 +1,171 @@
+"""The paper's ablations on the shipped tiny pipeline, and ours of its deviations.
+
+python benchmarks/ablations.py                      # all that results.json lacks; hours
+python benchmarks/ablations.py --only=stage1 --seeds 0
+python benchmarks/ablations.py --table              # prints what there is
+
+A run is short (see `STAGES`): differences between its variants are what counts, not its scores. All
+start from the same weights; every trained generator draws `IMAGES` images for each held-out
+prompt. Results are kept after every run, and a run that is there is not run again.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rtdmd_jax import evaluation, sharding, train
+from rtdmd_jax.build import build, optimizer_config
+from rtdmd_jax.config import load_config
+from rtdmd_jax.data import make_batch
+from rtdmd_jax.optim import make_optimizer
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/ablations.json"
+IMAGES = 4
+_TEACHER: list[np.ndarray] = []  # features of its images, drawn once a process
+
+# What all variants of a stage have: the config and overrides.
+STAGES = {
+  "stage1": ("configs/tiny_stage1.py", ("train.steps=150", "ema.decay=0.9")),
+  "stage2": ("configs/tiny_stage2.py", ("train.steps=20", "batch.micro_batches=2")),
+}
+_POLICY_ALONE = ("policy.dm_weight=0.0", "policy.reward_weight=0.0")
+_ALL_STEPS = ("policy.num_train_steps=3",)
+_ONE_STEP = ("policy.num_train_steps=1",)
+_NO_CONSISTENCY = ("dmd.consistency.weight=0.0",)
+
+VARIANTS = {
+  "stage1": {
+    "no training": ("train.steps=0",),
+    "DMD2": ("dmd.objective=dmd", "dmd.eta=1.0", *_NO_CONSISTENCY),
+    "A-DMD, eta 1": ("dmd.eta=1.0", *_NO_CONSISTENCY),
+    "A-DMD": _NO_CONSISTENCY,
+    "AC-DMD, gamma 0.001": ("dmd.consistency.weight=0.001",),
+    "AC-DMD, gamma 0.01": (),
+    "AC-DMD, gamma 0.1": ("dmd.consistency.weight=0.1",),
+    "AC-DMD, eta 0": ("dmd.eta=0.0",),
+    "AC-DMD, eta 0.5": ("dmd.eta=0.5",),
+    "AC-DMD, eta 1": ("dmd.eta=1.0",),
+  },
+  "stage2": {
+    "cold start": ("train.steps=0",),
+    "GRPO": (*_POLICY_ALONE, *_ALL_STEPS),
+    "SubGRPO, M = 1": (*_POLICY_ALONE, *_ONE_STEP),
+    "SubGRPO, M = 2": _POLICY_ALONE,
+    "last step alone": ("policy.policy_weight=0.0",),
+    "M = 1 and last step": _ONE_STEP,
+    "M = 2 and last step": (),
+    "with LoRA a ~ N(0, 1)": ("lora.init=normal",),
+    "with (K - 1) / M": ("policy.subset_factor=true",),
+    "with Gaussian log-probability": ("policy.gaussian_log_prob=true",),
+    "without moving average": ("ema.decay=0.0",),
+  },
+}
+
+
+def run(stage: str, variant: str, seed: int) -> dict:
+  """Trains one variant and scores it: means over held-out prompts, and its time."""
+  name, common = STAGES[stage]
+  config = load_config(str(ROOT / name), [*common, *VARIANTS[stage][variant], f"seed={seed}"])
+  start = time.perf_counter()
+  with jax.set_mesh(sharding.make_mesh(**config.mesh)):
+    setup = build(config)
+    optimizers = train.Optimizers(
+      *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
+    )
+    state = jax.jit(lambda: train.initial_state(config, setup, optimizers))()
+    step = train.STAGES[stage](config, setup, optimizers)
+    for number in range(config.train.steps):
+      batch, prompts = make_batch(
+        setup.prompts,
+        setup.cache,
+        setup.unconditional,
+        seed=config.seed,
+        step=number,
+        prompts_per_batch=config.batch.prompts,
+        repeats=config.batch.repeats,
+      )
+      state, _ = step(state, batch, prompts, number)
+    system = evaluation.generator(setup, config, variant, state.ema)
+    held_out = [p for p in setup.held_out for _ in range(IMAGES)]
+    evaluator = evaluation.Evaluator(setup, config)
+    images = evaluator.images(system, held_out)
+    scores = {k: float(v.mean()) for k, v in evaluator.scores(images, held_out).items()}
+    scores["distance"] = _distance(setup, config, evaluator, images)
+  return scores | {"seconds": time.perf_counter() - start}
+
+
+def _distance(setup, config, evaluator, images: np.ndarray) -> float:
+  """Squared kernel distance of the images to the teacher's of the same prompts (KID), times 1000.
+
+  Of features of the scoring CLIP, with KID's cubic kernel; unbiased.
+  """
+  reward = setup.scoring.device["clipscore"].__self__
+  params = setup.frozen.rewards["clipscore"]
+  of_bytes = lambda params, x: reward.image_features(params, x.astype(jnp.float32) / 255.0)  # noqa: E731
+  features = lambda x: np.asarray(jax.jit(of_bytes)(params, x), np.float64)  # noqa: E731
+  if not _TEACHER:  # the same for all variants
+    _TEACHER.append(features(evaluator.images(evaluation.teacher(setup, config), setup.held_out)))
+  # Sets of one image a prompt, as the teacher's; the mean over these sets.
+  return 1000 * float(
+    np.mean([_kid(features(images[i::IMAGES]), *_TEACHER) for i in range(IMAGES)])
+  )
+
+
+def _kid(x: np.ndarray, y: np.ndarray) -> float:
+  n = len(x)
+  kernel = lambda a, b: (a @ b.T + 1.0) ** 3  # noqa: E731
+  xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
+  within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (n * (n - 1))
+  # The same prompt in both sets is left out, as an image and itself are.
+  return within - 2 * (xy.sum() - np.trace(xy)) / (n * (n - 1))
+
+
+def table(stage: str, results: dict) -> str:
+  """Markdown: mean over seeds and half the spread between the smallest and the largest."""
+  lines = ["| variant | seeds | CLIPScore | GenEval, soft | distance to the teacher |"]
+  lines.append("|---|---|---|---|---|")
+  for variant in VARIANTS[stage]:
+    rows = list(results.get(stage, {}).get(variant, {}).values())
+    if rows:
+      cells = [_mean([r[key] for r in rows]) for key in ("clipscore", "geneval", "distance")]
+      lines.append(f"| {variant} | {len(rows)} | {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> str:
+  digits = 1 if max(map(abs, values)) > 10 else 3
+  text = f"{np.mean(values):.{digits}f}"
+  return text if len(values) < 2 else f"{text} ± {(max(values) - min(values)) / 2:.{digits}f}"
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument("--only", choices=STAGES, action="append", help="stage to run")
+  parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+  parser.add_argument("--table", action="store_true", help="print the results and run nothing")
+  parser.add_argument("--out", type=Path, default=RESULTS)
+  options = parser.parse_args()
+  results = json.loads(options.out.read_text()) if options.out.exists() else {}
+  chosen = options.only or list(STAGES)
+  for seed in () if options.table else options.seeds:
+    for stage in chosen:
+      for variant in VARIANTS[stage]:
+        done = results.setdefault(stage, {}).setdefault(variant, {})
+        if str(seed) in done:
+          continue
+        done[str(seed)] = row = run(stage, variant, seed)
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        numbers = "  ".join(f"{key} {value:.4f}" for key, value in row.items())
+        print(f"{stage}  {variant}  seed {seed}  {numbers}", flush=True)
+  for stage in chosen:
+    print(f"\n{stage}\n\n{table(stage, results)}")
+
+
+if __name__ == "__main__":
+  main()
