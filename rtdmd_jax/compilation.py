@@ -1,10 +1,22 @@
-"""Where compiled programs are kept between starts."""
+"""How programs are compiled, and where they are kept between starts."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from rtdmd_jax.sharding import platform
+
 FOLDER = "compiled"
+# By default a product with a split weight becomes a ring that works on a part of the weight at a
+# time; with weights as small as a block's that costs ten times the memory traffic (docs/hardware.md).
+_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
+
+
+def jit(function: Callable, **options: Any) -> Callable:
+  """`jax.jit(function, **options)` with the compiler's options for the current mesh's platform."""
+  return jax.jit(function, compiler_options=_OPTIONS.get(platform()), **options)
 
 
 def keep_programs(workdir: Path) -> None:

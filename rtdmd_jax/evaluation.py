@@ -15,6 +15,7 @@ from rtdmd_jax import sampling
 from rtdmd_jax.algo.subgrpo import sample_noise
 from rtdmd_jax.algo.transitions import add_noise, x0_from_v
 from rtdmd_jax.build import Setup
+from rtdmd_jax.compilation import jit
 from rtdmd_jax.hosts import is_main
 from rtdmd_jax.models.lora import fold_scale
 from rtdmd_jax.prompts import Prompt
@@ -142,7 +143,7 @@ class Evaluator:
       images = setup.scoring.decode(frozen.vae, latents)
       return jnp.round(255.0 * images).astype(jnp.uint8)
 
-    return jax.jit(run)
+    return jit(run)
 
   def scores(self, images: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
     """Every configured reward [P] of uint8 images, trained or watched."""

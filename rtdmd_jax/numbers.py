@@ -4,14 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.experimental import checkify
 
+from rtdmd_jax.compilation import jit
 from rtdmd_jax.errors import EXIT_NUMBERS, Stopped
 
 
 def checked_jit(function: Callable, *, check: bool, **options: Any) -> Callable:
-  """`jax.jit(function, **options)`, with every operation checked if asked for.
+  """`compilation.jit(function, **options)`, with every operation checked if asked for.
 
   Args:
     function: to be compiled.
@@ -23,8 +23,8 @@ def checked_jit(function: Callable, *, check: bool, **options: Any) -> Callable:
     Stopped: (from the compiled function) with the operation and the line that called it.
   """
   if not check:
-    return jax.jit(function, **options)
-  compiled = jax.jit(checkify.checkify(function, errors=checkify.float_checks))
+    return jit(function, **options)
+  compiled = jit(checkify.checkify(function, errors=checkify.float_checks))
 
   def run(*args: Any) -> Any:
     error, out = compiled(*args)
