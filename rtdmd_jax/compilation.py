@@ -10,7 +10,7 @@ from rtdmd_jax.sharding import platform
 
 FOLDER = "compiled"
 # By default a product with a split weight becomes a ring that works on a part of the weight at a
-# time; with weights as small as a block's that costs ten times the memory traffic (docs/hardware.md).
+# time, which multiplies memory traffic (docs/hardware.md): gather the weight instead.
 _OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 
 

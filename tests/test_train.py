@@ -87,6 +87,12 @@ def test_micro_batches_that_do_not_divide(tmp_path, capsys):
   _expect(capsys, code, "micro_batches", "4")
 
 
+def test_a_decode_chunk_that_does_not_divide(tmp_path, capsys):
+  for chunk in (3, -1):
+    code = _run(tmp_path, *SMALL, f"--config.batch.decode_chunk={chunk}")
+    _expect(capsys, code, "batch.decode_chunk", "4 images")
+
+
 def _rewrite(file, drop=None, cut=None):
   from safetensors.numpy import load_file, save_file
 
