@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rtdmd_jax import sampling
+from rtdmd_jax.compilation import jit
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import Transformer, build_transformer, load_base
 from rtdmd_jax.models.encoders import load_vae
@@ -218,7 +219,7 @@ class Pipeline:
     variables = role_variables(self.params, adapters=adapters)
     shape = self.latent_shape(image_size)
 
-    @jax.jit
+    @jit
     def run(variables, vae_params, conditioning, unconditional):
       velocity = role_velocity(
         self.transformer.apply,

@@ -26,6 +26,7 @@ from absl import flags
 from PIL import Image, PngImagePlugin
 
 from rtdmd_jax import __version__, cli, sampling, sharding
+from rtdmd_jax.compilation import jit
 from rtdmd_jax.data import PromptCache
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.grids import grid, save_png
@@ -152,7 +153,7 @@ def sampler(pipeline: Pipeline, settings: Settings, adapters: Any) -> Sampler:
   unconditional = sharding.replicate(cache([""])) if guided else None
   variables = role_variables(pipeline.params, adapters=sharding.place(adapters))
 
-  @jax.jit
+  @jit
   def run(variables, vae_params, conditioning, unconditional, seeds, index):
     velocity = role_velocity(
       pipeline.transformer.apply,

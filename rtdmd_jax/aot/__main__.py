@@ -94,11 +94,14 @@ def _program(p: dict[str, Any], chip: dict[str, Any]) -> list[str]:
   gb = {k: p[k] / 1e9 for k in ("arguments", "outputs", "temporaries", "code", "resident", "peak")}
   parts = ", ".join(f"{name} {value:.3f}" for name, value in gb.items() if name != "peak")
   share = p["peak"] / chip["hbm"]
+  memory = f"  peak {gb['peak']:.3f} GB, {share:.0%} of memory ({parts})"
   times = p["times"]
+  if times is None:
+    return [head, memory, "  traffic is not known: jaxlib cannot read the compiled program's text"]
   bounds = ", ".join(f"{k} {1e3 * times[k]:.2f}" for k in ("compute", "memory", "network"))
   out = [
     head,
-    f"  peak {gb['peak']:.3f} GB, {share:.0%} of memory ({parts})",
+    memory,
     f"  memory traffic {p['memory'] / 1e9:.2f} GB",
     f"  at least {1e3 * times['seconds']:.2f} ms ({bounds}); MFU at most {times['mfu_bound']:.0%}",
   ]

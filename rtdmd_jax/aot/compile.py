@@ -19,7 +19,7 @@ from rtdmd_jax import sharding, train
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup
 from rtdmd_jax.aot.chips import Chip, chip, gpus, roofline
 from rtdmd_jax.aot.flops import count_flops
-from rtdmd_jax.aot.hlo import traffic
+from rtdmd_jax.aot.hlo import Traffic, traffic
 from rtdmd_jax.build import Setup, optimizer_config
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.optim import make_optimizer
@@ -48,7 +48,8 @@ class Cost:
     peak: the sum of all these.
     flops: floating-point operations of matrix products and convolutions.
     memory: bytes to and from memory.
-    sent: bytes sent, by kind of collective; `collectives` is how many run.
+    sent: bytes sent, by kind of collective; `collectives` is how many run. None, as `times`, where
+      the traffic is not known.
     unknown_loops: loops counted with the most turns that a rollout takes.
     times: see `chips.roofline`.
     compile_seconds: of lowering and compilation.
@@ -251,11 +252,11 @@ def _cost(
     return Cost(name, False, reason, resident=resident, flops=flops, compile_seconds=seconds), None
   seconds = time.perf_counter() - start
   sizes = compiled.memory_analysis()
-  moved = traffic(compiled.as_text(), turns)
+  moved = read_traffic(compiled, turns)
   arguments, code = sizes.argument_size_in_bytes, sizes.generated_code_size_in_bytes
   outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
   peak = arguments + outputs + sizes.temp_size_in_bytes + code + resident
-  return Cost(
+  cost = Cost(
     name=name,
     fits=peak <= device.hbm,
     arguments=arguments,
@@ -265,13 +266,25 @@ def _cost(
     resident=resident,
     peak=peak,
     flops=flops,
-    memory=moved.memory,
-    sent=dict(moved.sent),
-    collectives=dict(moved.count),
-    unknown_loops=moved.unknown_loops,
-    times=roofline(device, flops, moved.memory, sum(moved.sent.values())),
     compile_seconds=seconds,
-  ), compiled
+  )
+  if moved is not None:
+    cost.memory, cost.sent, cost.collectives = moved.memory, dict(moved.sent), dict(moved.count)
+    cost.unknown_loops = moved.unknown_loops
+    cost.times = roofline(device, flops, moved.memory, sum(moved.sent.values()))
+  return cost, compiled
+
+
+def read_traffic(compiled: Any, turns: int) -> Traffic | None:
+  """Traffic of a compiled program; None where jaxlib cannot read back what libtpu made of it.
+
+  That happens with asynchronous operations that are newer than jaxlib; the program itself is whole.
+  """
+  try:
+    text = compiled.as_text()
+  except jax.errors.JaxRuntimeError:
+    return None
+  return traffic(text, turns)
 
 
 def _unread(jaxpr: Any, args: list[Tree]) -> float:

@@ -88,3 +88,15 @@ def test_roofline_takes_the_slowest_part():
   assert (got["seconds"], got["mfu_bound"]) == (2.0, 0.125)
   with pytest.raises(UserError, match="no peak rates"):
     chip("TPU v99")
+
+
+def test_a_program_whose_text_cannot_be_read_still_has_its_memory():
+  class Unreadable:
+    def as_text(self):
+      raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+  assert read_traffic(Unreadable(), 4) is None
+  sizes = dict.fromkeys(("arguments", "outputs", "temporaries", "code", "resident", "peak"), 1e9)
+  cost = Cost("policy", True, flops=1e12, **sizes)
+  text = "\n".join(_program(asdict(cost), {"hbm": 4e9}))
+  assert "25% of memory" in text and "traffic is not known" in text
