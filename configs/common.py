@@ -132,7 +132,6 @@ def stage2() -> config_dict.ConfigDict:
   c.ema.every = 8
   c.batch.prompts = 48
   c.batch.repeats = 24
-  c.batch.micro_batches = 16
   # Images that a device decodes and scores at once, for memory; 0: its part of a micro-batch.
   c.batch.decode_chunk = 0
   c.train.steps = 1000

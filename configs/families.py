@@ -32,13 +32,15 @@ class Family(NamedTuple):
   repeats: int = 24
   stage2_consistency: bool = True
   stage2_save_every: int = 100
+  stage2_micro_batches: int = 48
 
 
 FAMILIES = {
   "sd3": Family(
-    "stable-diffusion-3-medium-diffusers", 7.0, image_size=1024, prompts=32, repeats=16
+    "stable-diffusion-3-medium-diffusers", 7.0, image_size=1024, prompts=32, repeats=16,
+    stage2_micro_batches=16,
   ),
-  "sd35": Family("stable-diffusion-3.5-medium", 4.5, prompts=48),
+  "sd35": Family("stable-diffusion-3.5-medium", 4.5, prompts=48, stage2_micro_batches=16),
   "flux1": Family(
     "FLUX.1-dev", 3.5, stage2_fake_rate=1e-6, stage2_consistency=False, stage2_save_every=50
   ),
@@ -79,6 +81,7 @@ def stage2(name: str) -> config_dict.ConfigDict:
   if not family.stage2_consistency:
     c.dmd.consistency.weight = 0.0
   c.batch.prompts, c.batch.repeats = family.prompts, family.repeats
+  c.batch.micro_batches = family.stage2_micro_batches
   c.batch.decode_chunk = 1
   c.train.save_every = family.stage2_save_every
   for reward in ("clipscore", "hpsv2", "pickscore"):

@@ -1,5 +1,6 @@
 """Shapes of published checkpoints against published sizes, and of a real one against its files."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -7,8 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 import rtdmd_jax
+from rtdmd_jax.aot.__main__ import _program
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_pipeline, abstract_setup
 from rtdmd_jax.aot.chips import CHIPS, chip, roofline
+from rtdmd_jax.aot.compile import Cost, read_traffic
 from rtdmd_jax.aot.published import read
 from rtdmd_jax.build import build
 from rtdmd_jax.config import load_config
