@@ -1,0 +1,49 @@
+"""benchmarks/ablations.py: its variants are runs, its distance is one."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rtdmd_jax.build import policy_config
+from rtdmd_jax.config import load_config
+from rtdmd_jax.limits import check_limits
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("ablations", ROOT / "benchmarks/ablations.py")
+ablations = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ablations)
+
+
+@pytest.mark.parametrize("stage", list(ablations.STAGES))
+def test_every_variant_is_a_run_of_its_own(stage):
+  name, common = ablations.STAGES[stage]
+  seen = set()
+  for overrides in ablations.VARIANTS[stage].values():
+    config = load_config(str(ROOT / name), [*common, *overrides])
+    check_limits(config)
+    if stage == "stage2":
+      policy_config(config)
+    seen.add(config.to_json_best_effort())
+  assert len(seen) == len(ablations.VARIANTS[stage])
+
+
+def test_the_distance_of_features_grows_with_their_shift():
+  random = np.random.default_rng(0)
+  draw = lambda shift: _unit(random.normal(size=(400, 8)) + shift)  # noqa: E731
+  same, near, far = (ablations._kid(draw(0.0), draw(shift)) for shift in (0.0, 0.3, 1.0))
+  # Unbiased: of equal laws it is 0 within its error, a few thousandths here.
+  assert abs(same) < 0.02 < near < far
+
+
+def test_the_table_shows_mean_and_spread_over_seeds():
+  rows = {
+    str(seed): dict(clipscore=0.6, geneval=g, distance=20.0) for seed, g in enumerate((0.2, 0.4))
+  }
+  text = ablations.table("stage2", {"stage2": {"GRPO": rows}})
+  assert "| GRPO | 2 | 0.600 ± 0.000 | 0.300 ± 0.100 | 20.0 ± 0.0 |" in text
+
+
+def _unit(x):
+  return x / np.linalg.norm(x, axis=1, keepdims=True)
