@@ -1,6 +1,6 @@
 """The paper's ablations on the shipped tiny pipeline, and ours of its deviations.
 
-python benchmarks/ablations.py                      # all that results.json lacks; hours
+python benchmarks/ablations.py                      # all that ablations.json lacks; hours
 python benchmarks/ablations.py --only=stage1 --seeds 0
 python benchmarks/ablations.py --table              # prints what there is
 
@@ -21,7 +21,6 @@ import numpy as np
 from rtdmd_jax import evaluation, sharding, train
 from rtdmd_jax.build import build, optimizer_config
 from rtdmd_jax.config import load_config
-from rtdmd_jax.data import make_batch
 from rtdmd_jax.optim import make_optimizer
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +31,7 @@ _TEACHER: list[np.ndarray] = []  # features of its images, drawn once a process
 # What all variants of a stage have: the config and overrides.
 STAGES = {
   "stage1": ("configs/tiny_stage1.py", ("train.steps=150", "ema.decay=0.9")),
-  "stage2": ("configs/tiny_stage2.py", ("train.steps=20", "batch.micro_batches=2")),
+  "stage2": ("configs/tiny_stage2.py", ("train.steps=20",)),
 }
 _POLICY_ALONE = ("policy.dm_weight=0.0", "policy.reward_weight=0.0")
 _ALL_STEPS = ("policy.num_train_steps=3",)
@@ -81,15 +80,7 @@ def run(stage: str, variant: str, seed: int) -> dict:
     state = jax.jit(lambda: train.initial_state(config, setup, optimizers))()
     step = train.STAGES[stage](config, setup, optimizers)
     for number in range(config.train.steps):
-      batch, prompts = make_batch(
-        setup.prompts,
-        setup.cache,
-        setup.unconditional,
-        seed=config.seed,
-        step=number,
-        prompts_per_batch=config.batch.prompts,
-        repeats=config.batch.repeats,
-      )
+      batch, prompts = train.step_batch(config, setup, number)
       state, _ = step(state, batch, prompts, number)
     system = evaluation.generator(setup, config, variant, state.ema)
     held_out = [p for p in setup.held_out for _ in range(IMAGES)]

@@ -18,10 +18,9 @@ import jax
 from rtdmd_jax.build import build, optimizer_config
 from rtdmd_jax.checkpoint import Checkpoints
 from rtdmd_jax.config import load_config
-from rtdmd_jax.data import make_batch
 from rtdmd_jax.optim import make_optimizer
 from rtdmd_jax.sharding import make_mesh
-from rtdmd_jax.train import STAGES, Optimizers, initial_state
+from rtdmd_jax.train import STAGES, Optimizers, initial_state, step_batch
 
 
 def measure(config, blocks: int, steps: int, folder: Path) -> str:
@@ -31,15 +30,7 @@ def measure(config, blocks: int, steps: int, folder: Path) -> str:
   )
   state = jax.jit(lambda: initial_state(config, setup, optimizers))()
   step_fn = STAGES[config.stage](config, setup, optimizers)
-  batch, prompts = make_batch(
-    setup.prompts,
-    setup.cache,
-    setup.unconditional,
-    seed=config.seed,
-    step=0,
-    prompts_per_batch=config.batch.prompts,
-    repeats=config.batch.repeats,
-  )
+  batch, prompts = step_batch(config, setup, 0)
   number, still, plain, saving = 0, [], [], []
   with Checkpoints(folder, keep=2) as saved:
     for block in range(2 * blocks + 1):

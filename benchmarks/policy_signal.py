@@ -17,22 +17,7 @@ import optax
 from rtdmd_jax import sharding, stage2
 from rtdmd_jax.build import Setup, build, dmd_config, policy_config
 from rtdmd_jax.config import load_config
-from rtdmd_jax.data import make_batch
-from rtdmd_jax.train import Optimizers, initial_state
-
-
-def batches(config, setup: Setup, count: int):
-  """(batch, prompts) of `count` steps."""
-  for step in range(count):
-    yield make_batch(
-      setup.prompts,
-      setup.cache,
-      setup.unconditional,
-      seed=config.seed,
-      step=step,
-      prompts_per_batch=config.batch.prompts,
-      repeats=config.batch.repeats,
-    )
+from rtdmd_jax.train import Optimizers, initial_state, step_batch
 
 
 def score(setup: Setup, samples, prompts) -> dict[str, np.ndarray]:
@@ -64,7 +49,8 @@ def gradients(config, setup: Setup, policy, count: int):
 
   programs = {name: program(name) for name in setup.scoring.weights}
   found, rewards = {name: [] for name in programs}, []
-  for step, (batch, prompts) in enumerate(batches(config, setup, count)):
+  for step in range(count):
+    batch, prompts = step_batch(config, setup, step)
     key = jax.random.fold_in(jax.random.key(1), step)
     samples = rollout(state, setup.frozen, batch, key)
     rewards.append(score(setup, samples, prompts))

@@ -90,6 +90,19 @@ def initial_state(config: Any, setup: Setup, optimizers: Optimizers) -> TrainSta
   return pin(state)
 
 
+def step_batch(config: Any, setup: Setup, number: int) -> tuple[Batch, list[Prompt]]:
+  """What step `number` of a run trains on: its batch, and the prompt of each sample."""
+  return make_batch(
+    setup.prompts,
+    setup.cache,
+    setup.unconditional,
+    seed=config.seed,
+    step=number,
+    prompts_per_batch=config.batch.prompts,
+    repeats=config.batch.repeats,
+  )
+
+
 def _keyed(step: Callable, seed: int, stream: int) -> Callable:
   """Derives the step's key from the seed and `state.step` inside the compiled program."""
 
@@ -361,15 +374,7 @@ def _loop(
     # A step takes its state's memory over, so between its parts there is nothing to save.
     with stop.deferred():
       for number in range(start, last):
-        batch, prompts = make_batch(
-          setup.prompts,
-          setup.cache,
-          setup.unconditional,
-          seed=config.seed,
-          step=number,
-          prompts_per_batch=config.batch.prompts,
-          repeats=config.batch.repeats,
-        )
+        batch, prompts = step_batch(config, setup, number)
         state, metrics = step_fn(state, batch, prompts, number)
         done = number + 1
         skips.follow(done, metrics)

@@ -261,9 +261,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
 @pytest.mark.slow
 def test_after_the_first_steps_nothing_recompiles_and_nothing_is_transferred_by_accident(tmp_path):
   from rtdmd_jax.build import build, optimizer_config
-  from rtdmd_jax.data import make_batch
   from rtdmd_jax.optim import make_optimizer
-  from rtdmd_jax.train import STAGES, Optimizers, initial_state
+  from rtdmd_jax.train import STAGES, Optimizers, initial_state, step_batch
 
   events = []
   jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: events.append(event))
@@ -283,15 +282,7 @@ def test_after_the_first_steps_nothing_recompiles_and_nothing_is_transferred_by_
     step = STAGES[config.stage](config, setup, optimizers)
 
     def run(number, state, config=config, setup=setup, step=step):
-      batch, prompts = make_batch(
-        setup.prompts,
-        setup.cache,
-        setup.unconditional,
-        seed=config.seed,
-        step=number,
-        prompts_per_batch=config.batch.prompts,
-        repeats=config.batch.repeats,
-      )
+      batch, prompts = step_batch(config, setup, number)
       return step(state, batch, prompts, number)
 
     for number in range(2):
