@@ -13,7 +13,7 @@ def get_config() -> config_dict.ConfigDict:
   c.max_length = 12
 
   c.vae = config_dict.ConfigDict()
-  c.vae.steps = 1200
+  c.vae.steps = 1500
   c.vae.batch_size = 16
   c.vae.learning_rate = 2e-3
   c.vae.kl_weight = 3e-4
@@ -31,7 +31,7 @@ def get_config() -> config_dict.ConfigDict:
   )
 
   c.text = config_dict.ConfigDict()
-  c.text.steps = 700
+  c.text.steps = 1000
   c.text.batch_size = 128
   c.text.learning_rate = 1e-3
   c.text.projection_dim = 64
@@ -55,33 +55,33 @@ def get_config() -> config_dict.ConfigDict:
   )
 
   c.scorer = config_dict.ConfigDict()
-  c.scorer.steps = 1200
+  c.scorer.steps = 2000
   c.scorer.batch_size = 128
   c.scorer.learning_rate = 1.5e-3
   c.scorer.projection_dim = 64
-  wide = tower | dict(hidden_size=128, intermediate_size=512)
+  wide = tower | dict(hidden_size=96, intermediate_size=384)
   c.scorer.text = dict(wide)
   c.scorer.vision = wide | dict(num_hidden_layers=4, image_size=64, patch_size=8)
 
   c.teacher = config_dict.ConfigDict()
   c.teacher.steps = 5000
-  c.teacher.batch_size = 64
+  c.teacher.batch_size = 128
   c.teacher.learning_rate = 1.5e-2
   c.teacher.caption_dropout = 0.1
-  c.teacher.shift = 1.0
+  c.teacher.shift = 2.0
   c.teacher.model = dict(
     _class_name="SD3Transformer2DModel",
     sample_size=8,
-    patch_size=1,
+    patch_size=2,
     in_channels=4,
     out_channels=4,
-    num_layers=5,
+    num_layers=6,
     attention_head_dim=32,
     num_attention_heads=4,
     caption_projection_dim=128,
     joint_attention_dim=128,
     pooled_projection_dim=128,
-    pos_embed_max_size=8,
+    pos_embed_max_size=4,
     qk_norm="rms_norm",
     dual_attention_layers=(),
   )

@@ -1,13 +1,13 @@
 """Trains CLIP models: the text towers that condition the transformer, and the one that scores."""
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from rtdmd_jax.models.clip import CLIP, TABLE, CLIPText
 from rtdmd_jax.models.clip_config import CLIPConfig, TextConfig
@@ -19,14 +19,18 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def contrastive_loss(text: jax.Array, image: jax.Array, scale: jax.Array, same: jax.Array):
-  """Symmetric cross-entropy of unit vectors [B, P]; equal captions (`same`) share the mass."""
-  logits = scale * text @ image.T
-  target = same / jnp.sum(same, axis=1, keepdims=True)
-  rows = -jnp.sum(target * jax.nn.log_softmax(logits, axis=1), axis=1)
-  columns = -jnp.sum(target * jax.nn.log_softmax(logits.T, axis=1), axis=1)
-  accuracy = jnp.mean(same[jnp.arange(text.shape[0]), jnp.argmax(logits, axis=1)])
-  return 0.5 * jnp.mean(rows + columns), accuracy
+def caption_loss(text: jax.Array, image: jax.Array, scale: jax.Array, caption: jax.Array):
+  """Cross-entropy of unit vectors image [B, P] among those of all captions, text [C, P].
+
+  The negatives of a batch are almost all easy; among all captions each image meets every one that
+  differs from its own in a single word or in the order of two.
+
+  Returns:
+    the loss, and the share of images whose own caption [B] comes first.
+  """
+  logits = scale * image @ text.T
+  losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, caption)
+  return jnp.mean(losses), jnp.mean(jnp.argmax(logits, axis=1) == caption)
 
 
 def train_text_towers(
@@ -60,18 +64,15 @@ def train_text_towers(
   }
 
   def loss_fn(params, batch, key):
-    text, image, scale, same = _features(model, params["clip"], batch, key)
-    other = _unit(second.apply({"params": params["text_2"]}, batch["ids"]).projected)
-    loss, accuracy = contrastive_loss(text, image, scale, same)
-    loss_2, accuracy_2 = contrastive_loss(other, jax.lax.stop_gradient(image), scale, same)
+    text = _unit(model.apply({"params": params["clip"]}, ids, method=CLIP.text_features))
+    other = _unit(second.apply({"params": params["text_2"]}, ids).projected)
+    image, scale = _image_features(model, params["clip"], batch, key)
+    loss, accuracy = caption_loss(text, image, scale, batch["caption"])
+    image = jax.lax.stop_gradient(image)
+    loss_2, accuracy_2 = caption_loss(other, image, scale, batch["caption"])
     return loss + loss_2, {"accuracy": accuracy, "accuracy_2": accuracy_2, "scale": scale}
 
-  def next_batch(rng):
-    index = rng.integers(len(scenes.images), size=config.batch_size)
-    caption = scenes.caption[index]
-    return {"images": scenes.images[index], "caption": caption, "ids": ids[caption]}
-
-  params = _train("text", loss_fn, params, next_batch, config, seed, checkpoints)
+  params = _train("text", loss_fn, params, scenes, config, seed, checkpoints)
   clip = params["clip"]
   first = {"text_model": clip["text_model"], "text_projection": clip["text_projection"]}
   for name, fields, tree in (
@@ -94,9 +95,6 @@ def train_scorer(
 ) -> None:
   """Writes `clip/`, a `CLIPModel` that tells scenes apart which differ in one word.
 
-  A batch is made of groups of four lookalikes (see `lookalikes`): among random captions alone the
-  colours in the image decide, and what is where never has to be learned.
-
   Args:
     config: `text`, `vision` tower fields, `projection_dim`, and the training settings.
     scenes: captioned images.
@@ -110,51 +108,17 @@ def train_scorer(
   model = CLIP(CLIPConfig.from_dict(both), scan=False)
 
   def loss_fn(params, batch, key):
-    text, image, scale, same = _features(model, params, batch, key)
-    loss, accuracy = contrastive_loss(text, image, scale, same)
+    text = _unit(model.apply({"params": params}, ids, method=CLIP.text_features))
+    image, scale = _image_features(model, params, batch, key)
+    loss, accuracy = caption_loss(text, image, scale, batch["caption"])
     return loss, {"accuracy": accuracy, "scale": scale}
 
-  draw = _lookalike_batches(scenes, config.batch_size)
-
-  def next_batch(rng):
-    index = draw(rng)
-    caption = scenes.caption[index]
-    return {"images": scenes.images[index], "caption": caption, "ids": ids[caption]}
-
   params = _init(model, jax.random.key(seed), scenes, ids)
-  params = _train("scorer", loss_fn, params, next_batch, config, seed, checkpoints)
+  params = _train("scorer", loss_fn, params, scenes, config, seed, checkpoints)
   kind = {"architectures": ["CLIPModel"], "model_type": "clip"}
   file = directory / "clip/model.safetensors"
   _write_preprocessor(directory / "clip", config.vision.image_size)
   save_model(file, kind | both, params, TABLE, dtype=jnp.float16)
-
-
-def lookalikes(captions: Sequence[str]) -> list[list[int]]:
-  """For each caption the others of one changed word, or of the same words with two exchanged."""
-  words = [caption.split() for caption in captions]
-
-  def close(one: list[str], other: list[str]) -> bool:
-    changed = sum(a != b for a, b in zip(one, other, strict=False))
-    same_words = sorted(one) == sorted(other)
-    return len(one) == len(other) and (changed == 1 or (changed == 2 and same_words))
-
-  return [[j for j, other in enumerate(words) if close(one, other)] for one in words]
-
-
-def _lookalike_batches(scenes: Scenes, size: int) -> Callable[[np.random.Generator], np.ndarray]:
-  """Draws indices of images: a quarter at random, each with images of three lookalikes."""
-  images = [np.flatnonzero(scenes.caption == i) for i in range(len(scenes.captions))]
-  near = [[j for j in group if len(images[j])] for group in lookalikes(scenes.captions)]
-
-  def draw(rng: np.random.Generator) -> np.ndarray:
-    captions = []
-    for anchor in rng.integers(len(scenes.images), size=size // 4):
-      caption = scenes.caption[anchor]
-      group = near[caption] or [caption]
-      captions += [caption, *rng.choice(group, 3, replace=len(group) < 3)]
-    return np.array([rng.choice(images[caption]) for caption in captions])
-
-  return draw
 
 
 def _clip_config(config: Any, special: dict[str, int]) -> dict[str, Any]:
@@ -168,20 +132,23 @@ def _init(model: CLIP, key: jax.Array, scenes: Scenes, ids: np.ndarray) -> Any:
   return model.init(key, jnp.array(ids[:1]), pixels)["params"]
 
 
-def _features(model: CLIP, params: Any, batch: dict[str, jax.Array], key: jax.Array):
-  """Unit vectors of texts and images, the logit scale, and which captions are equal."""
+def _image_features(model: CLIP, params: Any, batch: dict[str, jax.Array], key: jax.Array):
+  """Unit vectors of the batch's images, and the scale of the logits."""
   images = batch["images"].astype(jnp.float32) / 255.0
   # The reward must also rank images that are a little noisy.
   level_key, noise_key = jax.random.split(key)
   level = 0.06 * jax.random.uniform(level_key, (images.shape[0], 1, 1, 1))
   images = images + level * jax.random.normal(noise_key, images.shape)
   pixels = (images - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
-  text, image, scale = model.apply({"params": params}, batch["ids"], pixels)
-  same = (batch["caption"][:, None] == batch["caption"][None, :]).astype(jnp.float32)
-  return _unit(text), _unit(image), jnp.minimum(jnp.exp(scale), 100.0), same
+  features = model.apply({"params": params}, pixels, method=CLIP.image_features)
+  return _unit(features), jnp.minimum(jnp.exp(params["logit_scale"]), 100.0)
 
 
-def _train(name, loss_fn, params, next_batch, config, seed, checkpoints):
+def _train(name, loss_fn, params, scenes, config, seed, checkpoints):
+  def next_batch(rng):
+    index = rng.integers(len(scenes.images), size=config.batch_size)
+    return {"images": scenes.images[index], "caption": scenes.caption[index]}
+
   return train(
     name,
     loss_fn,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from rtdmd_jax.datasets.shapes.draw import CROSS_ARM, PALETTE, RING_HOLE, coverage
+from rtdmd_jax.datasets.shapes.draw import CROSS_ARM, PALETTE, coverage
 from rtdmd_jax.datasets.shapes.grammar import COLORS, SHAPES
 from rtdmd_jax.rewards.geneval import Detection
 
@@ -22,9 +22,8 @@ _AREA = {
   "square": 4.0,
   "triangle": 2.0,
   "cross": 8 * CROSS_ARM - 4 * CROSS_ARM**2,
-  "ring": np.pi * (1 - RING_HOLE**2),
 }
-_CENTROID = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3, "cross": 0.0, "ring": 0.0}
+_CENTROID = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3, "cross": 0.0}
 _CHUNK = 64
 _MIN_AREA = 40.0  # pixels; the smallest shape drawn covers 100
 _MIN_CONTRAST = 38.0  # distance from the background, in 8-bit RGB units

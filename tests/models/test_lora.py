@@ -6,7 +6,7 @@ from flax.traverse_util import flatten_dict
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import lora
-from rtdmd_jax.models.layers import Dense
+from rtdmd_jax.models.layers import Dense, adapted_product
 from rtdmd_jax.weights.maps import KeyTable, Stack
 
 TABLE = KeyTable(
@@ -110,6 +110,18 @@ def test_merge_equals_the_branch(layer):
   with_branch = Dense(8).apply({"params": plain, "lora": folded}, x)
   np.testing.assert_allclose(Dense(8).apply({"params": merged}, x), with_branch, atol=1e-4)
   assert np.abs(with_branch - Dense(8).apply({"params": plain}, x)).max() > 0.1
+
+
+def test_a_folded_adapter_has_the_gradients_of_a_branch():
+  keys = jax.random.split(KEY, 5)
+  shapes = (4, 5, 6), (6, 8), (6, 2), (2, 8)
+  arguments = [jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=False)]
+  cotangent = jax.random.normal(keys[4], (4, 5, 8))
+  folded, pullback = jax.vjp(adapted_product, *arguments)
+  branch, expected = jax.vjp(lambda x, w, a, b: x @ w + (x @ a) @ b, *arguments)
+  np.testing.assert_allclose(folded, branch, atol=1e-5)
+  for ours, theirs in zip(pullback(cotangent), expected(cotangent), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 def test_merge_rounds_once():

@@ -1,27 +1,15 @@
+import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax.pretrain.contrastive import _lookalike_batches, lookalikes
-from rtdmd_jax.pretrain.data import Scenes
+from rtdmd_jax.pretrain.contrastive import caption_loss
 
-CAPTIONS = [
-  "a photo of a red ring and a blue square",
-  "a photo of a blue ring and a red square",  # two words exchanged
-  "a photo of a red ring and a green square",  # one word changed
-  "a photo of a red cross and a green square",
-  "a photo of a ring",
-]
+TEXT = jnp.eye(3)
 
 
-def test_lookalikes_differ_in_one_word_or_in_the_order_of_two():
-  assert lookalikes(CAPTIONS) == [[1, 2], [0], [0, 3], [2], []]
-
-
-def test_a_batch_holds_groups_of_lookalikes():
-  caption = np.arange(50) % 5
-  scenes = Scenes(np.zeros((50, 1)), caption, CAPTIONS)
-  near = lookalikes(CAPTIONS)
-  draw = _lookalike_batches(scenes, 16)
-  first = draw(np.random.default_rng(3))
-  np.testing.assert_array_equal(first, draw(np.random.default_rng(3)))
-  groups = caption[first].reshape(4, 4)
-  assert all(set(g[1:]) <= set(near[g[0]] or [g[0]]) for g in groups)
+def test_an_image_is_compared_with_every_caption():
+  image = jnp.array([[0.6, 0.8, 0.0], [0.0, 0.6, 0.8]])
+  loss, accuracy = caption_loss(TEXT, image, 5.0, jnp.array([1, 1]))
+  weights = np.exp(5.0 * np.asarray(image))
+  expected = -np.log(weights[:, 1] / weights.sum(1)).mean()
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  assert accuracy == 0.5

@@ -13,14 +13,12 @@ PALETTE = {
   "yellow": (245, 210, 25),
   "green": (30, 160, 60),
   "blue": (30, 70, 220),
-  "purple": (125, 40, 185),
   "pink": (255, 105, 180),
   "black": (18, 18, 18),
 }
 BACKGROUND = (212, 240)
 COLOR_JITTER = 8
 CROSS_ARM = 0.36
-RING_HOLE = 0.55
 _GAP = 3.0
 _MARGIN = 1.5
 _CANDIDATES = 48
@@ -56,11 +54,8 @@ def inside_distance(name: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray)
     return np.minimum(in_box, ((y + radius) / 2 - np.abs(x)) * (2 / np.sqrt(5)))
   if name == "cross":
     return np.minimum(in_box, CROSS_ARM * radius - np.minimum(np.abs(x), np.abs(y)))
-  distance = np.sqrt(x * x + y * y)
   if name == "circle":
-    return radius - distance
-  if name == "ring":
-    return np.minimum(radius - distance, distance - RING_HOLE * radius)
+    return radius - np.sqrt(x * x + y * y)
   raise ValueError(f"unknown shape {name!r}; known: {', '.join(SHAPES)}")
 
 
