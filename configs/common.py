@@ -106,6 +106,7 @@ def base() -> config_dict.ConfigDict:
   c.eval.every = 1000  # steps between scores of held-out prompts during training
   c.eval.prompts = 64  # held-out prompts scored then
   c.eval.final_prompts = 1000  # at the end; fewer if there are fewer
+  c.eval.final_images = 1  # of each of them
   c.eval.chunk = 16  # images sampled at once
   c.eval.teacher_steps = 50
   c.eval.teacher_guidance = 4.5

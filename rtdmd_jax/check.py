@@ -285,4 +285,5 @@ def _plan(config: Any) -> list[str]:
   lines.append(
     f"  checkpoint every {t.save_every:,}, scores of held-out prompts every {config.eval.every:,}"
   )
-  return [*lines, f"  at the end: {config.eval.final_prompts:,} held-out prompts, export, report"]
+  count = f"{config.eval.final_prompts:,} held-out prompts x {config.eval.final_images:,}"
+  return [*lines, f"  at the end: {count}, export, report"]

@@ -163,16 +163,29 @@ class Evaluator:
         result |= score_shared(host, images, prompts)
     return result
 
-  def compare(self, systems: Sequence[System], prompts: Sequence[Prompt], workdir: Path) -> dict:
-    """Scores every system; writes `evaluation.json` and images, and returns the table."""
-    rows = []
+  def compare(
+    self, systems: Sequence[System], prompts: Sequence[Prompt], workdir: Path, repeats: int = 1
+  ) -> dict:
+    """Scores every system; writes `evaluation.json` and images, and returns the table.
+
+    Each prompt counts once, with the mean of its `repeats` images. `differences` are those of the
+    last system from each of the others, prompt by prompt.
+    """
+    scores = []
     for system in systems:
-      images = self.images(system, prompts)
-      rows.append(row(system, self.scores(images, prompts), prompts))
+      images = self.images(system, [*prompts] * repeats)
+      values = self.scores(images, [*prompts] * repeats)
+      scores.append({name: prompt_means(v, len(prompts)) for name, v in values.items()})
       if is_main():
         _save_images(images[: self._config.eval.preview], workdir / "evaluation" / system.name)
-    shown = [p.text for p in prompts[: self._config.eval.preview]]
-    table = {"systems": rows, "prompts": shown}
+    table = {
+      "systems": [row(s, values, prompts) for s, values in zip(systems, scores, strict=True)],
+      "prompts": [p.text for p in prompts[: self._config.eval.preview]],
+      "differences": {
+        system.name: {name: _summary(scores[-1][name] - v) for name, v in values.items()}
+        for system, values in zip(systems[:-1], scores[:-1], strict=True)
+      },
+    }
     if is_main():
       (workdir / "evaluation.json").write_text(json.dumps(table, indent=2))
     return table
@@ -187,6 +200,19 @@ def _save_images(images: np.ndarray, directory: Path) -> None:
 def _of_bytes(score: Callable) -> Callable:
   """A device reward of 8-bit images."""
   return lambda params, images, text: score(params, images.astype(jnp.float32) / 255.0, text)
+
+
+def prompt_means(values: np.ndarray, count: int) -> np.ndarray:
+  """Mean score [P] of each of `count` prompts, NaN where no image of it has one.
+
+  Args:
+    values: [R * P], all prompts one after the other, R times; NaN where there is no score.
+    count: P.
+  """
+  values = values.reshape(-1, count)
+  known = np.isfinite(values)
+  total = np.where(known, values, 0.0).sum(0)
+  return np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
 
 
 def row(system: Any, scores: dict[str, np.ndarray], prompts: Sequence[Prompt]) -> dict:

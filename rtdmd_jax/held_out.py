@@ -96,6 +96,6 @@ def final_evaluation(
     evaluation.generator(setup, config, f"{start}, few steps", None),
     evaluation.generator(setup, config, "result, few steps", state.ema),
   ]
-  for row in evaluator.compare(systems, prompts, workdir)["systems"]:
+  for row in evaluator.compare(systems, prompts, workdir, config.eval.final_images)["systems"]:
     scores = "  ".join(f"{name} {evaluation.score_text(s)}" for name, s in row["scores"].items())
     print(f"{row['name']:24s} {row['steps']:3d} steps  guidance {row['guidance']}  {scores}")

@@ -53,6 +53,7 @@ _RULES: dict[str, Rule] = {
   "eval.every": _COUNT,
   "eval.prompts": _COUNT,
   "eval.final_prompts": _COUNT,
+  "eval.final_images": _COUNT,
   "eval.chunk": _COUNT,
   "eval.teacher_steps": _COUNT,
   "eval.preview": _COUNT,

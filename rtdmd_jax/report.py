@@ -146,7 +146,8 @@ def _sentence(evaluation: Evaluation) -> str:
     names = ", ".join(f"{escape(other.name)} ({escape(other.sampling)})" for other in others)
     text += f" and is compared with {names}"
   count = f"{len(evaluation.prompts):,} held-out prompts"
-  return f"{text}, on {count}. Large numbers: {escape(result.name)}."
+  gains = "; in brackets, what it gains, prompt by prompt" if evaluation.differences else ""
+  return f"{text}, on {count}. Large numbers: {escape(result.name)}{gains}."
 
 
 def _day(seconds: float) -> str:
@@ -157,7 +158,7 @@ def _scores(evaluation: Evaluation | None) -> str:
   if evaluation is None:
     return ""
   return (
-    '<p class="note">Means with 95 % intervals over images; bold is the highest mean.</p>'
+    '<p class="note">Means with 95 % intervals; bold is the highest mean.</p>'
     f"{score_table(evaluation)}{tag_tables(evaluation)}"
   )
 

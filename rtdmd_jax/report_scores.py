@@ -16,7 +16,7 @@ Scores = dict[str, "Score"]
 
 @dataclass(frozen=True)
 class Score:
-  """Mean of `n` images with the half width of its 95 % interval; None when nothing was scored."""
+  """Mean of `n` values with the half width of its 95 % interval; None when nothing was scored."""
 
   mean: float | None
   ci95: float | None
@@ -48,10 +48,14 @@ class System:
 
 @dataclass(frozen=True)
 class Evaluation:
-  """All systems, from the teacher to the result, and the prompts that they were given."""
+  """All systems, from the teacher to the result, and the prompts that they were given.
+
+  `differences` are the result's scores minus another system's, by that system's name.
+  """
 
   systems: list[System]
   prompts: list[str]
+  differences: dict[str, Scores]
 
   @property
   def rewards(self) -> list[str]:
@@ -65,7 +69,7 @@ def read_evaluation(path: Path) -> Evaluation:
   The file is `{"systems": [...], "prompts": [...]}`. A system is `{"name", "steps", "guidance",
   "scores", "per_tag"}` with `scores = {reward: {"mean", "ci95", "n"}}` and `per_tag = {tag:
   scores}`; `ci95` is half the width of the 95 % interval. The systems go from the teacher to the
-  result, which is the last.
+  result, which is the last. `"differences": {system name: scores}` may be there.
 
   Raises:
     UserError: the file is broken; the system and the key are named.
@@ -78,7 +82,13 @@ def read_evaluation(path: Path) -> Evaluation:
   if not entries:
     raise UserError(f"{path}: 'systems' is empty; evaluate at least one system")
   systems = [_read_system(entry, index, path) for index, entry in enumerate(entries)]
-  return Evaluation(systems, [str(text) for text in _get(data, "prompts", list, path, "the file")])
+  prompts = [str(text) for text in _get(data, "prompts", list, path, "the file")]
+  differences = _get({"differences": {}} | data, "differences", dict, path, "the file")
+  return Evaluation(
+    systems,
+    prompts,
+    {name: _read_scores(s, path, f"differences, {name!r}") for name, s in differences.items()},
+  )
 
 
 def tiles(evaluation: Evaluation) -> str:
@@ -88,7 +98,9 @@ def tiles(evaluation: Evaluation) -> str:
   for reward, score in result.scores.items():
     digits = _digits([score, *(other.scores.get(reward) for other in others)])
     against = "<br>".join(
-      f"{other.label} {_plain(other.scores.get(reward), digits)}" for other in others
+      f"{other.label} {_plain(other.scores.get(reward), digits)}"
+      f"{_gain(evaluation.differences.get(other.name, {}).get(reward), digits)}"
+      for other in others
     )
     parts.append(
       f'<div class="tile"><div class="name">{escape(reward)}</div>'
@@ -106,7 +118,7 @@ def score_table(evaluation: Evaluation) -> str:
   for reward in evaluation.rewards:
     scores = [system.scores.get(reward) for system in systems]
     count = max(score.n for score in scores if score)
-    name = f"{escape(reward)} <small>{count:,} images</small>"
+    name = f"{escape(reward)} <small>n = {count:,}</small>"
     rows.append(_row(name, scores, systems, _limits(scores)))
   return _table("reward", heads, rows)
 
@@ -215,6 +227,12 @@ def _digits(scores: Sequence[Score | None]) -> int:
 
 def _plain(score: Score | None, digits: int) -> str:
   return "–" if score is None or score.mean is None else f"{score.mean:.{digits}f}"
+
+
+def _gain(difference: Score | None, digits: int) -> str:
+  if difference is None or difference.mean is None or difference.ci95 is None:
+    return ""
+  return f" <small>({difference.mean:+.{digits}f} ± {difference.ci95:.{digits}f})</small>"
 
 
 def _with_interval(score: Score | None, digits: int) -> str:
