@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.attention import attention
+from rtdmd_jax.models.convolution import convolve
 from rtdmd_jax.models.layers import Dense
 from rtdmd_jax.models.transformer import config_values
 from rtdmd_jax.weights.maps import KeyTable
@@ -158,7 +159,7 @@ def encode_images(
 
 def _conv(features: int, size: int, dtype: Any, **kwargs) -> nn.Conv:
   kwargs.setdefault("padding", size // 2)
-  return nn.Conv(features, (size, size), dtype=dtype, **kwargs)
+  return nn.Conv(features, (size, size), dtype=dtype, conv_general_dilated=convolve, **kwargs)
 
 
 class Encoder(nn.Module):
