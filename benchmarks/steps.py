@@ -33,6 +33,7 @@ from rtdmd_jax.algo.subgrpo import sample_noise
 from rtdmd_jax.aot.flops import count_flops
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.optim import OptimizerConfig, make_optimizer
+from rtdmd_jax.scoring import Scoring
 from rtdmd_jax.state import Conditioning, Frozen, TrainState
 from rtdmd_jax.weights.peft import load_peft
 from rtdmd_jax.weights.safetensors import load_params, read_config
@@ -222,7 +223,7 @@ def our_updates(models, directory: Path, texts, empty, latents, seeds, epoch):
     jnp.array(SIGMAS), latents,
   )  # fmt: skip
   config = stage1.DMDConfig(eta=peer.ETA, guidance_low=GUIDANCE, guidance_high=GUIDANCE)
-  scoring = stage2.Scoring(lambda params, x: x, {}, {"reward": 1.0}, ())
+  scoring = Scoring(lambda params, x: x, {}, {"reward": 1.0}, ())
   steps = {
     "fake_score": stage1.fake_score_step,
     "generator": stage1.generator_step,

@@ -19,9 +19,10 @@ from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.prompts import Prompt, load_prompts
 from rtdmd_jax.rewards import device
 from rtdmd_jax.rewards.multi import MultiReward, make
+from rtdmd_jax.scoring import Scoring
 from rtdmd_jax.sharding import batch_parts, place, replicate
 from rtdmd_jax.stage1 import Consistency, DMDConfig, Roles
-from rtdmd_jax.stage2 import PolicyConfig, Scoring
+from rtdmd_jax.stage2 import PolicyConfig
 from rtdmd_jax.state import Conditioning, Frozen
 from rtdmd_jax.weights.adapters import Lora, load_adapters
 from rtdmd_jax.weights.safetensors import read_config
@@ -108,7 +109,7 @@ def _load(config: Any) -> Setup:
     device={name: models[name].score for name in models if name in weights},
     weights=weights,
     differentiable=differentiable,
-    gradient={name: models[name].gradient_score for name in differentiable},
+    gradient=device.gradients({name: models[name] for name in differentiable}),
   )
   frozen = Frozen(
     bases=bases,

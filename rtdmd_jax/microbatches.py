@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rtdmd_jax.sharding import constrain
+from rtdmd_jax.sharding import batch_parts, constrain
 
 Tree = Any
 
@@ -28,41 +28,68 @@ def map_parts(fn: Callable[..., Tree], parts: int, *rows: jax.Array) -> Tree:
   if parts == 1:
     return fn(*rows)
 
-  def split(a: jax.Array) -> jax.Array:
-    return jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1)
-
   def join(a: jax.Array) -> jax.Array:
     return jnp.swapaxes(a, 0, 1).reshape(-1, *a.shape[2:])
 
   def one(part: tuple[jax.Array, ...]) -> Tree:
     return jax.tree.map(constrain, fn(*jax.tree.map(constrain, part)))
 
-  return jax.tree.map(join, jax.lax.map(one, tuple(split(a) for a in rows)))
+  return jax.tree.map(join, jax.lax.map(one, _interleaved(rows, parts)))
 
 
 def accumulated_grad(
-  loss_fn: Callable[[Tree, jax.Array], tuple[jax.Array, Tree]],
+  loss_fn: Callable[..., tuple[jax.Array, Tree]],
   params: Tree,
-  count: int,
   micro_batches: int,
+  *rows: jax.Array,
 ) -> tuple[Tree, Tree]:
-  """Mean gradient and auxiliary results of `loss_fn(params, rows)` over micro-batches, by scan.
+  """Mean gradient and auxiliary results of `loss_fn(params, *rows)` over micro-batches, by scan.
 
   Args:
-    loss_fn: of parameters and the numbers [count / micro_batches] of a micro-batch's samples.
+    loss_fn: of parameters and the arrays [n / micro_batches, ...] of a micro-batch.
     params: what the gradient is of.
-    count: samples of the batch.
-    micro_batches: a divisor of `count`.
+    micro_batches: a divisor of n; they are cut as in `map_parts`.
+    *rows: arrays [n, ...].
   """
   grad_fn = jax.grad(loss_fn, has_aux=True)
-  # Interleaved for the reason of `map_parts`.
-  rows = jnp.arange(count).reshape(-1, micro_batches).T
   if micro_batches == 1:
-    return grad_fn(params, rows[0])
+    return grad_fn(params, *rows)
 
-  def add(total: Tree, row: jax.Array) -> tuple[Tree, Tree]:
-    grads, parts = grad_fn(params, row)
-    return jax.tree.map(jnp.add, total, grads), parts
+  def add(total: Tree, part: tuple[jax.Array, ...]) -> tuple[Tree, Tree]:
+    grads, aux = grad_fn(params, *jax.tree.map(constrain, part))
+    return jax.tree.map(jnp.add, total, grads), aux
 
-  total, parts = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), rows)
-  return jax.tree.map(lambda g: g / micro_batches, total), jax.tree.map(jnp.mean, parts)
+  start = jax.tree.map(jnp.zeros_like, params)
+  total, aux = jax.lax.scan(add, start, _interleaved(rows, micro_batches))
+  return jax.tree.map(lambda g: g / micro_batches, total), jax.tree.map(jnp.mean, aux)
+
+
+def _interleaved(rows: Tree, parts: int) -> Tree:
+  """Arrays [n, ...] as [parts, n / parts, ...], part k of every `parts`-th row from k on."""
+  return jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, parts, *a.shape[1:]), 0, 1), rows)
+
+
+def sorted_parts(last: jax.Array, parts: int, rows: Tree) -> Tree:
+  """Rows as micro-batches, those marked `last` as far at the end as they go.
+
+  Each device sorts the rows that it holds and gives every micro-batch its share of them, so no row
+  travels to another device. The order within a device stays.
+
+  Args:
+    last: bool [n].
+    parts: into how many micro-batches; a device's number of rows is a multiple of it.
+    rows: a tree of arrays [n, ...].
+
+  Returns:
+    a tree of arrays [parts, n / parts, ...].
+  """
+  devices = batch_parts()
+  order = jnp.argsort(constrain(last.reshape(devices, -1)), stable=True)
+
+  def one(a: jax.Array) -> jax.Array:
+    own = constrain(a.reshape(*order.shape, *a.shape[1:]))
+    own = constrain(jax.vmap(lambda rows, order: rows[order])(own, order))
+    own = own.reshape(devices, parts, -1, *a.shape[1:])
+    return jnp.swapaxes(own, 0, 1).reshape(parts, -1, *a.shape[1:])
+
+  return jax.tree.map(one, rows)

@@ -224,8 +224,8 @@ def pin(tree: Tree) -> Tree:
 
 def batch_parts() -> int:
   """Into how many parts the current mesh splits a batch."""
-  mesh = current()
-  return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

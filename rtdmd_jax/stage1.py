@@ -284,16 +284,16 @@ def fake_score_step(
   """One update of the fake score on fresh samples of the generator."""
   rollout_key, start_key, loss_key = jax.random.split(key, 3)
 
-  def loss_fn(adapters: Tree, row: jax.Array) -> tuple[jax.Array, Metrics]:
-    index, conditioning = batch.sample_index[row], batch.conditioning.take(batch.prompt_index[row])
+  def loss_fn(adapters: Tree, index: jax.Array, prompt: jax.Array) -> tuple[jax.Array, Metrics]:
+    conditioning = batch.conditioning.take(prompt)
     generator = generator_velocity(roles, frozen, state.generator, conditioning)
     last = roll_out(generator, roles, config, index, rollout_key)
     x_s, sigma_s = start_of_interval(last, roles, config, index, start_key)
     velocity = fake_score_velocity(roles, frozen, adapters, conditioning)
     return fake_score_loss(velocity, config, roles.sigmas, x_s, sigma_s, index, loss_key)
 
-  count = batch.sample_index.shape[0]
-  grads, parts = accumulated_grad(loss_fn, state.fake_score, count, micro_batches)
+  rows = (batch.sample_index, batch.prompt_index)
+  grads, parts = accumulated_grad(loss_fn, state.fake_score, micro_batches, *rows)
   adapters, opt_state, info = guarded_update(
     optimizer, grads, state.fake_score_opt, state.fake_score
   )
@@ -316,8 +316,8 @@ def generator_step(
   """One update of the generator towards the teacher, against the fake score."""
   rollout_key, start_key, loss_key, guidance_key = jax.random.split(key, 4)
 
-  def loss_fn(adapters: Tree, row: jax.Array) -> tuple[jax.Array, Metrics]:
-    index, conditioning = batch.sample_index[row], batch.conditioning.take(batch.prompt_index[row])
+  def loss_fn(adapters: Tree, index: jax.Array, prompt: jax.Array) -> tuple[jax.Array, Metrics]:
+    conditioning = batch.conditioning.take(prompt)
     fake = fake_score_velocity(roles, frozen, state.fake_score, conditioning)
     teacher = teacher_velocity(
       roles, frozen, config, conditioning, batch.unconditional, guidance_key
@@ -328,8 +328,8 @@ def generator_step(
     loss = generator_loss(x_s, sigma_s, teacher, fake, config, index, loss_key)
     return loss, {"generator": loss}
 
-  count = batch.sample_index.shape[0]
-  grads, parts = accumulated_grad(loss_fn, state.generator, count, micro_batches)
+  rows = (batch.sample_index, batch.prompt_index)
+  grads, parts = accumulated_grad(loss_fn, state.generator, micro_batches, *rows)
   adapters, opt_state, info = guarded_update(optimizer, grads, state.generator_opt, state.generator)
   metrics = {f"loss/{name}": value for name, value in parts.items()}
   metrics |= {f"generator/{name}": value for name, value in info.items()}

@@ -4,8 +4,6 @@ An epoch is `rollout`, scoring by the rewards that live on the host (if any), `f
 (which runs while the host scores) and `policy_step`: one optimizer step of each network.
 """
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -25,9 +23,11 @@ from rtdmd_jax.algo.transitions import (
   cps_step,
   x0_from_v,
 )
-from rtdmd_jax.microbatches import accumulated_grad, map_parts
+from rtdmd_jax.microbatches import accumulated_grad, map_parts, sorted_parts
 from rtdmd_jax.optim import guarded_update
 from rtdmd_jax.roles import role_variables, role_velocity
+from rtdmd_jax.scoring import Judged, Scoring, judge
+from rtdmd_jax.sharding import constrain
 from rtdmd_jax.stage1 import Batch, DMDConfig, Metrics, Roles
 from rtdmd_jax.state import Frozen, TrainState
 
@@ -57,22 +57,6 @@ class PolicyConfig(NamedTuple):
   decode_parts: int = 1  # of a micro-batch
 
 
-class Scoring(NamedTuple):
-  """Rewards that live on the device, and the decoder that feeds them.
-
-  `decode` maps (vae params, latents [B, h, w, c]) to images [B, H, W, 3] in [0, 1]; a device reward
-  maps (its params, images, its features of the prompts [B, ...]) to [B]. `weights` covers every
-  reward that trains, `differentiable` those that are also back-propagated. `gradient` has their
-  functions where they are not those of `device`, of the same arguments.
-  """
-
-  decode: Callable[[Tree, jax.Array], jax.Array]
-  device: dict[str, Callable[[Tree, jax.Array, jax.Array], jax.Array]]
-  weights: dict[str, float]
-  differentiable: tuple[str, ...]
-  gradient: Mapping[str, Callable[[Tree, jax.Array, jax.Array], jax.Array]] = MappingProxyType({})
-
-
 @flax.struct.dataclass
 class Rollout:
   """One epoch's samples; `x[0]` is the initial noise and `x[K]` the clean latents."""
@@ -82,6 +66,10 @@ class Rollout:
   chosen: jax.Array  # [M] indices of the steps that train
   rewards: dict[str, jax.Array]  # [N] each, of the device rewards
   images: jax.Array  # [N, H, W, 3] uint8, for the host's rewards
+  # Of the rewards that are back-propagated, if there are any: [N] their weighted sum, and
+  # [N, h, w, c] its gradient by the clean latents.
+  total: jax.Array | None = None
+  slope: jax.Array | None = None
 
 
 def rollout(
@@ -97,7 +85,9 @@ def rollout(
 ) -> Rollout:
   """K steps of the generator for every sample, decoded and scored, in micro-batches.
 
-  Steps that do not train share their noise among the repeats of a prompt (SubGRPO).
+  Steps that do not train share their noise among the repeats of a prompt (SubGRPO). The policy
+  update's own last step gives the same clean latents, so the gradient of the rewards by them is
+  taken here, where they are decoded anyway.
   """
   start_key, step_key, choice_key = jax.random.split(key, 3)
   chosen = subgrpo.choose_steps(
@@ -119,20 +109,18 @@ def rollout(
     )
     path = sample_rollout(velocity, noise, roles.sigmas, step_noise, eta=config.eta)
     x = jnp.concatenate([path.x, path.x_next[-1:]])
-    rewards, pixels = map_parts(decoded, policy.decode_parts, x[-1], prompt)
-    return jnp.moveaxis(x, 0, 1), path.log_prob.T, rewards, pixels
+    found = map_parts(decoded, policy.decode_parts, x[-1], prompt)
+    return jnp.moveaxis(x, 0, 1), path.log_prob.T, found
 
-  def decoded(latents: jax.Array, prompt: jax.Array) -> tuple:
-    images = scoring.decode(frozen.vae, latents)
-    rewards = {
-      name: score(frozen.rewards[name], images, batch.reward_text[name][prompt])
-      for name, score in scoring.device.items()
-    }
-    return rewards, jnp.round(255.0 * images).astype(jnp.uint8)
+  def decoded(latents: jax.Array, prompt: jax.Array) -> Judged:
+    text = jax.tree.map(lambda a: a[prompt], batch.reward_text)
+    backward = scoring.differentiable if policy.reward_weight else ()
+    found = judge(latents, text, frozen, scoring, backward)
+    return found._replace(images=jnp.round(255.0 * found.images).astype(jnp.uint8))
 
   samples = jnp.arange(batch.sample_index.shape[0])
-  x, log_prob, rewards, pixels = map_parts(micro, policy.micro_batches, samples)
-  return Rollout(jnp.moveaxis(x, 1, 0), log_prob.T, chosen, rewards, pixels)
+  x, log_prob, found = map_parts(micro, policy.micro_batches, samples)
+  return Rollout(jnp.moveaxis(x, 1, 0), log_prob.T, chosen, *found)
 
 
 def fake_score_step(
@@ -148,23 +136,36 @@ def fake_score_step(
   optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, Metrics]:
   """One update of the fake score on all final samples, gradients accumulated by scan."""
-  count = batch.sample_index.shape[0]
-  sigma_s = roles.sigmas[-1]
 
-  def loss_fn(adapters: Tree, row: jax.Array) -> tuple[jax.Array, Metrics]:
-    conditioning = batch.conditioning.take(batch.prompt_index[row])
+  def loss_fn(
+    adapters: Tree, x_s: jax.Array, index: jax.Array, prompt: jax.Array
+  ) -> tuple[jax.Array, Metrics]:
+    conditioning = batch.conditioning.take(prompt)
     velocity = stage1.fake_score_velocity(roles, frozen, adapters, conditioning)
-    return stage1.fake_score_loss(
-      velocity, config, roles.sigmas, samples.x[-1][row], sigma_s, batch.sample_index[row], key
-    )
+    sigma_s = roles.sigmas[-1]
+    return stage1.fake_score_loss(velocity, config, roles.sigmas, x_s, sigma_s, index, key)
 
-  grads, parts = accumulated_grad(loss_fn, state.fake_score, count, policy.micro_batches)
+  rows = (samples.x[-1], batch.sample_index, batch.prompt_index)
+  grads, parts = accumulated_grad(loss_fn, state.fake_score, policy.micro_batches, *rows)
   adapters, opt_state, info = guarded_update(
     optimizer, grads, state.fake_score_opt, state.fake_score
   )
   metrics = {f"loss/{name}": value for name, value in parts.items()}
   metrics |= {f"fake_score/{name}": value for name, value in info.items()}
   return state.replace(fake_score=adapters, fake_score_opt=opt_state), metrics
+
+
+class _Rows(NamedTuple):
+  """What a policy update reads of each sample."""
+
+  x: jax.Array  # [N, K + 1, h, w, c], see `Rollout`
+  log_prob: jax.Array  # [N, K]
+  advantage: jax.Array  # [N]
+  weight: jax.Array  # [N], 0 without signal
+  prompt: jax.Array  # [N]
+  index: jax.Array  # [N], see `Batch`
+  total: jax.Array | None  # see `Rollout`
+  slope: jax.Array | None
 
 
 def policy_loss(
@@ -216,37 +217,6 @@ def policy_loss(
   return loss, metrics
 
 
-def reward_loss(
-  x0: jax.Array,
-  prompt: jax.Array,
-  weights: jax.Array,
-  frozen: Frozen,
-  batch: Batch,
-  policy: PolicyConfig,
-  scoring: Scoring,
-) -> jax.Array:
-  """Hinge of the differentiable rewards of clean latents [n, h, w, c], through the decoder."""
-  functions = {**scoring.device, **scoring.gradient}
-
-  def score(x0: jax.Array, prompt: jax.Array) -> tuple[jax.Array, jax.Array]:
-    def total(x0: jax.Array) -> jax.Array:
-      images = scoring.decode(frozen.vae, x0)
-      return sum(
-        scoring.weights[name]
-        * functions[name](frozen.rewards[name], images, batch.reward_text[name][prompt])
-        for name in scoring.differentiable
-      )
-
-    value, pull_back = jax.vjp(total, x0)
-    return value, pull_back(jnp.ones_like(value))[0]
-
-  # Each part's gradient at once, so that no activation waits for the backward pass.
-  x_fixed = jax.lax.stop_gradient(x0)
-  total, slope = map_parts(score, policy.decode_parts, x_fixed, prompt)
-  total += jnp.sum(slope * (x0 - x_fixed), axis=(1, 2, 3))
-  return losses.reward_hinge(total, policy.reward_margin, weights=weights)
-
-
 def policy_step(
   state: TrainState,
   frozen: Frozen,
@@ -263,8 +233,8 @@ def policy_step(
 ) -> tuple[TrainState, Metrics]:
   """One update of the generator by the hybrid policy gradient.
 
-  Samples whose group shows no spread in any reward carry no signal: they are sorted to the end, get
-  weight 0, and micro-batches of nothing else are not computed.
+  Samples whose group shows no spread in any reward carry no signal: they get weight 0, each device
+  sorts its own to the end, and micro-batches of nothing else are not computed.
 
   Args:
     state: adapters and optimizer states.
@@ -292,15 +262,19 @@ def policy_step(
   )
   keep = signal_mask(rewards, batch.prompt_index, scoring.weights)
   weight = keep * (count / jnp.maximum(jnp.sum(keep), 1))
-  rows = jnp.argsort(~keep, stable=True).reshape(policy.micro_batches, -1)
+  x, log_prob = jnp.moveaxis(samples.x, 1, 0), samples.log_prob.T
+  sample = (batch.prompt_index, batch.sample_index, samples.total, samples.slope)
+  rows = _Rows(x, log_prob, advantages, weight, *sample)
+  parts = sorted_parts(~keep, policy.micro_batches, rows)
   terms = policy.num_train_steps + 1
   indices = jnp.concatenate([samples.chosen, jnp.array([last_index])])
 
-  def loss_fn(adapters: Tree, row: jax.Array) -> tuple[jax.Array, Metrics]:
-    n, prompt, w = row.shape[0], batch.prompt_index[row], weight[row]
-    conditioning = batch.conditioning.take(prompt)
+  def loss_fn(adapters: Tree, part: _Rows) -> tuple[jax.Array, Metrics]:
+    n = part.x.shape[0]
+    conditioning = batch.conditioning.take(part.prompt)
+    path = jnp.moveaxis(part.x, 1, 0)
     # All trained steps of the micro-batch go through the network in one call.
-    x = samples.x[indices][:, row].reshape(terms * n, *roles.latent_shape)
+    x = path[indices].reshape(terms * n, *roles.latent_shape)
     sigma = jnp.repeat(roles.sigmas[indices], n)
     tiled = jax.tree.map(lambda a: jnp.tile(a, (terms, *[1] * (a.ndim - 1))), conditioning)
     velocity = stage1.generator_velocity(roles, frozen, adapters, tiled)
@@ -314,30 +288,30 @@ def policy_step(
           x.reshape(terms * n, *roles.latent_shape), sigma
         )
       ).reshape(v.shape)
-    total, parts = 0.0, []
+    total, steps = 0.0, []
     for j in range(policy.num_train_steps):
       i = samples.chosen[j]
       loss, metrics = policy_loss(
         v[j],
         None if reference is None else reference[j],
         x[j],
-        samples.x[i + 1][row],
+        path[i + 1],
         roles.sigmas[i],
         roles.sigmas[i + 1],
-        samples.log_prob[i][row],
-        advantages[row],
-        w,
+        part.log_prob[:, i],
+        part.advantage,
+        part.weight,
         config,
         policy,
         last_index + 1,
       )
       total += policy.policy_weight * loss
-      parts.append(metrics)
-    metrics = jax.tree.map(lambda *a: jnp.mean(jnp.stack(a)), *parts)
-    last, more = _last_step_loss(v[-1], x[-1], row, conditioning, w)
+      steps.append(metrics)
+    metrics = jax.tree.map(lambda *a: jnp.mean(jnp.stack(a)), *steps)
+    last, more = _last_step_loss(v[-1], x[-1], part, conditioning)
     return (total + last) / terms, metrics | more
 
-  def _last_step_loss(v, x, row, conditioning, w) -> tuple[jax.Array, Metrics]:
+  def _last_step_loss(v, x, part, conditioning) -> tuple[jax.Array, Metrics]:
     sigma, next_sigma = roles.sigmas[last_index], roles.sigmas[last_index + 1]
     start_key, noise_key = jax.random.split(level_key)
     x0 = x0_from_v(x, v, sigma)
@@ -345,8 +319,7 @@ def policy_step(
     if policy.dm_weight:
       x_next = cps_step(x, v, sigma, next_sigma, config.eta, jnp.zeros_like(x))
       last = LastStep(x, v, x_next, x0, sigma, next_sigma)
-      index = batch.sample_index[row]
-      x_s, sigma_s = stage1.start_of_interval(last, roles, config, index, start_key)
+      x_s, sigma_s = stage1.start_of_interval(last, roles, config, part.index, start_key)
       dm = stage1.generator_loss(
         x_s,
         sigma_s,
@@ -355,27 +328,31 @@ def policy_step(
         ),
         stage1.fake_score_velocity(roles, frozen, state.fake_score, conditioning),
         config,
-        index,
+        part.index,
         noise_key,
-        weights=w,
+        weights=part.weight,
       )
       loss += policy.dm_weight * dm
       metrics["loss/generator"] = dm
-    if policy.reward_weight and scoring.differentiable:
-      hinge = reward_loss(x0, batch.prompt_index[row], w, frozen, batch, policy, scoring)
+    if policy.reward_weight and part.slope is not None:
+      # Linear around the rollout's latents, which are these.
+      change = jnp.sum(part.slope * (x0 - jax.lax.stop_gradient(x0)), axis=(1, 2, 3))
+      hinge = losses.reward_hinge(part.total + change, policy.reward_margin, part.weight)
       loss += policy.reward_weight * hinge
       metrics["loss/reward_backprop"] = hinge
     return loss, metrics
 
   grad_fn = jax.grad(loss_fn, has_aux=True)
-  shapes = jax.eval_shape(grad_fn, state.generator, rows[0])
+  shapes = jax.eval_shape(grad_fn, state.generator, jax.tree.map(lambda a: a[0], parts))
   empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-  def accumulate(carry: Tree, row: jax.Array) -> tuple[Tree, None]:
-    new = jax.lax.cond(jnp.any(keep[row]), lambda: grad_fn(state.generator, row), lambda: empty)
+  def accumulate(carry: Tree, part: _Rows) -> tuple[Tree, None]:
+    part = jax.tree.map(constrain, part)
+    signal = jnp.any(part.weight > 0)
+    new = jax.lax.cond(signal, lambda: grad_fn(state.generator, part), lambda: empty)
     return jax.tree.map(jnp.add, carry, new), None
 
-  total, _ = jax.lax.scan(accumulate, empty, rows)
+  total, _ = jax.lax.scan(accumulate, empty, parts)
   grads, metrics = jax.tree.map(lambda a: a / policy.micro_batches, total)
   adapters, opt_state, info = guarded_update(optimizer, grads, state.generator_opt, state.generator)
   metrics |= {f"generator/{name}": value for name, value in info.items()}

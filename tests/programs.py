@@ -1,5 +1,7 @@
 """What compiled programs compute on the way."""
 
+from collections import Counter
+
 import jax.numpy as jnp
 
 
@@ -21,4 +23,16 @@ def float_results(jaxpr, shapes):
       for item in value if isinstance(value, tuple | list) else (value,):
         if hasattr(getattr(item, "jaxpr", item), "eqns"):
           found |= float_results(item, shapes)
+  return found
+
+
+def call_sites(jaxpr):
+  """How often each primitive stands in a program, which is how often it is compiled; a Counter."""
+  found = Counter()
+  for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    found[eqn.primitive.name] += 1
+    for value in eqn.params.values():
+      for item in value if isinstance(value, tuple | list) else (value,):
+        if hasattr(getattr(item, "jaxpr", item), "eqns"):
+          found += call_sites(item)
   return found

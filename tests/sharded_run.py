@@ -23,6 +23,7 @@ from rtdmd_jax.algo.schedules import sd3_sigmas
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.models.lora import build_adapters
 from rtdmd_jax.optim import OptimizerConfig, make_optimizer
+from rtdmd_jax.scoring import Scoring
 from rtdmd_jax.state import Conditioning, Frozen, TrainState
 
 SHAPE, PROMPTS, REPEATS = (4, 4, 4), 4, 8
@@ -76,7 +77,7 @@ def setup():
 
 
 def scoring():
-  return s2.Scoring(
+  return Scoring(
     decode=lambda params, latents: jax.nn.sigmoid(latents),
     device={"bright": lambda p, images, text: p * images.mean((1, 2, 3)) * text[:, 0]},
     weights={"bright": 1.0},

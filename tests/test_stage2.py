@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from programs import call_sites
 
 from rtdmd_jax import stage2
+from rtdmd_jax.scoring import judge
 from rtdmd_jax.stage1 import DMDConfig
 from rtdmd_jax.stage2 import PolicyConfig
 
@@ -55,6 +57,21 @@ def test_parts_change_nothing():
     _same(results[0][1].rewards, other[1].rewards, 1e-6)
     _same(results[0][2].generator, other[2].generator, 1e-4)
     _same(results[0][4].fake_score, other[4].fake_score, 1e-4)
+
+
+def test_what_is_compiled_once():
+  """A `tanh` is a call of the network, a `logistic` is the decoder."""
+  state, batch, frozen = toy.state()[0], toy.batch(), toy.frozen()
+  rollout, update, fake = _programs(PolicyConfig())
+  traced = rollout.trace(state, frozen, batch, ROLLOUT_KEY)
+  samples = traced.out_info
+  sites = call_sites(traced.jaxpr)
+  assert sites["tanh"] == 1 and sites["logistic"] == 1
+  sites = call_sites(fake.trace(state, frozen, batch, samples, KEY).jaxpr)
+  assert sites["tanh"] == 1
+  rewards = samples.rewards | toy.host_rewards(12)
+  sites = call_sites(update.trace(state, frozen, batch, samples, rewards, KEY).jaxpr)
+  assert sites["tanh"] == 3 and "logistic" not in sites  # generator, teacher, fake score
 
 
 def test_rollout_shares_noise_of_steps_that_do_not_train():
@@ -155,17 +172,15 @@ def test_reward_back_propagation_raises_the_reward():
 
 
 def test_back_propagated_gradient_equals_finite_differences():
-  policy, scoring = PolicyConfig(reward_margin=3.0), toy.scoring()
-  batch, frozen = toy.batch(), toy.frozen()
   x0 = jax.random.normal(KEY, (12, *toy.SHAPE))
-  loss = lambda x: stage2.reward_loss(  # noqa: E731
-    x, batch.prompt_index, jnp.ones(12), frozen, batch, policy, scoring
-  )
+  text = {"bright": jnp.ones((12, 1))}
+  found = lambda x: judge(x, text, toy.frozen(), toy.scoring(), ("bright",))  # noqa: E731
   direction = jax.random.normal(jax.random.key(9), x0.shape)
   with jax.enable_x64(True):
     h = 1e-3
-    numeric = (loss(x0 + h * direction) - loss(x0 - h * direction)) / (2 * h)
-  analytic = jnp.sum(jax.grad(loss)(x0) * direction)
+    ends = (found(x0 + sign * h * direction).total.sum() for sign in (1, -1))
+    numeric = (next(ends) - next(ends)) / (2 * h)
+  analytic = jnp.sum(found(x0).slope * direction)
   np.testing.assert_allclose(analytic, numeric, rtol=1e-2)
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rtdmd_jax.optim import OptimizerConfig, make_optimizer
+from rtdmd_jax.scoring import Scoring
 from rtdmd_jax.stage1 import Batch, Roles
-from rtdmd_jax.stage2 import Scoring
 from rtdmd_jax.state import Conditioning, Frozen, TrainState
 
 SHAPE = (2, 2, 3)

@@ -17,8 +17,9 @@ from benchmarks.tilt import teachers
 from rtdmd_jax import stage1, stage2
 from rtdmd_jax.algo.rollout import sample_rollout
 from rtdmd_jax.optim import ema_update
+from rtdmd_jax.scoring import Scoring
 from rtdmd_jax.stage1 import Batch, DMDConfig, Roles
-from rtdmd_jax.stage2 import PolicyConfig, Scoring
+from rtdmd_jax.stage2 import PolicyConfig
 from rtdmd_jax.state import Conditioning, Frozen, TrainState
 
 # Without the normaliser, distribution matching is the gradient of a divergence, whose minimiser is

@@ -242,23 +242,6 @@ def plain_generator_loss(
   return dmd_loss(x0, fake, real, normalize=normalize, weights=weights)
 
 
-def _walk_back(
-  velocity: Velocity,
-  x: jax.Array,
-  v: jax.Array,
-  levels: list[jax.Array],
-  noise: jax.Array,
-  eta: float,
-  stop: bool,
-) -> jax.Array:
-  """Chained CPS moves of x along `levels` (M + 1 of [B]); v is the velocity at the first."""
-  constant = jax.lax.stop_gradient if stop else lambda y: y
-  for i, (sigma, next_sigma) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
-    v = constant(v if i == 0 else velocity(x, sigma))
-    x = constant(cps_step(x, v, sigma, next_sigma, eta, noise[i]))
-  return x
-
-
 def ambient_fake_score_loss(
   fake_velocity: Velocity,
   x_s: jax.Array,
@@ -313,18 +296,70 @@ def ambient_fake_score_loss(
   x_t = renoise(x_s, noise, sigma_s, sigma_t)
   target, scale = ambient_target(x_s, noise, sigma_s, sigma_t, scale_out=scale_out)
   level = batched(sigma_t, x_t)
-  v = fake_velocity(x_t, level).astype(jnp.float32)
-  fake = fake_score_loss(v, target, scale, weight_low=weight_low, weight_high=weight_high)
   if not has_steps:
+    v = fake_velocity(x_t, level).astype(jnp.float32)
+    fake = fake_score_loss(v, target, scale, weight_low=weight_low, weight_high=weight_high)
     return fake, {"fake_score": fake, "consistency": jnp.zeros(())}
 
   levels = [level]
   for delta in steps_back:
     levels.append(jnp.maximum(levels[-1] - delta, 0.0))
-  ends = []
-  for path in range(2 if two_sample else 1):
-    x = _walk_back(fake_velocity, x_t, v, levels, transition_noise[path], eta, stop_transitions)
-    ends.append(x0_from_v(x, fake_velocity(x, levels[-1]), levels[-1]))
-  consistency = consistency_loss(x0_from_v(x_t, v, level), ends[0], ends[-1])
+  paths = transition_noise[: 2 if two_sample else 1]
+  x, v = _walk_back(fake_velocity, x_t, jnp.stack(levels), paths, eta, stop_transitions)
+  fake = fake_score_loss(v[0], target, scale, weight_low=weight_low, weight_high=weight_high)
+  moves = len(steps_back)
+  anchor, *ends = (
+    x0_from_v(x[i], v[i], levels[-1] if i else level) for i in range(0, len(x), moves)
+  )
+  consistency = consistency_loss(anchor, ends[0], ends[-1])
   total = fake + consistency_weight * consistency
   return total, {"fake_score": fake, "consistency": consistency}
+
+
+def _walk_back(
+  velocity: Velocity,
+  x: jax.Array,
+  levels: jax.Array,
+  noise: jax.Array,
+  eta: float,
+  stop: bool,
+) -> tuple[jax.Array, jax.Array]:
+  """Chained CPS moves of x along `levels`, once a path, with the velocity at every point.
+
+  A loop over all points, so that the network is compiled once and not once a point.
+
+  Args:
+    velocity: of the network.
+    x: [B, ...] at the first level, where every path starts.
+    levels: [M + 1, B].
+    noise: [P, M, B, ...] of P paths.
+    eta: stochasticity of the moves.
+    stop: no gradient through the moves.
+
+  Returns:
+    (points, velocities), each [1 + P M, B, ...]: x, then the paths one after the other.
+  """
+  constant = jax.lax.stop_gradient if stop else lambda y: y
+  paths, moves = noise.shape[:2]
+
+  def visit(carry: tuple, point: tuple) -> tuple[tuple, tuple]:
+    (first, last), (number, sigma, next_sigma, z) = carry, point
+    is_first, new_path = number == 0, (number - 1) % moves == 0
+    x, v = jax.tree.map(lambda a, b: jnp.where(new_path, a, b), first, last)
+    x = jnp.where(is_first, first[0], cps_step(x, v, sigma, next_sigma, eta, z))
+    found = (x, velocity(x, next_sigma).astype(jnp.float32))
+    last = jax.tree.map(constant, found)
+    first = jax.tree.map(lambda a, b: jnp.where(is_first, a, b), last, first)
+    return (first, last), found
+
+  def points(first: jax.Array, rest: jax.Array) -> jax.Array:
+    return jnp.concatenate([first[None], rest])
+
+  inputs = (
+    jnp.arange(1 + paths * moves),
+    points(levels[0], jnp.tile(levels[:-1], (paths, 1))),
+    points(levels[0], jnp.tile(levels[1:], (paths, 1))),
+    points(jnp.zeros_like(x), noise.reshape(-1, *x.shape)),
+  )
+  start = (x, jnp.zeros_like(x))
+  return jax.lax.scan(visit, (start, start), inputs)[1]

@@ -37,8 +37,8 @@ from rtdmd_jax.rewards.imagereward import ImageReward
 from rtdmd_jax.rewards.pickscore import PickScore
 from rtdmd_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, ClipTransform, PadTransform
 from rtdmd_jax.sampling import Schedule
+from rtdmd_jax.scoring import Scoring
 from rtdmd_jax.stage1 import Batch, Roles
-from rtdmd_jax.stage2 import Scoring
 from rtdmd_jax.state import Conditioning, Frozen
 from rtdmd_jax.weights.adapters import Lora, load_adapters
 
@@ -89,7 +89,7 @@ def abstract_setup(config: Any) -> Setup:
     device={name: model.score for name, model in models.items()},
     weights={name: float(reward.weight) for name, reward in config.rewards.items()},
     differentiable=backpropagated,
-    gradient={name: models[name].gradient_score for name in backpropagated},
+    gradient=device.gradients({name: models[name] for name in backpropagated}),
   )
   frozen = Frozen(
     bases={path: pipeline.params for path in {config.model.pretrained, *keys.values()}},

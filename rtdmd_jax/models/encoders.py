@@ -38,7 +38,7 @@ def load_vae(
   config = read_config(directory)
   module, shapes = abstract_vae(config, source=directory, dtype=dtype)
   ignore = vae_flux2.IGNORED_KEYS if config["_class_name"] == vae_flux2.CLASS_NAME else ()
-  return module, load_params(directory, shapes, vae.TABLE, dtype=dtype, ignore=ignore)
+  return module, load_params(directory, shapes, module.table, dtype=dtype, ignore=ignore)
 
 
 def abstract_vae(

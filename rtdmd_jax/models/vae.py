@@ -1,6 +1,7 @@
 """The convolutional autoencoder of SD3 and FLUX.1 (diffusers' `AutoencoderKL`).
 
-Parameters have diffusers' names, with `_0` where a checkpoint key has `.0`. Channel-last.
+Parameters have diffusers' names, with `_0` where a checkpoint key has `.0`. The residual blocks of
+a level that keep its width are one stacked subtree `resnets`. Channel-last.
 """
 
 from collections.abc import Mapping
@@ -15,11 +16,11 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.attention import attention
 from rtdmd_jax.models.convolution import convolve
 from rtdmd_jax.models.layers import Dense
+from rtdmd_jax.models.stack import stack_blocks
 from rtdmd_jax.models.transformer import config_values
-from rtdmd_jax.weights.maps import KeyTable
+from rtdmd_jax.weights.maps import KeyTable, Stack
 
 CLASS_NAME = "AutoencoderKL"
-TABLE = KeyTable(renames=[(r"_(\d+)(?=\.|$)", r".\1")])
 # Fields of config.json that say nothing about the computation here.
 _IGNORED = {"sample_size", "force_upcast", "latents_mean", "latents_std"}
 
@@ -109,6 +110,18 @@ class AutoencoderKL(nn.Module):
   def decoder_config(self) -> Any:
     """The config that the decoder reads."""
     return self.config
+
+  @property
+  def table(self) -> KeyTable:
+    """Maps the parameters to diffusers' checkpoint keys."""
+    down, up = self.config.block_out_channels, self.decoder_config().block_out_channels[::-1]
+    # The first block of a level that changes the width stands before the stack.
+    stacks = [
+      Stack(f"{levels}_{i}.resnets", f"{levels}.{i}.resnets", int(width != widths[max(i - 1, 0)]))
+      for levels, widths in (("encoder.down_blocks", down), ("decoder.up_blocks", up))
+      for i, width in enumerate(widths)
+    ]
+    return KeyTable(stacks=stacks, renames=[(r"_(\d+)(?=\.|$)", r".\1")])
 
   def to_latents(self, z: jax.Array) -> jax.Array:
     """Maps z [B, h, w, C] to the transformer's latents; see `scale_latents`."""
@@ -218,15 +231,15 @@ class ResnetBlock(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [B, H, W, C_in] to [B, H, W, features]."""
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+    """Maps [B, H, W, C_in] to ([B, H, W, features], None)."""
     h = nn.silu(_norm(self.config, self.dtype, "norm1")(x))
     h = _conv(self.features, 3, self.dtype, name="conv1")(h)
     h = nn.silu(_norm(self.config, self.dtype, "norm2")(h))
     h = _conv(self.features, 3, self.dtype, name="conv2")(h)
     if x.shape[-1] != self.features:
       x = _conv(self.features, 1, self.dtype, name="conv_shortcut")(x)
-    return x + h
+    return x + h, None
 
 
 class Level(nn.Module):
@@ -241,8 +254,13 @@ class Level(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [B, H, W, C_in] to `features` channels at half, twice or the same resolution."""
-    for i in range(self.layers):
-      x = ResnetBlock(self.features, self.config, self.dtype, name=f"resnets_{i}")(x)
+    settings, equal = (self.features, self.config, self.dtype), self.layers
+    if x.shape[-1] != self.features:
+      x, _ = ResnetBlock(*settings, name="resnets_0")(x)
+      equal -= 1
+    if equal:
+      stack = stack_blocks(ResnetBlock, equal, scan=True, remat="none")
+      x, _ = stack(*settings, name="resnets")(x)
     if self.step is None:
       return x
     name = f"{self.step}samplers_0"
@@ -277,10 +295,10 @@ class MidBlock(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [B, h, w, C] to the same shape."""
     features = x.shape[-1]
-    x = ResnetBlock(features, self.config, self.dtype, name="resnets_0")(x)
+    x, _ = ResnetBlock(features, self.config, self.dtype, name="resnets_0")(x)
     if self.config.mid_block_add_attention:
       x = MidAttention(self.config, self.dtype, name="attentions_0")(x)
-    return ResnetBlock(features, self.config, self.dtype, name="resnets_1")(x)
+    return ResnetBlock(features, self.config, self.dtype, name="resnets_1")(x)[0]
 
 
 class MidAttention(nn.Module):

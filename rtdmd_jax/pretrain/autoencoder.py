@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax.models.vae import TABLE, AutoencoderKL, VAEConfig
+from rtdmd_jax.models.vae import AutoencoderKL, VAEConfig
 from rtdmd_jax.pretrain.data import Scenes
 from rtdmd_jax.pretrain.loop import train
 from rtdmd_jax.weights.safetensors import save_model
@@ -52,7 +52,7 @@ def train_autoencoder(
   mean, std = latent_statistics(vae, params, scenes.images[:2048])
   model |= {"shift_factor": mean, "scaling_factor": 1.0 / std}
   file = directory / "diffusion_pytorch_model.safetensors"
-  save_model(file, model, params, TABLE, dtype=jnp.float16)
+  save_model(file, model, params, vae.table, dtype=jnp.float16)
 
 
 def latent_statistics(vae: AutoencoderKL, params: Any, images: np.ndarray) -> tuple[float, float]:

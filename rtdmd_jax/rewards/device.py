@@ -34,11 +34,13 @@ class DeviceReward(Protocol):
 
   `params` is its tree of parameters. `tokenize` maps P prompts to ids [P, ...], `text_features`
   (params, ids) to what is known of the prompts without images, [P, ...]. `score` maps (params,
-  images [B, H, W, 3] in [0, 1], text features [B, ...]) to scores [B], and `gradient_score` is the
-  same through the preprocessing meant for back-propagation.
+  images [B, H, W, 3] in [0, 1], text features [B, ...]) to scores [B] through `transform`, and
+  `gradient_score` is the same through `gradient_transform`, meant for back-propagation.
   """
 
   params: Any
+  transform: Callable[[jax.Array], jax.Array]
+  gradient_transform: Callable[[jax.Array], jax.Array]
 
   def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
     """See the class."""
@@ -51,6 +53,15 @@ class DeviceReward(Protocol):
 
   def gradient_score(self, params: Any, images: jax.Array, text_features: jax.Array) -> jax.Array:
     """See the class."""
+
+
+def gradients(models: Mapping[str, DeviceReward]) -> dict[str, Callable[..., jax.Array]]:
+  """`gradient_score` of the rewards whose preprocessing for back-propagation is another one."""
+  return {
+    name: model.gradient_score
+    for name, model in models.items()
+    if model.gradient_transform != model.transform
+  }
 
 
 def load(name: str, options: Mapping[str, Any]) -> DeviceReward:

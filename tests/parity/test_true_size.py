@@ -16,7 +16,7 @@ import pytest
 
 from rtdmd_jax.aot.abstract import abstract_pipeline
 from rtdmd_jax.aot.published import PUBLISHED
-from rtdmd_jax.models import build_transformer, clip, qwen3, t5, vae, vae_flux2
+from rtdmd_jax.models import build_transformer, clip, qwen3, t5, vae_flux2
 from rtdmd_jax.models.text import FLUX2_LAYERS
 
 torch = pytest.importorskip("torch")
@@ -119,7 +119,7 @@ def test_autoencoder(name, count):
   assert complete == ours.vae.config
   flux2 = isinstance(ours.vae, vae_flux2.AutoencoderKLFlux2)
   ignored = vae_flux2.IGNORED_KEYS if flux2 else ()
-  assert assert_same(ours.vae_params, vae.TABLE, shapes(model), ignored) == count
+  assert assert_same(ours.vae_params, ours.vae.table, shapes(model), ignored) == count
 
 
 @pytest.mark.parametrize("name, part, count", TEXT)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rtdmd_jax.models.vae import TABLE, AutoencoderKL, VAEConfig, decode_images, encode_images
+from rtdmd_jax.models.vae import AutoencoderKL, VAEConfig, decode_images, encode_images
 from rtdmd_jax.weights.safetensors import load_params, read_config, save_params
 
 torch = pytest.importorskip("torch")
@@ -36,7 +36,7 @@ def _load(directory, reference):
   reference.save_pretrained(directory)
   vae = AutoencoderKL(VAEConfig.from_dict(read_config(directory)))
   shapes = jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
-  return vae, load_params(directory, shapes, TABLE)
+  return vae, load_params(directory, shapes, vae.table)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_written_weights_load_in_diffusers(tmp_path):
   from diffusers import AutoencoderKL as Torch
 
   reference = _reference()
-  _, params = _load(tmp_path, reference)
-  save_params(tmp_path / "diffusion_pytorch_model.safetensors", params, TABLE)
+  vae, params = _load(tmp_path, reference)
+  save_params(tmp_path / "diffusion_pytorch_model.safetensors", params, vae.table)
   again = Torch.from_pretrained(tmp_path)
   for name, value in reference.state_dict().items():
     torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)

@@ -7,7 +7,7 @@ from parity import flux_reference
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.encoders import load_vae
-from rtdmd_jax.models.vae import TABLE, decode_images, encode_images
+from rtdmd_jax.models.vae import decode_images, encode_images
 from rtdmd_jax.models.vae_flux2 import Flux2VAEConfig
 from rtdmd_jax.weights.safetensors import read_config, save_params
 
@@ -80,8 +80,8 @@ def test_encode_and_decode_equal_diffusers(tmp_path, changes):
 def test_written_weights_load_in_diffusers(tmp_path):
   model = reference()
   model.save_pretrained(tmp_path)
-  _, params = load_vae(tmp_path)
-  save_params(tmp_path / "diffusion_pytorch_model.safetensors", params, TABLE)
+  vae, params = load_vae(tmp_path)
+  save_params(tmp_path / "diffusion_pytorch_model.safetensors", params, vae.table)
   again = diffusers.AutoencoderKLFlux2.from_pretrained(tmp_path, low_cpu_mem_usage=False)
   flux_reference.assert_same_weights(again, model)
 

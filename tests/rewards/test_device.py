@@ -9,13 +9,14 @@ import pytest
 import toy
 
 import rtdmd_jax
-from rtdmd_jax import rewards, stage2
+from rtdmd_jax import rewards
 from rtdmd_jax.build import build
 from rtdmd_jax.config import load_config
 from rtdmd_jax.datasets.shapes.draw import draw
 from rtdmd_jax.datasets.shapes.grammar import all_records
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards import device
+from rtdmd_jax.scoring import judge
 
 TINY = Path(rtdmd_jax.__file__).parent / "assets/tiny"
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -107,19 +108,15 @@ def test_dtype_by_name():
 
 
 def test_back_propagation_takes_its_own_function():
-  images = jax.random.uniform(jax.random.key(0), (12, 2, 2, 3))
-  policy = stage2.PolicyConfig(reward_margin=10.0)
-
-  def loss(scoring):
-    batch, ones = toy.batch(), jnp.ones(12)
-    return stage2.reward_loss(
-      images, batch.prompt_index, ones, toy.frozen(), batch, policy, scoring
-    )
-
+  latents = jax.random.uniform(jax.random.key(0), (12, 2, 2, 3))
+  text = {"bright": jnp.ones((12, 1))}
   plain = toy.scoring()
   other = plain._replace(gradient={"bright": lambda p, x, text: jnp.full(len(x), 4.0)})
-  np.testing.assert_allclose(loss(other), 6.0, rtol=1e-6)
-  assert abs(float(loss(plain)) - 6.0) > 1
+  found = [judge(latents, text, toy.frozen(), s, ("bright",)) for s in (plain, other)]
+  np.testing.assert_array_equal(found[0].total, found[0].rewards["bright"])
+  np.testing.assert_array_equal(found[1].rewards["bright"], found[0].rewards["bright"])
+  np.testing.assert_array_equal(found[1].total, 4.0)
+  assert np.abs(found[0].slope).min() > 0 and np.abs(found[1].slope).max() == 0
 
 
 def test_a_reward_without_gradients_cannot_be_back_propagated():
@@ -139,20 +136,13 @@ def test_several_rewards_are_back_propagated_together():
   assert setup.scoring.differentiable == ("clipscore", "pickscore")
   prompts = [p.text for p in setup.prompts[:2]]
   text = jax.device_put(setup.cache(prompts)["reward_text"])
-  batch = toy.batch(2, 1).replace(reward_text=text)
-  policy = stage2.PolicyConfig(reward_margin=1e3)  # the hinge stays linear
   latents = jax.random.normal(jax.random.key(1), (2, *setup.roles.latent_shape))
 
-  def gradient(scoring):
-    def loss(x):
-      ones = jnp.ones(2)
-      return stage2.reward_loss(x, batch.prompt_index, ones, setup.frozen, batch, policy, scoring)
+  def gradient(*names):
+    run = lambda x: judge(x, text, setup.frozen, setup.scoring, names).slope  # noqa: E731
+    return jax.jit(run)(latents)
 
-    return jax.jit(jax.grad(loss))(latents)
-
-  both = gradient(setup.scoring)
-  parts = [
-    gradient(setup.scoring._replace(differentiable=(n,))) for n in ("clipscore", "pickscore")
-  ]
+  both = gradient("clipscore", "pickscore")
+  parts = [gradient("clipscore"), gradient("pickscore")]
   assert all(float(jnp.abs(part).max()) > 0 for part in parts)
   np.testing.assert_allclose(both, parts[0] + parts[1], rtol=1e-3, atol=1e-3 * np.abs(both).max())
