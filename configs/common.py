@@ -15,7 +15,7 @@ def base() -> config_dict.ConfigDict:
   c.model.fake_score_init = ""
   c.model.teacher_init = ""
   c.model.image_size = 512
-  c.model.dtype = "bfloat16"  # of the frozen networks; adapters are always float32
+  c.model.dtype = "bfloat16"  # of the frozen networks
   # Kernels of the transformers: "native" keeps `dtype`, "int8" one byte a weight and one float32
   # scale an output channel.
   c.model.base_storage = "native"
@@ -38,6 +38,8 @@ def base() -> config_dict.ConfigDict:
   c.lora.rank = 32
   c.lora.alpha = 64.0
   c.lora.init = "gaussian"  # a ~ N(0, 1/rank); "normal" is the published re-initialisation
+  # Of the adapters in training, their gradients and their moments; "bfloat16" as published.
+  c.lora.dtype = "float32"
   c.lora.targets = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",

@@ -206,7 +206,7 @@ def _encoder(pipeline: Pipeline, models: dict[str, Any]):
 
 
 def new_adapters(config: Any, pipeline: Pipeline, key: jax.Array) -> Tree:
-  """Fresh adapters of the configured rank and targets."""
+  """Fresh adapters of the configured rank, targets and type."""
   transformer = pipeline.transformer
   return build_adapters(
     transformer.init_abstract(),
@@ -215,6 +215,7 @@ def new_adapters(config: Any, pipeline: Pipeline, key: jax.Array) -> Tree:
     rank=config.lora.rank,
     key=key,
     init=config.lora.init,
+    dtype=jnp.dtype(config.lora.dtype),
   )
 
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from absl import flags
 
@@ -48,6 +49,7 @@ def export_adapters(config: Any, setup: Setup, state: TrainState, directory: Pat
     ("generator", setup.frozen.generator, state.ema),
     ("fake_score", setup.frozen.fake_score, state.fake_score),
   ):
+    trained = jax.tree.map(lambda a: a.astype(jnp.float32), trained)
     adapters, rank = equal_ranks(stack_adapters(frozen, fold_scale(trained, config.lora.alpha)))
     adapters = fetch(adapters)
     if not is_main():

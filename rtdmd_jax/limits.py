@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.models.lora import INITS
+from rtdmd_jax.models.lora import DTYPES, INITS
 from rtdmd_jax.weights.int8 import STORAGES
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -33,6 +33,7 @@ _RULES: dict[str, Rule] = {
   "lora.rank": _COUNT,
   "lora.alpha": _POSITIVE,
   "lora.init": (lambda v: v in INITS, f"one of {', '.join(INITS)}"),
+  "lora.dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
   "lora.targets": (len, "at least one name"),
   "dmd.steps": _LEVELS,
   "dmd.eta": _FRACTION,

@@ -12,8 +12,9 @@ Tree = Any
 class TrainState:
   """Everything that training changes; a checkpoint holds exactly this.
 
-  `generator` and `fake_score` are the adapters being trained (float32), `ema` the moving average of
-  the generator's. Randomness is a function of the seed and `step`, so no key needs to be stored.
+  `generator` and `fake_score` are the adapters being trained, `ema` the moving average of the
+  generator's, always float32. Randomness is a function of the seed and `step`, so no key needs to
+  be stored.
   """
 
   step: jax.Array

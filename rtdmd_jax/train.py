@@ -83,7 +83,7 @@ def initial_state(config: Any, setup: Setup, optimizers: Optimizers) -> TrainSta
     step=jnp.zeros((), jnp.int32),
     generator=generator,
     fake_score=fake_score,
-    ema=jax.tree.map(jnp.copy, generator),
+    ema=jax.tree.map(lambda a: jnp.copy(a.astype(jnp.float32)), generator),
     generator_opt=optimizers.generator.init(generator),
     fake_score_opt=optimizers.fake_score.init(fake_score),
   )

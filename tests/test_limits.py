@@ -23,6 +23,7 @@ def test_shipped_configurations_pass(name):
     "lora.rank=-1",
     "lora.alpha=nan",
     "lora.init=zeros",
+    "lora.dtype=float16",
     "lora.targets=",
     "model.dtype=int8",
     "model.dtype=float33",

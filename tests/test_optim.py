@@ -44,3 +44,17 @@ def test_moving_average_moves_only_when_told():
   ema, params = {"b": jnp.zeros(2)}, {"b": jnp.ones(2)}
   np.testing.assert_allclose(ema_update(ema, params, 0.9)["b"], 0.1, rtol=1e-6)
   np.testing.assert_array_equal(ema_update(ema, params, 0.9, jnp.array(False))["b"], 0.0)
+
+
+def test_small_updates_round_away_in_bfloat16_but_not_in_the_moving_average():
+  optimizer = make_optimizer(OptimizerConfig(1e-6))
+  params = {"a": jnp.ones(8, jnp.bfloat16), "b": jnp.zeros(8, jnp.bfloat16)}
+  state = optimizer.init(params)
+  grads = jax.tree.map(jnp.ones_like, params)
+  new, new_state, _ = guarded_update(optimizer, grads, state, params)
+  np.testing.assert_array_equal(new["a"], params["a"])
+  np.testing.assert_allclose(np.asarray(new["b"], np.float32), -1e-6, rtol=0.01)
+  types = [leaf.dtype for leaf in jax.tree.leaves((params, state))]
+  assert types == [leaf.dtype for leaf in jax.tree.leaves((new, new_state))]
+  ema = ema_update({"b": jnp.ones(8)}, {"b": new["b"]}, 0.999)["b"]
+  np.testing.assert_allclose(ema, 0.999, rtol=1e-6)

@@ -74,6 +74,21 @@ def test_what_is_compiled_once():
   assert sites["tanh"] == 3 and "logistic" not in sites  # generator, teacher, fake score
 
 
+def test_adapters_in_bfloat16_train_and_stay_so():
+  state, optimizer = toy.state()
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (state.generator, state.fake_score))
+  state = state.replace(
+    generator=half[0], fake_score=half[1],
+    generator_opt=optimizer.init(half[0]), fake_score_opt=optimizer.init(half[1]),
+  )  # fmt: skip
+  _, _, new, metrics, faked = _run(PolicyConfig(micro_batches=3, kl_weight=0.1), state=state)
+  for one in (new, faked):
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.dtype, b.dtype), state, one)
+  assert np.any(new.generator["b"] != state.generator["b"])
+  assert np.any(faked.fake_score["b"] != state.fake_score["b"])
+  assert all(np.isfinite(np.asarray(v, np.float32)).all() for v in metrics.values())
+
+
 def test_rollout_shares_noise_of_steps_that_do_not_train():
   _, samples, *_ = _run(PolicyConfig())
   assert samples.x.shape == (5, 12, *toy.SHAPE)

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from rtdmd_jax import cli, errors, evaluation, main
 from rtdmd_jax.config import load_config
@@ -162,6 +163,18 @@ def test_a_run_over_int8_bases_ends_and_resumes_as_such(tmp_path, capsys):
   capsys.readouterr()
   code = _run(tmp_path, *small, config="tiny_stage1.py")
   _expect(capsys, code, 'model.base_storage: "int8" -> "native"')
+
+
+@pytest.mark.slow
+def test_adapters_in_bfloat16_resume_and_are_exported(tmp_path):
+  half = [*SMALL, "--config.lora.dtype=bfloat16", "--config.train.fake_update_ratio=1"]
+  for steps in (1, 2):
+    assert _run(tmp_path, *half, f"--config.train.steps={steps}", config="tiny_stage1.py") == 0
+  for name, rounded in (("generator", False), ("fake_score", True)):
+    weights = load_file(tmp_path / "export" / name / "adapter_model.safetensors")
+    low_bits = np.concatenate([w.view(np.uint32).ravel() & 0xFFFF for w in weights.values()])
+    assert any(w.any() for key, w in weights.items() if "lora_B" in key)
+    assert rounded != np.any(low_bits)
 
 
 @pytest.mark.slow

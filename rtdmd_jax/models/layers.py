@@ -75,7 +75,7 @@ class Dense(nn.Module):
 
   An adapter entry at this module's path is `{"a": [D_in, r], "b": [r, D_out]}`; it adds
   `(x @ a) @ b`. The scale alpha / r is folded into `b` by the caller, so that models know neither
-  rank nor targets. `params` may be low precision; adapters are float32 masters cast to `dtype`.
+  rank nor targets. `params` may be low precision; adapters are cast to `dtype`.
   A `kernel_scale` [features] beside an int8 kernel multiplies its columns (`weights.int8`).
   """
 

@@ -19,6 +19,8 @@ from rtdmd_jax.weights.maps import Entry, KeyTable
 
 # Standard deviation of `a` at the start, given the rank; `b` starts at 0.
 INITS = {"gaussian": lambda rank: rank**-0.5, "normal": lambda rank: 1.0}
+# What adapters in training may be stored in.
+DTYPES = ("float32", "bfloat16")
 
 
 def matches(module: str, target: str) -> bool:
@@ -76,8 +78,9 @@ def build_adapters(
   rank: int,
   key: jax.Array,
   init: str = "gaussian",
+  dtype: Any = jnp.float32,
 ) -> dict[str, Any]:
-  """Fresh float32 adapters: `a` normal, `b` zero, so that nothing changes at the start.
+  """Fresh adapters: `a` normal, `b` zero, so that nothing changes at the start.
 
   Args:
     abstract_params: nested dicts of leaves with a shape.
@@ -87,6 +90,7 @@ def build_adapters(
     rank: r, at least 1.
     key: each layer's draw depends on it and on the layer's path only.
     init: "gaussian" draws `a` from N(0, 1/r) as PEFT does, "normal" from N(0, 1).
+    dtype: of the leaves; draws are float32, rounded at the end.
 
   Returns:
     The adapter tree.
@@ -107,8 +111,8 @@ def build_adapters(
     module = entry.path[:-1]
     own_key = jax.random.fold_in(key, zlib.crc32(".".join(module).encode()))
     a = INITS[init](rank) * jax.random.normal(own_key, (*stack, in_features, rank))
-    flat[(*module, "a")] = a
-    flat[(*module, "b")] = jnp.zeros((*stack, rank, out_features), jnp.float32)
+    flat[(*module, "a")] = a.astype(dtype)
+    flat[(*module, "b")] = jnp.zeros((*stack, rank, out_features), dtype)
   return unflatten_dict(flat)
 
 

@@ -67,6 +67,13 @@ def test_initial_values(init, std):
   assert float(leaf["a"].std()) == pytest.approx(std, rel=0.03)
 
 
+def test_adapters_in_bfloat16_are_the_float32_ones_rounded():
+  half = flatten_dict(build(dtype=jnp.bfloat16))
+  for path, full in flatten_dict(build()).items():
+    assert half[path].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(half[path], full.astype(jnp.bfloat16))
+
+
 def test_a_layer_draws_the_same_whatever_else_is_adapted():
   alone, together = build(["attn2.to_q"]), build(["attn2.to_q", "attn.to_q"])
   a, b = (tree["blocks_0"]["attn2"]["to_q"]["a"] for tree in (alone, together))

@@ -77,7 +77,7 @@ def _related(low: np.ndarray, high: np.ndarray, subject: int, other: int, relati
 
 
 def _layout(count: int, constraints: list[tuple[int, int, str]], rng: np.random.Generator):
-  """Centres `[count, 2]` and radii `[count]` of boxes in quarters of their own, relations obeyed."""
+  """Centres `[count, 2]` and radii `[count]`, each in a quarter of its own, relations obeyed."""
   while True:
     radius = rng.uniform(*_RADIUS, (_CANDIDATES, count, 1))
     cells = rng.permuted(np.tile(np.arange(len(_CELLS)), (_CANDIDATES, 1)), axis=1)[:, :count]
