@@ -64,7 +64,7 @@ def get_config() -> config_dict.ConfigDict:
   c.scorer.vision = wide | dict(num_hidden_layers=4, image_size=64, patch_size=8)
 
   c.teacher = config_dict.ConfigDict()
-  c.teacher.steps = 3000
+  c.teacher.steps = 1500
   c.teacher.batch_size = 128
   c.teacher.learning_rate = 1.5e-2
   c.teacher.caption_dropout = 0.1

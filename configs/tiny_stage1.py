@@ -16,8 +16,9 @@ def tiny(c):
   c.model.dtype = "float32"
   c.data.prompts = str(TINY / "prompts")
   c.data.held_out = str(TINY / "prompts")
-  c.lora.rank = 16
-  c.lora.alpha = 32.0
+  c.lora.rank = 8
+  c.lora.alpha = 16.0
+  c.lora.targets += ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
   c.rewards.clipscore = dict(weight=1.0, directory=str(TINY / "clip"), backpropagate=True)
   c.rewards.geneval = dict(weight=1.0, detector="shapes")
   c.eval.chunk = 48
@@ -29,9 +30,9 @@ def tiny(c):
 
 def get_config():
   c = tiny(common.stage1())
-  c.generator.learning_rate = 2e-4
-  c.fake_score.learning_rate = 5e-4
-  c.dmd.guidance_low = c.dmd.guidance_high = 3.0
+  c.generator.learning_rate = 5e-4
+  c.fake_score.learning_rate = 1e-3
+  c.dmd.guidance_low = c.dmd.guidance_high = 6.0
   c.eval.teacher_guidance = 3.0
   c.batch.prompts = 32
   c.train.steps = 450
