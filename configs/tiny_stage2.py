@@ -11,17 +11,19 @@ def get_config():
   c.generator.learning_rate = 5e-4
   c.fake_score.learning_rate = 5e-4
   c.dmd.guidance_low = c.dmd.guidance_high = 3.0
+  c.dmd.consistency.weight = 0.0  # as published for FLUX; it is 60 % of a fake-score update
   c.eval.teacher_guidance = 3.0
-  c.batch.prompts = 8
-  c.batch.repeats = 12
+  c.batch.prompts = 16
+  c.batch.repeats = 6
   c.batch.micro_batches = 2
   c.policy.policy_weight = 1.0
   c.policy.dm_weight = 0.1
-  c.policy.reward_weight = 0.1
-  c.ema.decay = 0.9
+  c.policy.reward_weight = 1.0
+  c.ema.decay = 0.95
   c.ema.every = 1
-  c.train.steps = 30
+  c.train.steps = 60
   c.train.log_every = 1
-  c.train.save_every = 10
-  c.eval.every = 10
+  c.train.save_every = 20
+  c.eval.every = 20
+  c.eval.final_images = 2
   return c
