@@ -3,8 +3,8 @@
 python benchmarks/policy_signal.py --config=configs/tiny_stage2.py --batches=8 --steps=0-0,0-2
 
 For each range of stochastic steps (all of it trains) and each reward alone: the mean cosine of the
-policy gradients of independent batches with its standard error. Then the correlation of every pair
-of rewards within a prompt's group.
+policy gradients of independent batches with its standard error, and that of the means of two halves
+of them. Then the correlation of every pair of rewards within a prompt's group.
 """
 
 import argparse
@@ -80,7 +80,14 @@ def main():
         unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         cosines = [float(a @ b) for a, b in itertools.combinations(unit, 2)]
         error = np.std(cosines) / len(cosines) ** 0.5
-        print(f"steps {steps}  {name:12s} cosine {np.mean(cosines):+.4f} ± {error:.4f}", flush=True)
+        half = options.batches // 2
+        one, two = rows[:half].mean(0), rows[half:].mean(0)
+        halves = one @ two / (np.linalg.norm(one) * np.linalg.norm(two))
+        print(
+          f"steps {steps}  {name:12s} cosine {np.mean(cosines):+.4f} ± {error:.4f}"
+          f"  of halves {halves:+.4f}",
+          flush=True,
+        )
   shape = (-1, config.batch.repeats)
   for one, two in itertools.combinations(sorted(rewards[0]), 2):
     a, b = (np.concatenate([r[name] for r in rewards]).reshape(shape) for name in (one, two))

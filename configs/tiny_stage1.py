@@ -32,10 +32,10 @@ def get_config():
   c = tiny(common.stage1())
   c.generator.learning_rate = 5e-4
   c.fake_score.learning_rate = 1e-3
-  c.dmd.guidance_low = c.dmd.guidance_high = 6.0
+  c.dmd.guidance_low = c.dmd.guidance_high = 3.0
   c.eval.teacher_guidance = 3.0
   c.batch.prompts = 32
-  c.train.steps = 450
+  c.train.steps = 600
   c.train.fake_update_ratio = 3
   c.train.save_every = 150
   c.eval.every = 150
