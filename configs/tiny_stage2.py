@@ -21,9 +21,9 @@ def get_config():
   c.policy.reward_weight = 1.0
   c.ema.decay = 0.95
   c.ema.every = 1
-  c.train.steps = 60
+  c.train.steps = 48
   c.train.log_every = 1
-  c.train.save_every = 20
-  c.eval.every = 20
+  c.train.save_every = 16
+  c.eval.every = 16
   c.eval.final_images = 2
   return c

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from benchmarks.tilt import estimators, optimum, teachers, training
+from benchmarks.tilt import estimators, optimum, rounding, teachers, training
 from benchmarks.tilt.training import MATCHING, Problem, Training
 from rtdmd_jax.stage1 import DMDConfig
 from rtdmd_jax.stage2 import PolicyConfig
@@ -248,7 +248,13 @@ def facts(keep: Callable[[dict], None]) -> None:
     keep(out)
 
 
-SECTIONS = {"gaussian": gaussian, "mixture": mixture, "long": long, "estimators": facts}
+def bfloat16(keep: Callable[[dict], None]) -> None:
+  keep(rounding.lost_updates())
+
+
+SECTIONS = {
+  "gaussian": gaussian, "mixture": mixture, "long": long, "estimators": facts, "bfloat16": bfloat16,
+}  # fmt: skip
 
 
 def save(name: str, section: dict) -> None:
