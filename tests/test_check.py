@@ -71,7 +71,7 @@ def test_every_problem_is_a_line(capsys):
   words = ("no_prompts", "no_clip", "circles", "no_stage1", "mesh")
   for problem, word in zip(problems, words, strict=True):
     assert problem.startswith("error: ") and word in problem
-  assert "would run: stage2, 30 steps of 96 images" in out and "no problem" not in out
+  assert "would run: stage2, 48 steps of 96 images" in out and "no problem" not in out
 
 
 def test_a_broken_pipeline(tmp_path, capsys):
@@ -128,6 +128,7 @@ def test_heads_and_batches_divide_over_the_mesh(monkeypatch):
   setup = SimpleNamespace(pipeline=SimpleNamespace(transformer=net))
   shape = {"data": 2, "fsdp": 3, "tensor": 2}
   monkeypatch.setattr(sharding, "current", lambda: SimpleNamespace(shape=shape))
+  monkeypatch.setattr(sharding, "batch_parts", lambda: shape["data"] * shape["fsdp"])
   check._divides(config, setup)
   shape["tensor"] = 3
   with pytest.raises(UserError, match="does not divide the transformer's 4 attention heads"):

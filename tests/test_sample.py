@@ -101,7 +101,7 @@ def test_the_number_of_devices_changes_nothing(tmp_path):
     (["--config.pipeline=nowhere"], PROMPTS, "nowhere is not a directory"),
     (["--config.hieght=64"], PROMPTS, "did you mean height"),
     (["--config.width=128"], PROMPTS, "sides of at most 64 pixels"),
-    (["--config.width=60"], PROMPTS, "image_size is (64, 60); use a multiple of 8"),
+    (["--config.width=60"], PROMPTS, "image_size is (64, 60); use a multiple of 16"),
   ],
 )
 def test_mistakes_are_one_sentence(tmp_path, capsys, flags, prompts, message):
