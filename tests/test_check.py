@@ -39,7 +39,7 @@ def test_a_sound_run_is_described_without_reading_weights(tmp_path, capsys, monk
   assert run(f"--workdir={tmp_path / 'new'}", config=config) == 0
   out, err = capsys.readouterr()
   assert err == "" and not (tmp_path / "new").exists()
-  for part in ("dmd.eta = 0.9", "a new run", "876 to train on", "optimizers", "no problem found"):
+  for part in ("dmd.eta = 0.9", "a new run", "344 to train on", "optimizers", "no problem found"):
     assert part in out
   assert f"would run: {config.removeprefix('tiny_').removesuffix('.py')}, " in out
 
