@@ -11,7 +11,7 @@ def get_config():
   c.generator.learning_rate = 5e-4
   c.fake_score.learning_rate = 5e-4
   c.dmd.guidance_low = c.dmd.guidance_high = 3.0
-  c.dmd.consistency.weight = 0.0  # as published for FLUX; it is 60 % of a fake-score update
+  c.dmd.consistency.weight = 0.0  # as published for FLUX
   c.eval.teacher_guidance = 3.0
   c.batch.prompts = 16
   c.batch.repeats = 6
