@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def _load(config: Any) -> Setup:
   watched = {name: 1.0 for name in config.eval.rewards if name not in models}
   differentiable = _differentiable(config, models)
   scoring = Scoring(
-    decode=lambda params, latents: decode_images(pipeline.vae, params, latents),
+    decode=partial(decode_images, pipeline.vae.clone(remat=config.model.remat)),
     device={name: models[name].score for name in models if name in weights},
     weights=weights,
     differentiable=differentiable,

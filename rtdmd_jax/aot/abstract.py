@@ -1,6 +1,7 @@
 """A run's `Setup` made of shapes alone: nothing is loaded, nothing is allocated."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def abstract_setup(config: Any) -> Setup:
   models = {n: abstract_reward(n, config.rewards[n]) for n in config.rewards if n in device.NAMES}
   backpropagated = tuple(n for n in models if config.rewards[n].get("backpropagate", False))
   scoring = Scoring(
-    decode=lambda params, latents: decode_images(pipeline.vae, params, latents),
+    decode=partial(decode_images, pipeline.vae.clone(remat=config.model.remat)),
     device={name: model.score for name, model in models.items()},
     weights={name: float(reward.weight) for name, reward in config.rewards.items()},
     differentiable=backpropagated,

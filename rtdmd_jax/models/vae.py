@@ -16,7 +16,7 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.attention import attention
 from rtdmd_jax.models.convolution import convolve
 from rtdmd_jax.models.layers import Dense
-from rtdmd_jax.models.stack import stack_blocks
+from rtdmd_jax.models.stack import remat_block, stack_blocks
 from rtdmd_jax.models.transformer import config_values
 from rtdmd_jax.weights.maps import KeyTable, Stack
 
@@ -72,16 +72,23 @@ def read_vae_config(cls: type, class_name: str, config: Mapping[str, Any]) -> An
 
 
 class AutoencoderKL(nn.Module):
-  """Images in [-1, 1] to the moments of a diagonal Gaussian over latents, and back."""
+  """Images in [-1, 1] to the moments of a diagonal Gaussian over latents, and back.
+
+  Attributes:
+    config: of the checkpoint.
+    dtype: of the computation.
+    remat: what a backward pass through the decoder recomputes of each block (`models/stack.py`).
+  """
 
   config: VAEConfig
   dtype: Any = jnp.float32
+  remat: str = "none"
 
   def setup(self):
     """Names the parts as the checkpoint does."""
     c = self.config
     self.encoder = Encoder(c, self.dtype)
-    self.decoder = Decoder(self.decoder_config(), self.dtype)
+    self.decoder = Decoder(self.decoder_config(), self.dtype, self.remat)
     if c.use_quant_conv:
       self.quant_conv = _conv(2 * c.latent_channels, 1, self.dtype)
     if c.use_post_quant_conv:
@@ -200,18 +207,20 @@ class Decoder(nn.Module):
 
   config: VAEConfig
   dtype: Any
+  remat: str = "none"
 
   @nn.compact
   def __call__(self, z: jax.Array) -> jax.Array:
     """Maps [B, h, w, C] to [B, H, W, 3]."""
     c = self.config
     widths = c.block_out_channels[::-1]
+    settings = c, self.dtype, self.remat
     x = _conv(widths[0], 3, self.dtype, name="conv_in")(z)
-    x = MidBlock(c, self.dtype, name="mid_block")(x)
+    x = MidBlock(*settings, name="mid_block")(x)
     last = len(widths) - 1
     for i, width in enumerate(widths):
       step = "up" if i < last else None
-      x = Level(width, c.layers_per_block + 1, step, c, self.dtype, name=f"up_blocks_{i}")(x)
+      x = Level(width, c.layers_per_block + 1, step, *settings, name=f"up_blocks_{i}")(x)
     x = nn.silu(_norm(c, self.dtype, "conv_norm_out")(x))
     return _conv(c.out_channels, 3, self.dtype, name="conv_out")(x)
 
@@ -250,16 +259,17 @@ class Level(nn.Module):
   step: str | None
   config: VAEConfig
   dtype: Any
+  remat: str = "none"
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [B, H, W, C_in] to `features` channels at half, twice or the same resolution."""
     settings, equal = (self.features, self.config, self.dtype), self.layers
     if x.shape[-1] != self.features:
-      x, _ = ResnetBlock(*settings, name="resnets_0")(x)
+      x, _ = remat_block(ResnetBlock, self.remat)(*settings, name="resnets_0")(x)
       equal -= 1
     if equal:
-      stack = stack_blocks(ResnetBlock, equal, scan=True, remat="none")
+      stack = stack_blocks(ResnetBlock, equal, scan=True, remat=self.remat)
       x, _ = stack(*settings, name="resnets")(x)
     if self.step is None:
       return x
@@ -290,15 +300,17 @@ class MidBlock(nn.Module):
 
   config: VAEConfig
   dtype: Any
+  remat: str = "none"
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [B, h, w, C] to the same shape."""
-    features = x.shape[-1]
-    x, _ = ResnetBlock(features, self.config, self.dtype, name="resnets_0")(x)
+    settings, block = (x.shape[-1], self.config, self.dtype), remat_block(ResnetBlock, self.remat)
+    x, _ = block(*settings, name="resnets_0")(x)
     if self.config.mid_block_add_attention:
-      x = MidAttention(self.config, self.dtype, name="attentions_0")(x)
-    return ResnetBlock(features, self.config, self.dtype, name="resnets_1")(x)[0]
+      attend = remat_block(MidAttention, self.remat)
+      x = attend(self.config, self.dtype, name="attentions_0")(x)
+    return block(*settings, name="resnets_1")(x)[0]
 
 
 class MidAttention(nn.Module):
