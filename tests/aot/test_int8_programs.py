@@ -16,7 +16,7 @@ from rtdmd_jax.optim import make_optimizer
 from rtdmd_jax.train import PROGRAMS, Optimizers, initial_state
 
 CONFIGS = Path(rtdmd_jax.__file__).parents[1] / "configs"
-# Six images at once, so that no activation has the shape of a stack of four blocks.
+# Six images at once, so that no activation has the shape of a stack of five blocks.
 OVERRIDES = [
   "model.base_storage=int8",
   "batch.prompts=3",
@@ -32,7 +32,7 @@ def test_no_program_makes_floats_of_a_stack_of_kernels(config):
   setup = abstract_setup(config)
   (base,) = setup.frozen.bases.values()
   stacks = {a.shape for a in jax.tree.leaves(base) if a.dtype == jnp.int8 and a.ndim == 3}
-  assert stacks == {(4, 128, n) for n in (128, 512, 768)} | {(4, 512, 128)}
+  assert stacks == {(5, 128, n) for n in (128, 512, 768)} | {(5, 512, 128)}
   optimizers = Optimizers(
     *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
   )
