@@ -1,0 +1,95 @@
+"""Variance of the policy gradient on images: SubGRPO beside naive GRPO, at equal samples.
+
+python benchmarks/policy_variance.py --config=configs/tiny_stage2.py --batches=24
+
+Each row is a policy: M of the three stochastic steps train, and the noise of the others is shared
+within a prompt's group or not. Every batch has its own prompts and noise; all policies see the same
+batches. A gradient estimates that of the mean advantage over the stochastic steps, whatever M; its
+variance is summed over parameters and printed over that of GRPO (all three steps). Rewards are
+divided by a constant instead of by the deviation of the batch, which sharing changes.
+"""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from policy_signal import score
+
+from rtdmd_jax import sharding, stage2
+from rtdmd_jax.build import build, dmd_config, policy_config
+from rtdmd_jax.config import load_config
+from rtdmd_jax.train import Optimizers, initial_state, step_batch
+
+# M and whether the steps that do not train share their noise; the first is the reference.
+POLICIES = ((3, False), (2, False), (2, True), (1, False), (1, True))
+
+
+def alone(batch):
+  """The batch with every sample as a prompt of its own: nothing to share noise with."""
+  rows = batch.prompt_index
+  return batch.replace(
+    conditioning=batch.conditioning.take(rows),
+    prompt_index=jnp.arange(rows.shape[0]),
+    reward_text=jax.tree.map(lambda a: a[rows], batch.reward_text),
+  )
+
+
+def gradients(config, setup, policy, shared: bool, count: int):
+  """Policy gradients [count, P], and the rewards' mean deviation within groups."""
+  plain = optax.sgd(1.0)
+  state = jax.jit(lambda: initial_state(config, setup, Optimizers(plain, plain)))()
+  common = {"roles": setup.roles, "config": dmd_config(config, setup.pipeline), "policy": policy}
+  rollout = jax.jit(lambda *args: stage2.rollout(*args, scoring=setup.scoring, **common))
+
+  @jax.jit
+  def gradient(*args):
+    new, _ = stage2.policy_step(*args, scoring=setup.scoring, optimizer=plain, **common)
+    change = jax.tree.map(lambda a, b: (a - b).ravel(), state.generator, new.generator)
+    return jnp.concatenate(jax.tree.leaves(change))
+
+  found, spreads = [], []
+  for step in range(count):
+    batch, prompts = step_batch(config, setup, step)
+    key = jax.random.fold_in(jax.random.key(1), step)
+    samples = rollout(state, setup.frozen, batch if shared else alone(batch), key)
+    rewards = score(setup, samples, prompts)
+    # The step divides by the batch's deviation (and adds 1e-4): undone.
+    total = sum(w * rewards[name] for name, w in setup.scoring.weights.items())
+    unit = gradient(state, setup.frozen, batch, samples, rewards, key)
+    found.append(np.asarray(unit, np.float64) * (total.std() + 1e-4))
+    spreads.append(total.reshape(-1, config.batch.repeats).std(1).mean())
+  return np.stack(found), float(np.mean(spreads))
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument("--config", required=True)
+  parser.add_argument("--batches", type=int, default=24)
+  options, overrides = parser.parse_known_args()
+  config = load_config(options.config, [o.removeprefix("--config.") for o in overrides])
+  config.policy.dm_weight = config.policy.reward_weight = 0.0
+  # One advantage of the weighted reward, centred by group; no second normalisation, no clamp.
+  config.policy.weight_advantages = False
+  config.policy.advantage_limit = 1e6
+  with jax.set_mesh(sharding.make_mesh(**config.mesh)):
+    setup = build(config)
+    reference = None
+    print("| M | noise of other steps | spread of rewards in a group | variance over GRPO's |")
+    print("|---|---|---|---|")
+    for trained, shared in POLICIES:
+      policy = policy_config(config)._replace(num_train_steps=trained, range_start=0, range_end=2)
+      rows, spread = gradients(config, setup, policy, shared, options.batches)
+      # Per batch, so that the ratio's error can be told: the mean itself is nearly nothing.
+      squares = np.square(rows - rows.mean(0)).sum(1) * len(rows) / (len(rows) - 1)
+      reference = squares if reference is None else reference
+      ratio = squares.mean() / reference.mean()
+      error = np.std(squares / squares.mean() - reference / reference.mean(), ddof=1)
+      error *= ratio / len(rows) ** 0.5
+      noise = "none left" if trained == 3 else "shared" if shared else "independent"
+      print(f"| {trained} | {noise} | {spread:.3f} | {ratio:.2f} ± {error:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+  main()
