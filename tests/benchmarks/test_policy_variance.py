@@ -1,0 +1,27 @@
+"""What benchmarks/policy_variance.py compares."""
+
+import importlib
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from rtdmd_jax.stage1 import Batch
+from rtdmd_jax.state import Conditioning
+
+
+def test_a_sample_alone_has_its_own_noise_and_its_prompts_rows(monkeypatch):
+  monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+  variance = importlib.import_module("policy_variance")
+  tokens, pooled = jnp.arange(6.0).reshape(2, 3, 1), jnp.arange(4.0).reshape(2, 2)
+  rows = jnp.array([0, 0, 1, 1])
+  none = Conditioning(jnp.zeros((1, 3, 1)), jnp.zeros((1, 2)))
+  text = {"clipscore": jnp.array([[5.0], [7.0]])}
+  batch = Batch(Conditioning(tokens, pooled), rows, jnp.arange(4), none, text)
+  alone = variance.alone(batch)
+  np.testing.assert_array_equal(alone.prompt_index, np.arange(4))
+  np.testing.assert_array_equal(alone.sample_index, batch.sample_index)
+  for sample, prompt in enumerate(rows):
+    np.testing.assert_array_equal(alone.conditioning.tokens[sample], tokens[prompt])
+    np.testing.assert_array_equal(alone.conditioning.pooled[sample], pooled[prompt])
+    np.testing.assert_array_equal(alone.reward_text["clipscore"][sample], text["clipscore"][prompt])
