@@ -22,8 +22,8 @@ def base() -> config_dict.ConfigDict:
   # The kernels of transformers and text encoders stay in the memory of the hosts and travel to the
   # devices block by block.
   c.model.offload = False
-  # What is kept of a block (of transformers and decoder) for the backward pass: everything, "dots" (weight products), or, with
-  # "full", nothing but its input.
+  # What is kept of a block, of transformers and decoder, for the backward pass: everything, "dots"
+  # (weight products), or, with "full", nothing but its input.
   c.model.remat = "none"
   # Of the velocity networks: "auto" is "splash" on TPUs, "cudnn" on GPUs and "xla" elsewhere.
   c.model.attention = "auto"
