@@ -28,9 +28,9 @@ def completed(setup, config, steps: int):
   """A program from (frozen, conditioning, index) to uint8 images after `steps` generator steps."""
   cold, teacher = evaluation.generator(setup, config, "", None), evaluation.teacher(setup, config)
   unconditional = jax.device_get(setup.unconditional)
-  # The teacher's own grid, scaled to begin at the level reached.
+  # The teacher's own grid, scaled to begin at the level reached; nothing is left to do at level 0.
   rest = setup.pipeline.euler_sigmas(EULER_STEPS, config.model.image_size)
-  rest = rest * cold.sigmas[steps]
+  rest = rest * cold.sigmas[steps] if cold.sigmas[steps] else rest[:0]
 
   @jax.jit
   def run(frozen, conditioning, index):

@@ -4,9 +4,9 @@ python benchmarks/policy_variance.py --config=configs/tiny_stage2.py --batches=2
 
 Each row is a policy: M of the three stochastic steps train, and the noise of the others is shared
 within a prompt's group or not. Every batch has its own prompts and noise; all policies see the same
-batches. A gradient estimates that of the mean advantage over the stochastic steps, whatever M; its
-variance is summed over parameters and printed over that of GRPO (all three steps). Rewards are
-divided by a constant instead of by the deviation of the batch, which sharing changes.
+batches. A gradient is a mean over the trained steps, which estimates the mean over all stochastic
+ones whatever M is; its variance is summed over parameters and printed over that of GRPO (all three
+steps). Rewards are not divided by the deviation of the batch, which sharing changes.
 """
 
 import argparse
@@ -49,16 +49,18 @@ def gradients(config, setup, policy, shared: bool, count: int):
     change = jax.tree.map(lambda a, b: (a - b).ravel(), state.generator, new.generator)
     return jnp.concatenate(jax.tree.leaves(change))
 
+  terms = (policy.num_train_steps + 1) / policy.num_train_steps
   found, spreads = [], []
   for step in range(count):
     batch, prompts = step_batch(config, setup, step)
     key = jax.random.fold_in(jax.random.key(1), step)
     samples = rollout(state, setup.frozen, batch if shared else alone(batch), key)
     rewards = score(setup, samples, prompts)
-    # The step divides by the batch's deviation (and adds 1e-4): undone.
     total = sum(w * rewards[name] for name, w in setup.scoring.weights.items())
     unit = gradient(state, setup.frozen, batch, samples, rewards, key)
-    found.append(np.asarray(unit, np.float64) * (total.std() + 1e-4))
+    # The step divides by the batch's deviation (and adds 1e-4), and averages over the trained steps
+    # and the last one: both undone.
+    found.append(np.asarray(unit, np.float64) * (total.std() + 1e-4) * terms)
     spreads.append(total.reshape(-1, config.batch.repeats).std(1).mean())
   return np.stack(found), float(np.mean(spreads))
 
