@@ -63,6 +63,7 @@ VARIANTS = {
     "with (K - 1) / M": ("policy.subset_factor=true",),
     "with Gaussian log-probability": ("policy.gaussian_log_prob=true",),
     "without moving average": ("ema.decay=0.0",),
+    "with adapters in bfloat16": ("lora.dtype=bfloat16",),
   },
 }
 

@@ -21,6 +21,7 @@ from rtdmd_jax.aot.hlo import parse
 
 PRODUCT, MOVE, REST = "matrix products, with what is fused to them", "copies", "everything else"
 BETWEEN = "between operations"
+_CONTAINERS = ("while", "conditional", "call")
 _MOVES = re.compile(r"copy|transpose|broadcast|slice|concatenate|pad|bitcast|convert")
 
 
@@ -56,6 +57,8 @@ def kinds_of(text: str) -> dict[str, str]:
   kinds = {}
   for computation in computations.values():
     for name, ins in computation.instructions.items():
+      if ins.opcode in _CONTAINERS:  # their time is that of what they hold
+        continue
       called = re.search(r"calls=%?([\w.\-]+)", ins.text)
       if ins.opcode in ("dot", "convolution") or (called and called[1] in products):
         kinds[name] = PRODUCT
