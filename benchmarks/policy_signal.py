@@ -30,24 +30,33 @@ def score(setup: Setup, samples, prompts) -> dict[str, np.ndarray]:
   return rewards
 
 
-def gradients(config, setup: Setup, policy, count: int):
-  """Flat policy gradients [count, P] of each reward alone, and the rewards of every batch."""
-  plain = optax.sgd(1.0)
+def policy_programs(config, setup: Setup, policy):
+  """The state at the start, the rollout, and a maker of programs for the flat policy gradient [P].
+
+  The maker takes the rewards (a `Scoring`); its programs take what `stage2.policy_step` takes.
+  """
+  plain = optax.sgd(1.0)  # an update by it is the gradient
   state = jax.jit(lambda: initial_state(config, setup, Optimizers(plain, plain)))()
   common = {"roles": setup.roles, "config": dmd_config(config, setup.pipeline), "policy": policy}
   rollout = jax.jit(lambda *args: stage2.rollout(*args, scoring=setup.scoring, **common))
 
-  def program(name):
-    alone = setup.scoring._replace(weights={name: 1.0})
-
+  def gradient(scoring):
     def run(*args):
-      new, _ = stage2.policy_step(*args, scoring=alone, optimizer=plain, **common)
+      new, _ = stage2.policy_step(*args, scoring=scoring, optimizer=plain, **common)
       change = jax.tree.map(lambda a, b: (a - b).ravel(), state.generator, new.generator)
       return jax.numpy.concatenate(jax.tree.leaves(change))
 
     return jax.jit(run)
 
-  programs = {name: program(name) for name in setup.scoring.weights}
+  return state, rollout, gradient
+
+
+def gradients(config, setup: Setup, policy, count: int):
+  """Flat policy gradients [count, P] of each reward alone, and the rewards of every batch."""
+  state, rollout, gradient = policy_programs(config, setup, policy)
+  programs = {
+    name: gradient(setup.scoring._replace(weights={name: 1.0})) for name in setup.scoring.weights
+  }
   found, rewards = {name: [] for name in programs}, []
   for step in range(count):
     batch, prompts = step_batch(config, setup, step)

@@ -14,13 +14,12 @@ import argparse
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from policy_signal import score
+from policy_signal import policy_programs, score
 
-from rtdmd_jax import sharding, stage2
-from rtdmd_jax.build import build, dmd_config, policy_config
+from rtdmd_jax import sharding
+from rtdmd_jax.build import build, policy_config
 from rtdmd_jax.config import load_config
-from rtdmd_jax.train import Optimizers, initial_state, step_batch
+from rtdmd_jax.train import step_batch
 
 # M and whether the steps that do not train share their noise; the first is the reference.
 POLICIES = ((3, False), (2, False), (2, True), (1, False), (1, True))
@@ -38,17 +37,8 @@ def alone(batch):
 
 def gradients(config, setup, policy, shared: bool, count: int):
   """Policy gradients [count, P], and the rewards' mean deviation within groups."""
-  plain = optax.sgd(1.0)
-  state = jax.jit(lambda: initial_state(config, setup, Optimizers(plain, plain)))()
-  common = {"roles": setup.roles, "config": dmd_config(config, setup.pipeline), "policy": policy}
-  rollout = jax.jit(lambda *args: stage2.rollout(*args, scoring=setup.scoring, **common))
-
-  @jax.jit
-  def gradient(*args):
-    new, _ = stage2.policy_step(*args, scoring=setup.scoring, optimizer=plain, **common)
-    change = jax.tree.map(lambda a, b: (a - b).ravel(), state.generator, new.generator)
-    return jnp.concatenate(jax.tree.leaves(change))
-
+  state, rollout, gradient = policy_programs(config, setup, policy)
+  gradient = gradient(setup.scoring)
   terms = (policy.num_train_steps + 1) / policy.num_train_steps
   found, spreads = [], []
   for step in range(count):

@@ -31,7 +31,7 @@ from rtdmd_jax.build import optimizer_config  # noqa: E402
 from rtdmd_jax.config import load_config  # noqa: E402
 from rtdmd_jax.optim import make_optimizer  # noqa: E402
 from rtdmd_jax.sharding import current, make_mesh, shardings  # noqa: E402
-from rtdmd_jax.throughput import peak_tflops  # noqa: E402
+from rtdmd_jax.throughput import loop_turns, peak_tflops  # noqa: E402
 
 # Config and attention kernel, for one GPU of 80 GB or more.
 GPU_CASES = (
@@ -101,7 +101,6 @@ def measure(config: Any, setup: Any, rounds: int) -> list[dict[str, Any]]:
   )
   state = jax.jit(lambda: train.initial_state(config, setup, optimizers))()
   programs = train.PROGRAMS[config.stage](config, setup, optimizers)
-  turns = (len(config.dmd.steps) - 1) / 2
   rows = {name: {"name": name, "spent": []} for name in programs}
   for _ in range(rounds + 1):
     known = {"frozen": frozen, "batch": batch}
@@ -109,6 +108,7 @@ def measure(config: Any, setup: Any, rounds: int) -> list[dict[str, Any]]:
       args = [(known | {"state": state})[key] for key in program_arguments(config.stage, name)]
       row = rows[name]
       if "tflop" not in row:
+        turns, _ = loop_turns(name, len(config.dmd.steps))
         row["tflop"] = count_flops(program.trace(*args).jaxpr, turns) / 1e12
       began = time.perf_counter()
       out = jax.block_until_ready(program(*args))

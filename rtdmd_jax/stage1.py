@@ -134,7 +134,13 @@ def teacher_velocity(
 
 
 def roll_out(
-  velocity: Velocity, roles: Roles, config: DMDConfig, sample_index: jax.Array, key: jax.Array
+  velocity: Velocity,
+  roles: Roles,
+  config: DMDConfig,
+  sample_index: jax.Array,
+  key: jax.Array,
+  *,
+  differentiable: bool = True,
 ) -> LastStep:
   """The generator from noise to a random stop, one stop for the whole global batch."""
   noise_key, step_key, stop_key = jax.random.split(key, 3)
@@ -147,7 +153,10 @@ def roll_out(
     ]
   )
   stop = timesteps.random_stop(stop_key, steps)
-  return generator_rollout(velocity, noise, roles.sigmas, step_noise, eta=config.eta, stop=stop)
+  return generator_rollout(
+    velocity, noise, roles.sigmas, step_noise,
+    eta=config.eta, stop=stop, differentiable=differentiable,
+  )  # fmt: skip
 
 
 def start_of_interval(
@@ -287,7 +296,7 @@ def fake_score_step(
   def loss_fn(adapters: Tree, index: jax.Array, prompt: jax.Array) -> tuple[jax.Array, Metrics]:
     conditioning = batch.conditioning.take(prompt)
     generator = generator_velocity(roles, frozen, state.generator, conditioning)
-    last = roll_out(generator, roles, config, index, rollout_key)
+    last = roll_out(generator, roles, config, index, rollout_key, differentiable=False)
     x_s, sigma_s = start_of_interval(last, roles, config, index, start_key)
     velocity = fake_score_velocity(roles, frozen, adapters, conditioning)
     return fake_score_loss(velocity, config, roles.sigmas, x_s, sigma_s, index, loss_key)

@@ -9,6 +9,16 @@ from rtdmd_jax.aot.chips import CHIPS
 from rtdmd_jax.aot.flops import count_flops
 
 
+def loop_turns(program: str, steps: int) -> tuple[float, int]:
+  """Mean and most turns of the loop in a stage-1 program whose rollout stops at random.
+
+  The stop is uniform over 1 to `steps`; the generator's last step, which it differentiates, lies
+  outside of its loop.
+  """
+  outside = program == "generator"
+  return (steps + 1) / 2 - outside, steps - outside
+
+
 class Meter:
   """Adds up the arithmetic of compiled programs as they are called.
 
@@ -17,22 +27,23 @@ class Meter:
   that a step leaves out.
   """
 
-  def __init__(self, turns: float):
-    """`turns` stands for the length of loops that stop at random."""
-    self._turns = turns
+  def __init__(self, steps: int):
+    """`steps` of a rollout that does not stop early."""
+    self._steps = steps
     self.tflop = 0.0
 
   def watch(self, programs: Mapping[str, Callable]) -> dict[str, Callable]:
     """The same programs, counted; each is traced once, which its first call then need not."""
-    return {name: self._watched(program) for name, program in programs.items()}
+    return {name: self._watched(name, program) for name, program in programs.items()}
 
-  def _watched(self, program: Callable) -> Callable:
+  def _watched(self, name: str, program: Callable) -> Callable:
     cost: float | None = None
+    turns, _ = loop_turns(name, self._steps)
 
     def run(*args: Any) -> Any:
       nonlocal cost
       if cost is None:
-        cost = count_flops(program.trace(*args).jaxpr, self._turns) / 1e12
+        cost = count_flops(program.trace(*args).jaxpr, turns) / 1e12
       self.tflop += cost
       return program(*args)
 

@@ -273,8 +273,7 @@ def _train(config: Any, settings: dict, workdir: Path, stop: Preemption, allow: 
     record = {"config": settings, "versions": versions(), "weights": _weights(setup)}
     if saved.latest_step is not None:
       state = _restore(saved, state, record, allow)
-    # A random stop is uniform over the schedule.
-    meter = Meter(turns=(len(config.dmd.steps) - 1) / 2)
+    meter = Meter(len(config.dmd.steps))
     step_fn = STAGES[config.stage](config, setup, optimizers, meter.watch)
     step_fn = profiled(step_fn, config.train, workdir)
     evaluator = evaluation.Evaluator(setup, config)

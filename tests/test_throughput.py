@@ -5,7 +5,12 @@ import pytest
 from rtdmd_jax import throughput
 from rtdmd_jax.aot.chips import CHIPS
 from rtdmd_jax.numbers import checked_jit
-from rtdmd_jax.throughput import Meter, peak_tflops
+from rtdmd_jax.throughput import Meter, loop_turns, peak_tflops
+
+
+def test_the_generators_last_step_is_outside_of_its_loop():
+  assert loop_turns("fake_score", 4) == (2.5, 4)
+  assert loop_turns("generator", 4) == (1.5, 3)
 
 
 @pytest.mark.parametrize("check", [False, True])
@@ -16,8 +21,8 @@ def test_a_meter_adds_what_is_called_and_traces_once(check):
     traced.append(None)
     return jax.lax.while_loop(lambda y: y.sum() < 0, lambda y: y @ w, x @ w)
 
-  meter = Meter(turns=2)
-  program = meter.watch({"product": checked_jit(product, check=check)})["product"]
+  meter = Meter(steps=5)
+  program = meter.watch({"generator": checked_jit(product, check=check)})["generator"]
   x, w = jnp.ones((3, 4)), jnp.ones((4, 4))
   for calls in (1, 2):
     assert program(x, w).tolist() == [[4.0] * 4] * 3

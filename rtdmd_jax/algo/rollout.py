@@ -57,6 +57,7 @@ def generator_rollout(
   *,
   eta: float,
   stop: int | jax.Array,
+  differentiable: bool = True,
 ) -> LastStep:
   """Runs `stop` CPS steps from noise, the last one with gradient (RTDMD, arXiv 2605.26108).
 
@@ -69,6 +70,8 @@ def generator_rollout(
     step_noise: [K, B, ...] noise of each step.
     eta: stochasticity of the steps.
     stop: steps to execute, in 1..K, static or a traced [] int.
+    differentiable: False gives the last step no gradient either, and the compiled program one
+      network in place of two.
 
   Returns:
     The last executed step.
@@ -87,14 +90,18 @@ def generator_rollout(
   frozen, closed_over = jax.closure_convert(velocity, x, batched(sigmas[0], x))
   closed_over = constant(closed_over)
 
-  def step(i: jax.Array, x: jax.Array) -> jax.Array:
-    v = frozen(x, batched(sigmas[i], x), *closed_over)
-    return cps_step(x, v, sigmas[i], sigmas[i + 1], eta, step_noise[i])
+  def step(i: jax.Array, before: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    x = before[-1]
+    v = frozen(x, batched(sigmas[i], x), *closed_over).astype(jnp.float32)
+    return x, v, cps_step(x, v, sigmas[i], sigmas[i + 1], eta, step_noise[i])
 
-  x = jax.lax.fori_loop(0, last, step, x)
+  turns = last if differentiable else stop
+  x, v, x_next = jax.lax.fori_loop(0, turns, step, (x, jnp.zeros_like(x), x))
   sigma, next_sigma = sigmas[last], sigmas[last + 1]
-  v = velocity(x, batched(sigma, x)).astype(jnp.float32)
-  x_next = cps_step(x, v, sigma, next_sigma, eta, step_noise[last])
+  if differentiable:
+    x = x_next
+    v = velocity(x, batched(sigma, x)).astype(jnp.float32)
+    x_next = cps_step(x, v, sigma, next_sigma, eta, step_noise[last])
   return LastStep(x, v, x_next, x0_from_v(x, v, sigma), sigma, next_sigma)
 
 

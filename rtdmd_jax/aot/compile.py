@@ -23,6 +23,7 @@ from rtdmd_jax.aot.hlo import Traffic, traffic
 from rtdmd_jax.build import Setup, optimizer_config
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.optim import make_optimizer
+from rtdmd_jax.throughput import loop_turns
 
 Tree = Any
 
@@ -160,13 +161,13 @@ def _measure(
   text = _local_bytes(
     sharding.placed(setup.pipeline.text.params, mesh, offload=config.model.offload)
   )
-  turns = len(config.dmd.steps) - 1
   costs = []
   for name, program in programs.items():
     needed = only in ("", name) or (name == "rollout" and only in ("fake_score", "policy"))
     if not needed:
       continue
     args = [known[key] for key in program_arguments(config.stage, name)]
+    _, turns = loop_turns(name, len(config.dmd.steps))
     cost, compiled = _cost(name, program, args, mesh, device, turns, text, _resident(known, args))
     costs.append(cost)
     done(cost)

@@ -40,6 +40,21 @@ def test_rollout_equals_the_steps_by_hand(stop):
     assert last.sigma == SIGMAS[stop - 1] and last.next_sigma == SIGMAS[stop]
 
 
+@pytest.mark.parametrize("stop", [1, 4])
+def test_without_gradient_one_network_takes_the_same_steps(stop):
+  def alone(w, stop):
+    return rollout.generator_rollout(
+      field(w), NOISE, SIGMAS, STEP_NOISE, eta=0.9, stop=stop, differentiable=False
+    )
+
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.jit(alone)(W, stop), run(W, stop)
+  )
+  assert not np.any(jax.grad(lambda w: jnp.sum(alone(w, stop).x_next))(W))
+  calls = [str(jax.make_jaxpr(f)(W, stop)).count("dot_general") for f in (alone, run)]
+  assert calls == [1, 2]
+
+
 @pytest.mark.parametrize("stop", [1, 2, 4])
 @pytest.mark.parametrize("remat", [False, True])
 def test_gradient_passes_through_the_last_step_only(stop, remat):
