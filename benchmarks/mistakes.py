@@ -1,0 +1,58 @@
+"""What is wrong with the objects that prompts ask for: cold start beside teacher.
+
+python benchmarks/mistakes.py --config=configs/tiny_stage2.py --images=2
+
+Shares of the entries of held-out GenEval records of `--tag`, judged by the pixel detector.
+"""
+
+import argparse
+from collections import Counter
+
+import jax
+
+from rtdmd_jax import evaluation, sharding
+from rtdmd_jax.build import build
+from rtdmd_jax.config import load_config
+from rtdmd_jax.rewards import geneval
+from rtdmd_jax.rewards.shapes_detector import detect_shapes
+
+VERDICTS = ("right", "too few", "too many", "colour of another object", "other colour")
+
+
+def verdict(need: dict, record: dict, objects: dict) -> str:
+  """One of `VERDICTS` on one entry of a record; without a colour asked, counts alone decide."""
+  found, count = objects.get(need["class"], []), need["count"]
+  if len(found) != count:
+    return "too few" if len(found) < count else "too many"
+  wrong = [d.color for d in found if d.color != need.get("color", d.color)]
+  if not wrong:
+    return "right"
+  others = {entry.get("color") for entry in record["include"]}
+  return "colour of another object" if wrong[0] in others else "other colour"
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument("--config", required=True)
+  parser.add_argument("--images", type=int, default=2, help="of a prompt")
+  parser.add_argument("--tag", choices=geneval.TAGS, default="color_attr")
+  options, overrides = parser.parse_known_args()
+  config = load_config(options.config, [o.removeprefix("--config.") for o in overrides])
+  with jax.set_mesh(sharding.make_mesh(**config.mesh)):
+    setup = build(config)
+    evaluator = evaluation.Evaluator(setup, config)
+    prompts = [p for p in setup.held_out if p.record["tag"] == options.tag] * options.images
+    cold = evaluation.generator(setup, config, "cold start", None)
+    print(f"| system | {' | '.join(VERDICTS)} |\n|---|{'---|' * len(VERDICTS)}")
+    for system in (cold, evaluation.teacher(setup, config)):
+      found = detect_shapes(evaluator.images(system, prompts))
+      counts = Counter()
+      for prompt, detections in zip(prompts, found, strict=True):
+        objects = geneval.confident(detections, options.tag)
+        counts.update(verdict(e, prompt.record, objects) for e in prompt.record["include"])
+      shares = [f"{counts[v] / counts.total():.0%}" for v in VERDICTS]
+      print(f"| {system.name} | {' | '.join(shares)} |", flush=True)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,42 @@
+"""What benchmarks/mistakes.py calls the objects of an image."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from rtdmd_jax.rewards.geneval import Detection
+
+RECORD = {
+  "tag": "color_attr",
+  "include": [
+    {"class": "circle", "count": 1, "color": "red"},
+    {"class": "square", "count": 1, "color": "blue"},
+  ],
+}
+
+
+@pytest.mark.parametrize(
+  "colors, expected",
+  [
+    (["red"], "right"),
+    ([], "too few"),
+    (["red", "red"], "too many"),
+    (["blue"], "colour of another object"),
+    (["green"], "other colour"),
+  ],
+)
+def test_verdicts(monkeypatch, colors, expected):
+  monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+  mistakes = importlib.import_module("mistakes")
+  found = {"circle": [Detection("circle", (0, 0, 1, 1), 1.0, color) for color in colors]}
+  assert mistakes.verdict(RECORD["include"][0], RECORD, found) == expected
+  assert expected in mistakes.VERDICTS
+
+
+def test_without_a_colour_counts_decide(monkeypatch):
+  monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+  mistakes = importlib.import_module("mistakes")
+  need = {"class": "circle", "count": 2}
+  found = {"circle": [Detection("circle", (0, 0, 1, 1), 1.0, c) for c in ("red", "blue")]}
+  assert mistakes.verdict(need, {"tag": "counting", "include": [need]}, found) == "right"
