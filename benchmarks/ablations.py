@@ -38,6 +38,8 @@ _ALL_STEPS = ("policy.num_train_steps=3",)
 _ONE_STEP = ("policy.num_train_steps=1",)
 _NO_CONSISTENCY = ("dmd.consistency.weight=0.0",)
 
+# What the other variants of a stage are compared with.
+REFERENCES = {"stage1": "A-DMD", "stage2": "M = 2 and last step"}
 VARIANTS = {
   "stage1": {
     "no training": ("train.steps=0",),
@@ -47,6 +49,7 @@ VARIANTS = {
     "AC-DMD, gamma 0.001": ("dmd.consistency.weight=0.001",),
     "AC-DMD, gamma 0.01": (),
     "AC-DMD, gamma 0.1": ("dmd.consistency.weight=0.1",),
+    "AC-DMD, gamma 1": ("dmd.consistency.weight=1.0",),
     "AC-DMD, eta 0": ("dmd.eta=0.0",),
     "AC-DMD, eta 0.5": ("dmd.eta=0.5",),
     "AC-DMD, eta 1": ("dmd.eta=1.0",),
@@ -119,21 +122,32 @@ def _kid(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def table(stage: str, results: dict) -> str:
-  """Markdown: mean over seeds and half the spread between the smallest and the largest."""
-  lines = ["| variant | seeds | CLIPScore | GenEval, soft | distance to the teacher |"]
-  lines.append("|---|---|---|---|---|")
+  """Markdown: means over seeds, and differences from the stage's reference with the same seed."""
+  found, reference = results.get(stage, {}), REFERENCES[stage]
+  keys = {
+    "clipscore": "CLIPScore",
+    "geneval": "GenEval, soft",
+    "distance": "distance to the teacher",
+  }
+  title = " | ".join(f"{name} | against {reference}" for name in keys.values())
+  lines = [f"| variant | seeds | {title} |", f"|---|---|{'---|' * 2 * len(keys)}"]
   for variant in VARIANTS[stage]:
-    rows = list(results.get(stage, {}).get(variant, {}).values())
+    rows = found.get(variant, {})
     if rows:
-      cells = [_mean([r[key] for r in rows]) for key in ("clipscore", "geneval", "distance")]
+      cells = [c for key in keys for c in _cells(rows, found.get(reference, {}), key)]
       lines.append(f"| {variant} | {len(rows)} | {' | '.join(cells)} |")
   return "\n".join(lines)
 
 
-def _mean(values: list[float]) -> str:
-  digits = 1 if max(map(abs, values)) > 10 else 3
-  text = f"{np.mean(values):.{digits}f}"
-  return text if len(values) < 2 else f"{text} ± {(max(values) - min(values)) / 2:.{digits}f}"
+def _cells(rows: dict, reference: dict, key: str) -> tuple[str, str]:
+  """Mean over seeds; mean, smallest and largest difference from `reference` seed by seed."""
+  values = [row[key] for row in rows.values()]
+  digits = 1 if key == "distance" else 3
+  pairs = [row[key] - reference[seed][key] for seed, row in rows.items() if seed in reference]
+  if rows is reference or not pairs:
+    return f"{np.mean(values):.{digits}f}", ""
+  mean, low, high = (f"{f(pairs):+.{digits}f}" for f in (np.mean, min, max))
+  return f"{np.mean(values):.{digits}f}", f"{mean} ({low} to {high})"
 
 
 def main():

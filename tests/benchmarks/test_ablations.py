@@ -37,12 +37,17 @@ def test_the_distance_of_features_grows_with_their_shift():
   assert abs(same) < 0.02 < near < far
 
 
-def test_the_table_shows_mean_and_spread_over_seeds():
+def test_the_table_compares_seed_by_seed():
+  row = lambda geneval: dict(clipscore=0.6, geneval=geneval, distance=20.0)  # noqa: E731
   rows = {
-    str(seed): dict(clipscore=0.6, geneval=g, distance=20.0) for seed, g in enumerate((0.2, 0.4))
+    "GRPO": {"0": row(0.2), "1": row(0.4)},
+    "M = 2 and last step": {"0": row(0.3), "1": row(0.35), "2": row(0.9)},
   }
-  text = ablations.table("stage2", {"stage2": {"GRPO": rows}})
-  assert "| GRPO | 2 | 0.600 ± 0.000 | 0.300 ± 0.100 | 20.0 ± 0.0 |" in text
+  text = ablations.table("stage2", {"stage2": rows})
+  assert (
+    "| GRPO | 2 | 0.600 | +0.000 (+0.000 to +0.000) | 0.300 | -0.025 (-0.100 to +0.050) |" in text
+  )
+  assert "| M = 2 and last step | 3 | 0.600 |  | 0.517 |  | 20.0 |  |" in text
 
 
 def _unit(x):
