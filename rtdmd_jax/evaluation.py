@@ -41,6 +41,11 @@ class System(NamedTuple):
   base: str  # key in `Frozen.bases`
   adapters: Tree  # {"lora_frozen": ..., "lora": ...}, either may be missing
 
+  def kind(self) -> tuple:
+    """Equal for systems that differ in the values of their adapters alone: one program serves."""
+    structure = jax.tree.structure(self.adapters)
+    return self.steps, self.guidance, tuple(self.sigmas.tolist()), self.eta, self.base, structure
+
 
 def teacher(setup: Setup, config: Any) -> System:
   """The base with classifier-free guidance and many Euler steps."""
@@ -75,7 +80,7 @@ class Evaluator:
 
   def teacher_images(self, system: System, prompts: Sequence[Prompt]) -> np.ndarray:
     """`images` of a system that training does not change: drawn once for the same prompts."""
-    key = (system.steps, system.guidance, system.base, *(p.text for p in prompts))
+    key = (*system.kind(), *(p.text for p in prompts))
     if key not in self._fixed:
       self._fixed = {key: self.images(system, prompts)}
     return self._fixed[key]
@@ -91,7 +96,7 @@ class Evaluator:
       fake_score: its adapters in training.
       prompts: P prompts.
     """
-    key = ("predictions", system.steps, system.base, jax.tree.structure(system.adapters))
+    key = ("predictions", *system.kind())
     if key not in self._programs:
       self._programs[key] = self._compile(system, predict=True)
     return self._draw(self._programs[key], (system.adapters, fake_score), prompts)
@@ -107,7 +112,7 @@ class Evaluator:
     return np.concatenate(parts)[: len(prompts)]
 
   def _program(self, system: System) -> Callable:
-    key = (system.steps, system.guidance, system.base, jax.tree.structure(system.adapters))
+    key = system.kind()
     if key not in self._programs:
       self._programs[key] = self._compile(system)
     return self._programs[key]

@@ -15,6 +15,20 @@ def test_a_prompt_counts_once_however_many_of_its_images_have_a_score():
   np.testing.assert_array_equal(prompt_means(values, 3), [3.0, np.nan, 3.0])
 
 
+def test_systems_of_a_kind_differ_in_the_values_of_their_adapters_alone():
+  levels = np.array([1.0, 0.5, 0.0], np.float32)
+  system = System("a", 2, 1.0, levels, 0.9, "base", {"lora": np.zeros(2)})
+  assert system._replace(name="b", adapters={"lora": np.ones(2)}).kind() == system.kind()
+  others = [
+    {"eta": 0.0},
+    {"sigmas": levels**2},
+    {"guidance": 3.0},
+    {"base": "teacher"},
+    {"adapters": {}},
+  ]
+  assert all(system._replace(**change).kind() != system.kind() for change in others)
+
+
 class Fake(Evaluator):
   """Draws an image of (system, number) and scores it by a table."""
 
