@@ -39,7 +39,7 @@ def shifts(rows: list[dict]) -> None:
   ):  # fmt: skip
     parts = [r for r in rows if (r["method"], r["fake_updates"]) == (name, fake_updates)]
     betas = [r["beta"] for r in parts]
-    style = {"color": colour, "label": f"{name}, {fake_updates} fake-score updates"}
+    style = {"color": colour, "label": f"{name}, {'careful' if fake_updates == 20 else 'quick'}"}
     left.plot(betas, [np.linalg.norm(r["shift"]) for r in parts], "o", **style)
     right.plot(betas, [100 * r["shift_error"] for r in parts], "o", color=colour)
     covariances = [100 * r["covariance_error"] for r in parts]
