@@ -9,6 +9,7 @@ import argparse
 from collections import Counter
 
 import jax
+import numpy as np
 
 from rtdmd_jax import evaluation, sharding
 from rtdmd_jax.build import build
@@ -16,7 +17,24 @@ from rtdmd_jax.config import load_config
 from rtdmd_jax.rewards import geneval
 from rtdmd_jax.rewards.shapes_detector import detect_shapes
 
-VERDICTS = ("right", "too few", "too many", "colour of another object", "other colour")
+VERDICTS = (
+  "right",
+  "washed out",
+  "too few",
+  "too many",
+  "colour of another object",
+  "other colour",
+)
+# Distance from the background, in 8-bit RGB units, below which an image is washed out: between that
+# of pink at full contrast (130) and that of the strongest washed-out colour (100).
+MIN_CONTRAST = 115.0
+
+
+def washed_out(images: np.ndarray) -> np.ndarray:
+  """Which of the images [B, H, W, 3] have no pixels far from their background [B]."""
+  background = np.median(images[:, 0], axis=1)[:, None, None]
+  distance = np.linalg.norm(images.astype(np.float32) - background, axis=-1)
+  return np.percentile(distance.reshape(len(images), -1), 98, axis=1) < MIN_CONTRAST
 
 
 def verdict(need: dict, record: dict, objects: dict) -> str:
@@ -45,11 +63,13 @@ def main():
     cold = evaluation.generator(setup, config, "cold start", None)
     print(f"| system | {' | '.join(VERDICTS)} |\n|---|{'---|' * len(VERDICTS)}")
     for system in (cold, evaluation.teacher(setup, config)):
-      found = detect_shapes(evaluator.images(system, prompts))
+      images = evaluator.images(system, prompts)
       counts = Counter()
-      for prompt, detections in zip(prompts, found, strict=True):
+      judged = zip(prompts, detect_shapes(images), washed_out(images), strict=True)
+      for prompt, detections, pale in judged:
         objects = geneval.confident(detections, options.tag)
-        counts.update(verdict(e, prompt.record, objects) for e in prompt.record["include"])
+        found = [verdict(need, prompt.record, objects) for need in prompt.record["include"]]
+        counts.update("washed out" if pale and v == "too few" else v for v in found)
       shares = [f"{counts[v] / counts.total():.0%}" for v in VERDICTS]
       print(f"| {system.name} | {' | '.join(shares)} |", flush=True)
 

@@ -9,7 +9,9 @@ def get_config() -> config_dict.ConfigDict:
   c.seed = 0
   # Phases run in this order; one whose output exists in the workdir is not run again.
   c.phases = ("vae", "text", "scorer", "teacher")
+  c.start = ""  # a pipeline to go on from; what no phase trains is copied
   c.images = 60_000
+  c.washed_out = 0.0  # share of images with little contrast
   c.max_length = 12
 
   c.vae = config_dict.ConfigDict()

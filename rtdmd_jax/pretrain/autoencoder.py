@@ -7,24 +7,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rtdmd_jax.models.encoders import load_vae
 from rtdmd_jax.models.vae import AutoencoderKL, VAEConfig
 from rtdmd_jax.pretrain.data import Scenes
 from rtdmd_jax.pretrain.loop import train
-from rtdmd_jax.weights.safetensors import save_model
+from rtdmd_jax.weights.safetensors import read_config, save_model
 
 
 def train_autoencoder(
-  config: Any, scenes: Scenes, directory: Path, seed: int, checkpoints: Path
+  config: Any,
+  scenes: Scenes,
+  directory: Path,
+  seed: int,
+  checkpoints: Path,
+  start: Path | None = None,
 ) -> None:
   """Absolute error plus a small KL term; writes a diffusers `vae/` directory.
 
   The latents' mean and deviation become the shift and scale of config.json.
+
+  Args:
+    config: `model` config fields and the training settings.
+    scenes: images.
+    directory: to write.
+    seed: of initialisation and batches.
+    checkpoints: directory of the training's checkpoints.
+    start: a `vae/` directory whose decoder is trained further; its latents stay what they are.
   """
-  model = config.model.to_dict()
-  vae = AutoencoderKL(VAEConfig.from_dict(model))
-  params = vae.init(jax.random.key(seed), jnp.zeros((1, *scenes.images.shape[1:])))["params"]
+  if start is None:
+    model = config.model.to_dict()
+    vae = AutoencoderKL(VAEConfig.from_dict(model))
+    blank = jnp.zeros((1, *scenes.images.shape[1:]))
+    params, fixed = vae.init(jax.random.key(seed), blank)["params"], {}
+  else:
+    model = read_config(start)
+    vae, params = load_vae(start)
+    params, fixed = {"decoder": params["decoder"]}, {"encoder": params["encoder"]}
 
   def loss_fn(params, batch, key):
+    params = params | fixed
     images = batch["images"].astype(jnp.float32) / 127.5 - 1.0
     mean, log_variance = vae.apply({"params": params}, images, method="encode")
     z = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
@@ -49,8 +70,10 @@ def train_autoencoder(
     seed=seed,
     checkpoints=checkpoints,
   )
-  mean, std = latent_statistics(vae, params, scenes.images[:2048])
-  model |= {"shift_factor": mean, "scaling_factor": 1.0 / std}
+  params = params | fixed
+  if start is None:
+    mean, std = latent_statistics(vae, params, scenes.images[:2048])
+    model |= {"shift_factor": mean, "scaling_factor": 1.0 / std}
   file = directory / "diffusion_pytorch_model.safetensors"
   save_model(file, model, params, vae.table, dtype=jnp.float16)
 

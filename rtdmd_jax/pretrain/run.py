@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ PARTS = {
   "image_encoder": (None, None),
   "feature_extractor": (None, None),
 }
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+# What each phase writes.
+OUTPUTS = {
+  "vae": ("vae",),
+  "text": ("text_encoder", "text_encoder_2"),
+  "scorer": ("clip",),
+  "teacher": ("transformer", "text_encoder_3"),
+}
 
 
 def run(config: Any, workdir: Path) -> Path:
@@ -41,10 +50,14 @@ def run(config: Any, workdir: Path) -> Path:
   """
   directory, saved = workdir / "pipeline", workdir / "checkpoints"
   directory.mkdir(parents=True, exist_ok=True)
-  scenes = draw_scenes(config.images, config.seed)
+  start = Path(config.start) if config.start else None
+  if start is not None:
+    _copy_untrained(start, directory, config.phases)
+  scenes = draw_scenes(config.images, config.seed, config.washed_out)
   clip_ids, t5_ids, special = _tokenize(scenes.captions, directory, config.max_length)
   if "vae" in config.phases and not (directory / "vae").exists():
-    train_autoencoder(config.vae, scenes, directory / "vae", config.seed, saved / "vae")
+    before = start and start / "vae"
+    train_autoencoder(config.vae, scenes, directory / "vae", config.seed, saved / "vae", before)
   captioned = (scenes, clip_ids[:-1], special, directory, config.seed)
   if "text" in config.phases and not (directory / "text_encoder_2").exists():
     train_text_towers(config.text, *captioned, saved / "text")
@@ -64,23 +77,37 @@ def run(config: Any, workdir: Path) -> Path:
       directory,
       config.seed,
       saved / "teacher",
+      start,
     )
   _write_index(directory)
   return directory
 
 
+def _copy_untrained(start: Path, directory: Path, phases: Sequence[str]) -> None:
+  """Copies from the pipeline `start` the tokenizers and what none of `phases` writes."""
+  others = [part for phase, parts in OUTPUTS.items() if phase not in phases for part in parts]
+  for part in (*TOKENIZERS, *others):
+    if not (directory / part).exists():
+      shutil.copytree(start / part, directory / part)
+
+
 def _tokenize(captions: list[str], directory: Path, length: int):
-  """Writes the tokenizers; returns CLIP ids, T5 ids (both end with the empty prompt) and tokens."""
-  size = train_clip_tokenizer(captions, directory / "tokenizer", max_length=length)
-  shutil.copytree(directory / "tokenizer", directory / "tokenizer_2", dirs_exist_ok=True)
-  shutil.copytree(directory / "tokenizer", directory / "clip", dirs_exist_ok=True)
-  train_t5_tokenizer(captions, directory / "tokenizer_3", max_length=length)
+  """CLIP ids, T5 ids (both end with the empty prompt) and special tokens, of tokenizers on disk.
+
+  Missing ones are trained first. Those that exist stay: another training orders the vocabulary
+  differently, and the networks that have learnt with them would read other words.
+  """
+  if not (directory / "tokenizer_3").exists():
+    train_clip_tokenizer(captions, directory / "tokenizer", max_length=length)
+    for copy in ("tokenizer_2", "clip"):
+      shutil.copytree(directory / "tokenizer", directory / copy, dirs_exist_ok=True)
+    train_t5_tokenizer(captions, directory / "tokenizer_3", max_length=length)
   ids = []
   for name in ("tokenizer", "tokenizer_3"):
     ids.append(tokenize(load_tokenizer(directory / name), [*captions, ""], length))
   clip = load_tokenizer(directory / "tokenizer")
   special = {
-    "vocab_size": size,
+    "vocab_size": len(clip),
     "bos_token_id": clip.bos_token_id,
     "eos_token_id": clip.eos_token_id,
     "pad_token_id": clip.pad_token_id,

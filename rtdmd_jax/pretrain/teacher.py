@@ -11,11 +11,12 @@ from rtdmd_jax.algo.losses import flow_matching_loss
 from rtdmd_jax.algo.timesteps import logit_normal_sigma
 from rtdmd_jax.algo.transitions import add_noise
 from rtdmd_jax.models import build_transformer, t5
+from rtdmd_jax.models.encoders import load_t5
 from rtdmd_jax.models.text import sd3_conditioning
 from rtdmd_jax.models.vae import AutoencoderKL, encode_images
 from rtdmd_jax.pretrain.data import Scenes
 from rtdmd_jax.pretrain.loop import muon, train
-from rtdmd_jax.weights.safetensors import save_model
+from rtdmd_jax.weights.safetensors import load_params, save_model
 
 
 def cache_latents(vae: AutoencoderKL, params: Any, images: np.ndarray, chunk: int = 80):
@@ -35,6 +36,7 @@ def train_teacher(
   directory: Path,
   seed: int,
   checkpoints: Path,
+  start: Path | None = None,
 ) -> None:
   """Flow matching with logit-normal levels and dropped captions; writes two directories.
 
@@ -49,6 +51,7 @@ def train_teacher(
     directory: of the pipeline; gets `transformer/` and `text_encoder_3/`.
     seed: of initialisation and batches.
     checkpoints: directory of the training's checkpoints.
+    start: a pipeline whose networks are trained further.
   """
   model = config.model.to_dict()
   kind = {"architectures": ["T5EncoderModel"], "model_type": "t5", "is_encoder_decoder": False}
@@ -61,6 +64,10 @@ def train_teacher(
     "transformer": transformer.init(keys[0]),
     "t5": encoder.init(keys[1], jnp.array(ids[:1]))["params"],
   }
+  if start is not None:
+    shapes, table = transformer.init_abstract(), transformer.table
+    params["transformer"] = load_params(start / "transformer", shapes, table, dtype=jnp.float32)
+    params["t5"] = load_t5(start / "text_encoder_3")[1]
   states, pooled = (jnp.asarray(a) for a in clip_states)
   ids, empty = jnp.asarray(ids), len(ids) - 1
 

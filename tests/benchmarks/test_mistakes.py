@@ -3,8 +3,11 @@
 import importlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from rtdmd_jax.datasets.shapes.draw import WASHED_OUT, draw
+from rtdmd_jax.datasets.shapes.grammar import all_records
 from rtdmd_jax.rewards.geneval import Detection
 
 RECORD = {
@@ -40,3 +43,13 @@ def test_without_a_colour_counts_decide(monkeypatch):
   need = {"class": "circle", "count": 2}
   found = {"circle": [Detection("circle", (0, 0, 1, 1), 1.0, c) for c in ("red", "blue")]}
   assert mistakes.verdict(need, {"tag": "counting", "include": [need]}, found) == "right"
+
+
+def test_tells_washed_out_images(monkeypatch):
+  monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+  mistakes = importlib.import_module("mistakes")
+  records = [r for r in all_records() if r["tag"] == "colors"]
+  for contrast, washed in ((1.0, False), (WASHED_OUT[1], True)):
+    rng = np.random.default_rng(0)
+    images = np.stack([draw(record, rng, contrast=contrast)[0] for record in records])
+    np.testing.assert_array_equal(mistakes.washed_out(images), washed)

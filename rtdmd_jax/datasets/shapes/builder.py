@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
 
-from rtdmd_jax.datasets.shapes.draw import SIZE, draw
+from rtdmd_jax.datasets.shapes.draw import SIZE, draw, draw_contrast
 from rtdmd_jax.datasets.shapes.grammar import TAGS, all_records, split
 
 _DESCRIPTION = (
@@ -25,16 +25,18 @@ _DESCRIPTION = (
 
 @dataclasses.dataclass
 class ShapesConfig(tfds.core.BuilderConfig):
-  """How many images to draw.
+  """What to draw.
 
   Attributes:
     train_images: images of the split `train`.
     test_images: images of the split `test`, whose prompts are held out.
+    washed_out: share of the training images that have little contrast.
     seed: of all randomness; the same seed gives the same images, whatever the counts.
   """
 
   train_images: int = 50_000
   test_images: int = 2_000
+  washed_out: float = 0.0
   seed: int = 0
 
 
@@ -47,7 +49,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
   # TFDS would infer this with importlib_resources, which it uses but does not install.
   code_path = epath.Path(__file__)
-  VERSION = tfds.core.Version("1.0.0")
+  VERSION = tfds.core.Version("1.1.0")
   BUILDER_CONFIGS = [ShapesConfig(name="full", description="50,000 training images")]
 
   def __init__(self, **kwargs):
@@ -69,19 +71,23 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     config = self.builder_config
     train, held_out = split(all_records())
     return {
-      "train": self._generate_examples(train, config.train_images, (config.seed, 0)),
-      "test": self._generate_examples(held_out, config.test_images, (config.seed, 1)),
+      "train": self._generate_examples(
+        train, config.train_images, (config.seed, 0), config.washed_out
+      ),
+      "test": self._generate_examples(held_out, config.test_images, (config.seed, 1), 0.0),
     }
 
   def _generate_examples(
-    self, records: list[dict], count: int, seed: tuple[int, ...]
+    self, records: list[dict], count: int, seed: tuple[int, ...], washed_out: float
   ) -> Iterator[tuple[int, dict[str, object]]]:
     """Yields `(index, example)`: the six tags equally often, the prompts of a tag in turn."""
     by_tag = [[r for r in records if r["tag"] == tag] for tag in TAGS]
     for index in range(count):
       turn, tag = divmod(index, len(TAGS))
       record = by_tag[tag][turn % len(by_tag[tag])]
-      image, _ = draw(record, np.random.default_rng((*seed, index)))
+      rng = np.random.default_rng((*seed, index))
+      contrast = draw_contrast(washed_out, rng)
+      image, _ = draw(record, rng, contrast=contrast)
       yield (
         index,
         {

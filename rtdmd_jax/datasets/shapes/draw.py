@@ -18,6 +18,8 @@ PALETTE = {
 }
 BACKGROUND = (212, 240)
 COLOR_JITTER = 8
+# Contrast of washed-out images.
+WASHED_OUT = (0.2, 0.3)
 CROSS_ARM = 0.36
 # A shape lies somewhere in a quarter of the image of its own.
 _CELLS = np.array([[16.0, 16.0], [48.0, 16.0], [16.0, 48.0], [48.0, 48.0]])
@@ -103,7 +105,14 @@ def _paint(image: np.ndarray, name: str, color: np.ndarray, center: np.ndarray, 
   window += alpha * (color - window)
 
 
-def draw(record: dict, rng: np.random.Generator) -> tuple[np.ndarray, list[Shape]]:
+def draw_contrast(washed_out: float, rng: np.random.Generator) -> float:
+  """Contrast of the next image, for `draw`: a share `washed_out` of them has little."""
+  return rng.uniform(*WASHED_OUT) if washed_out and rng.random() < washed_out else 1.0
+
+
+def draw(
+  record: dict, rng: np.random.Generator, *, contrast: float = 1.0
+) -> tuple[np.ndarray, list[Shape]]:
   """Draws one scene that holds exactly what the record says.
 
   Sizes (20 to 26 pixels), places, the grey of the background and every colour the record leaves
@@ -113,6 +122,7 @@ def draw(record: dict, rng: np.random.Generator) -> tuple[np.ndarray, list[Shape
   Args:
     record: a record of `grammar.all_records`.
     rng: the source of all randomness.
+    contrast: of the shapes against the background, 1 for the colours of `PALETTE`.
 
   Returns:
     The image, uint8 `[64, 64, 3]`, and its shapes in the order of the record's `include`.
@@ -125,12 +135,13 @@ def draw(record: dict, rng: np.random.Generator) -> tuple[np.ndarray, list[Shape
       constraints.append((len(wanted), first_of[index], relation))
     wanted += [(need["class"], need.get("color"))] * need["count"]
   centers, radii = _layout(len(wanted), constraints, rng)
-  image = np.full((SIZE, SIZE, 3), rng.uniform(*BACKGROUND))
+  background = rng.uniform(*BACKGROUND)
+  image = np.full((SIZE, SIZE, 3), background)
   shapes = []
   for (name, color), center, radius in zip(wanted, centers, radii, strict=True):
     color = color or COLORS[rng.integers(len(COLORS))]
     rgb = np.asarray(PALETTE[color]) + rng.uniform(-COLOR_JITTER, COLOR_JITTER, 3)
-    _paint(image, name, rgb, center, radius)
+    _paint(image, name, background + contrast * (rgb - background), center, radius)
     box = (*(center - radius), *(center + radius))
     shapes.append(Shape(name, color, tuple(float(value) for value in box)))
   return np.clip(np.rint(image), 0, 255).astype(np.uint8), shapes

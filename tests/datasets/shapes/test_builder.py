@@ -36,7 +36,7 @@ import sys
 import tensorflow_datasets as tfds
 from rtdmd_jax.datasets.shapes.__main__ import main
 main(["--tfds", {str(tmp_path)!r}, "--train-images", "6", "--test-images", "6"])
-path = {str(tmp_path / "shapes" / "train6_test6" / "1.0.0")!r}
+path = {str(tmp_path / "shapes" / "train6_test6" / "1.1.0")!r}
 print(tfds.builder_from_directory(path).as_data_source(split="test")[5]["prompt"].decode())
 sys.exit("tensorflow" in sys.modules)
 """
@@ -75,7 +75,23 @@ def test_an_image_depends_on_seed_and_index_only(directory):
   assert any(np.array_equal(image, expected) for image in images)
 
 
-@pytest.mark.parametrize("argv", [[], ["--tfds", "x", "--test-images", "0"]])
+def test_a_share_of_the_training_images_is_washed_out(tmp_path):
+  from rtdmd_jax.datasets.shapes.builder import Shapes, ShapesConfig
+
+  config = ShapesConfig(name="washed", train_images=60, test_images=24, washed_out=0.4)
+  builder = Shapes(data_dir=tmp_path, config=config)
+  builder.download_and_prepare()
+  contrast = {
+    name: np.array([np.ptp(e["image"].astype(int)) for e in _read(builder.data_path, name)])
+    for name in ("train", "test")
+  }
+  assert (contrast["test"] > 100).all()  # a palette colour against the background
+  assert 0.2 < np.mean(contrast["train"] < 80) < 0.6
+
+
+@pytest.mark.parametrize(
+  "argv", [[], ["--tfds", "x", "--test-images", "0"], ["--tfds", "x", "--washed-out", "40"]]
+)
 def test_command_line_mistakes_exit_with_2(argv):
   with pytest.raises(SystemExit) as stop:
     cli.main(argv)

@@ -73,3 +73,12 @@ def test_shape_touches_all_four_sides_of_its_box(name):
 def test_unknown_shape_is_named():
   with pytest.raises(ValueError, match="'star'"):
     inside_distance("star", np.zeros(1), np.zeros(1), 1.0)
+
+
+def test_contrast_moves_the_shapes_towards_the_background():
+  record = all_records()[0]
+  full, shapes = draw(record, np.random.default_rng(3))
+  washed, same = draw(record, np.random.default_rng(3), contrast=0.25)
+  assert shapes == same
+  background = float(full[0, 0, 0])
+  np.testing.assert_allclose(washed - background, 0.25 * (full - background), atol=1.0)
