@@ -18,12 +18,12 @@ def get_config():
   c.batch.micro_batches = 2
   c.policy.policy_weight = 1.0
   c.policy.dm_weight = 0.1
-  c.policy.reward_weight = 1.0
+  c.policy.reward_weight = 0.3
   c.ema.decay = 0.95
   c.ema.every = 1
-  c.train.steps = 48
+  c.train.steps = 30
   c.train.log_every = 1
-  c.train.save_every = 16
-  c.eval.every = 16
+  c.train.save_every = 10
+  c.eval.every = 10
   c.eval.final_images = 2
   return c
