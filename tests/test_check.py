@@ -71,7 +71,7 @@ def test_every_problem_is_a_line(capsys):
   words = ("no_prompts", "no_clip", "circles", "no_stage1", "mesh")
   for problem, word in zip(problems, words, strict=True):
     assert problem.startswith("error: ") and word in problem
-  assert "would run: stage2, 48 steps of 96 images" in out and "no problem" not in out
+  assert "would run: stage2, 30 steps of 96 images" in out and "no problem" not in out
 
 
 def test_a_broken_pipeline(tmp_path, capsys):
