@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.encoders import load_clip_text, load_vae
 from rtdmd_jax.models.text import load_tokenizer, tokenize
 from rtdmd_jax.pretrain.autoencoder import train_autoencoder
@@ -86,6 +87,10 @@ def run(config: Any, workdir: Path) -> Path:
 def _copy_untrained(start: Path, directory: Path, phases: Sequence[str]) -> None:
   """Copies from the pipeline `start` the tokenizers and what none of `phases` writes."""
   others = [part for phase, parts in OUTPUTS.items() if phase not in phases for part in parts]
+  if not (start / "tokenizer").is_dir():
+    raise UserError(
+      f"config.start is {start}, which holds no pipeline; train one first, or set it."
+    )
   for part in (*TOKENIZERS, *others):
     if not (directory / part).exists():
       shutil.copytree(start / part, directory / part)

@@ -5,6 +5,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from rtdmd_jax.config import load_config
+from rtdmd_jax.errors import UserError
 from rtdmd_jax.pretrain import run as pretraining
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -25,6 +26,12 @@ def test_tokenizers_that_exist_stay(tmp_path):
   assert first[2] == again[2]
   for before, after in zip(first[:2], again[:2], strict=True):
     np.testing.assert_array_equal(before[:2], after[:2])
+
+
+def test_a_start_without_a_pipeline_is_one_sentence(tmp_path):
+  config = load_config(str(CONFIGS / "tiny_pretrain_mixed.py"), [f"start={tmp_path / 'nowhere'}"])
+  with pytest.raises(UserError, match="nowhere, which holds no pipeline"):
+    pretraining.run(config, tmp_path / "run")
 
 
 @pytest.mark.slow
