@@ -166,7 +166,7 @@ def _walk(all_, computation, times, unknown_turns, out, channels) -> None:
     else:
       inner = all_.get(called.get("calls"))
       _collectives(all_, ins, inner, times, out, channels)
-      out.memory += times * _memory(computation, ins, inner)
+      out.memory += times * _memory(all_, computation, ins, inner)
 
 
 def _most_expensive(all_, names, times, unknown_turns, out, channels) -> None:
@@ -266,7 +266,9 @@ def group_size(text: str) -> int:
   raise ValueError(f"cannot read the devices of the collective {text[:200]!r}")
 
 
-def _memory(computation: Computation, ins: Instruction, inner: Computation | None) -> float:
+def _memory(
+  all_, computation: Computation, ins: Instruction, inner: Computation | None
+) -> float:
   """Bytes of device memory that one instruction reads and writes."""
   if ins.opcode in _FREE or ins.opcode.endswith(("-done", "-update")):
     return 0.0
@@ -280,8 +282,10 @@ def _memory(computation: Computation, ins: Instruction, inner: Computation | Non
     return shape_bytes(ins.result, on_chip=False) * (2.0 if _off_chip(shapes[0]) else 1.0)
   if ins.opcode == "dynamic-update-slice":
     return 2.0 * shape_bytes(shapes[1]) if _off_chip(ins.result) else 0.0
+  if 'custom_call_target="AllocateBuffer"' in ins.text:
+    return 0.0
   if inner is not None and ins.opcode == "fusion":
-    return sum(_fusion_reads(inner, shapes)) + _fusion_writes(inner, ins)
+    return sum(_fusion_reads(all_, inner, shapes)) + _fusion_writes(all_, inner, ins)
   return sum(shape_bytes(s, on_chip=False) for s in (*shapes, ins.result))
 
 
@@ -289,28 +293,44 @@ def _off_chip(shape: str) -> bool:
   return shape_bytes(shape, on_chip=False) > 0
 
 
-def _fusion_reads(inner: Computation, shapes: list[str]):
+def _fusion_reads(all_, inner: Computation, shapes: list[str]):
   """Bytes of each operand that a fusion reads: only the slice where it does nothing but slice."""
-  parameters = {
-    i.name: int(re.search(r"parameter\((\d+)\)", i.text)[1])
-    for i in inner.instructions.values()
+  names = _parameters(inner)
+  for number, shape in enumerate(shapes):
+    whole = shape_bytes(shape, on_chip=False)
+    yield min(whole, _bytes_read(all_, inner, names[number], whole)) if whole else 0.0
+
+
+def _parameters(computation: Computation) -> dict[int, str]:
+  """Names of a computation's parameters by their number."""
+  return {
+    int(re.search(r"parameter\((\d+)\)", i.text)[1]): i.name
+    for i in computation.instructions.values()
     if i.opcode == "parameter"
   }
-  for name, number in parameters.items():
-    users = [i for i in inner.instructions.values() if name in i.operands]
-    if not _off_chip(shapes[number]):
-      yield 0.0
-    elif users and all(
-      i.opcode in ("dynamic-slice", "slice") and i.operands[0] == name for i in users
-    ):
-      yield sum(shape_bytes(i.result) for i in users)
-    elif users and all(i.opcode == "dynamic-update-slice" and i.operands[0] == name for i in users):
-      yield 0.0
-    else:
-      yield shape_bytes(shapes[number], on_chip=False)
 
 
-def _fusion_writes(inner: Computation, ins: Instruction) -> float:
+def _bytes_read(all_, inner: Computation, name: str, whole: float) -> float:
+  """Bytes that a fusion, and those inside it, read of the array `name` of `whole` bytes."""
+  total = 0.0
+  for user in inner.instructions.values():
+    for number in (n for n, operand in enumerate(user.operands) if operand == name):
+      if user.opcode in ("dynamic-slice", "slice") and number == 0:
+        total += shape_bytes(user.result)
+      elif user.opcode == "dynamic-update-slice" and number == 0:
+        pass  # written in place
+      elif user.opcode == "bitcast":
+        total += _bytes_read(all_, inner, user.name, whole)
+      elif user.opcode == "fusion":
+        nested = all_[dict(_CALLED.findall(user.text))["calls"]]
+        total += _bytes_read(all_, nested, _parameters(nested)[number], whole)
+      else:
+        return whole
+  # Of what nothing uses we cannot tell; it is passed on whole.
+  return total if any(name in i.operands for i in inner.instructions.values()) else whole
+
+
+def _fusion_writes(all_, inner: Computation, ins: Instruction) -> float:
   """Bytes of a fusion's results: only the update where it updates a stack in place."""
   root = inner.root
   names = root.operands if root.opcode == "tuple" else [root.name]
@@ -319,12 +339,22 @@ def _fusion_writes(inner: Computation, ins: Instruction) -> float:
     return shape_bytes(ins.result, on_chip=False)
   total = 0.0
   for name, layout in zip(names, layouts, strict=True):
-    part = inner.instructions[name]
-    while part.opcode == "bitcast":
-      part = inner.instructions[part.operands[0]]
+    where, part = _producer(all_, inner, name)
     if part.opcode == "dynamic-update-slice" and _off_chip(layout):
-      layout = _SHAPE.search(inner.instructions[part.operands[1]].result)[0]
+      layout = _SHAPE.search(where.instructions[part.operands[1]].result)[0]
       total += shape_bytes(layout)
     else:
       total += shape_bytes(layout, on_chip=False)
   return total
+
+
+def _producer(all_, inner: Computation, name: str) -> tuple[Computation, Instruction]:
+  """What makes the array `name` inside a fusion, behind bitcasts and fusions of one result."""
+  part = inner.instructions[name]
+  if part.opcode == "bitcast":
+    return _producer(all_, inner, part.operands[0])
+  if part.opcode == "fusion":
+    nested = all_[dict(_CALLED.findall(part.text))["calls"]]
+    if nested.root.opcode != "tuple":
+      return _producer(all_, nested, nested.root.name)
+  return inner, part

@@ -160,3 +160,73 @@ ENTRY %main (x: f32[8]) -> f32[32] {
   assert got.count == {"all-gather": 1}
   assert got.sent["all-gather"] == 128 * 3 / 4
   assert hlo.traffic(text).unknown_loops == 0
+
+
+def test_a_slice_inside_a_fusion_of_a_fusion_is_all_that_is_read_or_written():
+  text = """HloModule m
+
+%inner (p: f32[6,8], i: s32[]) -> f32[8] {
+  %p = f32[6,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %cut = f32[1,8]{1,0} dynamic-slice(%p, %i, %z), dynamic_slice_sizes={1,8}
+  ROOT %flat = f32[8]{0} bitcast(%cut)
+}
+
+%outer (q: f32[6,8], j: s32[], w: f32[8]) -> f32[8] {
+  %q = f32[6,8]{1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %w = f32[8]{0} parameter(2)
+  %part = f32[8]{0} fusion(%q, %j), kind=kLoop, calls=%inner
+  ROOT %product = f32[8]{0} multiply(%part, %w)
+}
+
+%put (r: f32[6,8], x: f32[8], k: s32[]) -> f32[6,8] {
+  %r = f32[6,8]{1,0} parameter(0)
+  %x = f32[8]{0} parameter(1)
+  %k = s32[] parameter(2)
+  %z2 = s32[] constant(0)
+  %row = f32[1,8]{1,0} bitcast(%x)
+  ROOT %new = f32[6,8]{1,0} dynamic-update-slice(%r, %row, %k, %z2)
+}
+
+%store (s: f32[6,8], y: f32[8], l: s32[]) -> f32[6,8] {
+  %s = f32[6,8]{1,0} parameter(0)
+  %y = f32[8]{0} parameter(1)
+  %l = s32[] parameter(2)
+  ROOT %stored = f32[6,8]{1,0} fusion(%s, %y, %l), kind=kLoop, calls=%put
+}
+
+ENTRY %main (a: f32[6,8], n: s32[], b: f32[8]) -> f32[6,8] {
+  %a = f32[6,8]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %b = f32[8]{0} parameter(2)
+  %space = f32[6,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %read = f32[8]{0} fusion(%a, %n, %b), kind=kOutput, calls=%outer
+  ROOT %written = f32[6,8]{1,0} fusion(%space, %read, %n), kind=kLoop, calls=%store
+}
+"""
+  row, index = 8 * 4, 4
+  read = row + index + row + row  # the slice, its place, the factor; the product
+  written = row + index + row
+  assert traffic(text).memory == read + written
+
+
+def test_a_slice_that_something_else_reads_whole_is_read_whole():
+  text = """HloModule m
+
+%f (p: f32[6,8], i: s32[]) -> f32[6,8] {
+  %p = f32[6,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %cut = f32[1,8]{1,0} dynamic-slice(%p, %i, %z), dynamic_slice_sizes={1,8}
+  ROOT %sum = f32[6,8]{1,0} add(%p, %p)
+}
+
+ENTRY %main (a: f32[6,8], n: s32[]) -> f32[6,8] {
+  %a = f32[6,8]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  ROOT %r = f32[6,8]{1,0} fusion(%a, %n), kind=kLoop, calls=%f
+}
+"""
+  assert traffic(text).memory == 2 * 6 * 8 * 4 + 4
