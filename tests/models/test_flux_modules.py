@@ -158,6 +158,20 @@ def test_rotary_products_depend_on_the_distance_only(rotate):
   assert abs(product(3, 1) - product(3, 2)) > 1e-2
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_pairs_turn_as_complex_numbers(dtype):
+  x = jax.random.normal(jax.random.key(0), (2, 5, 3, 16)).astype(dtype)
+  cos, sin = rotary_table(np.arange(5)[:, None], (16,), 1e4)
+  exact = np.asarray(x, np.float64)
+  turned = (exact[..., 0::2] + 1j * exact[..., 1::2]) * (np.asarray(cos) + 1j * sin)[:, None]
+  expected = np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
+  got = rotate_pairs(x, (cos, sin))
+  assert got.dtype == dtype
+  # Products and sums are float32; the result is rounded once.
+  eps = {jnp.float32: 3e-7, jnp.bfloat16: 2.0**-8}[dtype]
+  np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=eps, atol=1e-6)
+
+
 def test_bad_inputs():
   first, second = (build_transformer(c) for c in (FLUX1, FLUX2))
   params1, params2 = first.init_abstract(), second.init_abstract()
