@@ -96,8 +96,6 @@ def _program(p: dict[str, Any], chip: dict[str, Any]) -> list[str]:
   share = p["peak"] / chip["hbm"]
   memory = f"  peak {gb['peak']:.3f} GB, {share:.0%} of memory ({parts})"
   times = p["times"]
-  if times is None:
-    return [head, memory, "  traffic is not known: jaxlib cannot read the compiled program's text"]
   bounds = ", ".join(f"{k} {1e3 * times[k]:.2f}" for k in ("compute", "memory", "network"))
   out = [
     head,

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from rtdmd_jax import sharding, train
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup
 from rtdmd_jax.aot.chips import Chip, chip, gpus, roofline
 from rtdmd_jax.aot.flops import count_flops
-from rtdmd_jax.aot.hlo import Traffic, traffic
+from rtdmd_jax.aot.hlo import traffic
 from rtdmd_jax.build import Setup, optimizer_config
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.optim import make_optimizer
@@ -49,8 +50,8 @@ class Cost:
     peak: the sum of all these.
     flops: floating-point operations of matrix products and convolutions.
     memory: bytes to and from memory.
-    sent: bytes sent, by kind of collective; `collectives` is how many run. None, as `times`, where
-      the traffic is not known.
+    sent: bytes sent, by kind of collective; `collectives` is how many run. None, as `times`, of a
+      program that the compiler refused.
     unknown_loops: loops counted with the most turns that a rollout takes.
     times: see `chips.roofline`.
     compile_seconds: of lowering and compilation.
@@ -241,7 +242,7 @@ def _cost(
   flops = count_flops(traced.jaxpr, turns) / mesh.size
   resident = text + others + _unread(traced.jaxpr, args)
   try:
-    compiled = traced.lower().compile()
+    compiled, hlo = compile_to_text(traced.lower())
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise UserError(
@@ -253,11 +254,11 @@ def _cost(
     return Cost(name, False, reason, resident=resident, flops=flops, compile_seconds=seconds), None
   seconds = time.perf_counter() - start
   sizes = compiled.memory_analysis()
-  moved = read_traffic(compiled, turns)
+  moved = traffic(hlo, turns)
   arguments, code = sizes.argument_size_in_bytes, sizes.generated_code_size_in_bytes
   outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
   peak = arguments + outputs + sizes.temp_size_in_bytes + code + resident
-  cost = Cost(
+  return Cost(
     name=name,
     fits=peak <= device.hbm,
     arguments=arguments,
@@ -267,25 +268,28 @@ def _cost(
     resident=resident,
     peak=peak,
     flops=flops,
+    memory=moved.memory,
+    sent=dict(moved.sent),
+    collectives=dict(moved.count),
+    unknown_loops=moved.unknown_loops,
+    times=roofline(device, flops, moved.memory, sum(moved.sent.values())),
     compile_seconds=seconds,
-  )
-  if moved is not None:
-    cost.memory, cost.sent, cost.collectives = moved.memory, dict(moved.sent), dict(moved.count)
-    cost.unknown_loops = moved.unknown_loops
-    cost.times = roofline(device, flops, moved.memory, sum(moved.sent.values()))
-  return cost, compiled
+  ), compiled
 
 
-def read_traffic(compiled: Any, turns: int) -> Traffic | None:
-  """Traffic of a compiled program; None where jaxlib cannot read back what libtpu made of it.
+def compile_to_text(lowered: Any) -> tuple[Any, str]:
+  """A compiled program and the text of its HLO.
 
-  That happens with asynchronous operations that are newer than jaxlib; the program itself is whole.
+  jaxlib cannot read back some asynchronous operations of a libtpu newer than itself; then the text
+  is the one that libtpu itself writes.
   """
-  try:
-    text = compiled.as_text()
-  except jax.errors.JaxRuntimeError:
-    return None
-  return traffic(text, turns)
+  with tempfile.TemporaryDirectory() as folder:
+    compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+    try:
+      return compiled, compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+      files = Path(folder).glob("*after_optimizations.txt")
+      return compiled, max(files, key=lambda file: file.stat().st_size).read_text()
 
 
 def _unread(jaxpr: Any, args: list[Tree]) -> float:

@@ -266,9 +266,7 @@ def group_size(text: str) -> int:
   raise ValueError(f"cannot read the devices of the collective {text[:200]!r}")
 
 
-def _memory(
-  all_, computation: Computation, ins: Instruction, inner: Computation | None
-) -> float:
+def _memory(all_, computation: Computation, ins: Instruction, inner: Computation | None) -> float:
   """Bytes of device memory that one instruction reads and writes."""
   if ins.opcode in _FREE or ins.opcode.endswith(("-done", "-update")):
     return 0.0
