@@ -26,6 +26,7 @@ from rtdmd_jax.state import Conditioning, Frozen, TrainState
 # known.
 MATCHING = DMDConfig(guidance_low=1.0, guidance_high=1.0, normalize=False)
 SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)
+WIDTH = 64
 FREQUENCIES = 2.0 ** np.arange(4)
 
 
@@ -42,7 +43,7 @@ class Problem(NamedTuple):
 
 
 class Training(NamedTuple):
-  """How long and how a stage trains; the rate falls linearly to 0. `width` is of the MLPs."""
+  """How long and how a stage trains; the rate falls linearly to 0."""
 
   updates: int
   learning_rate: float = 1e-3
@@ -52,12 +53,11 @@ class Training(NamedTuple):
   repeats: int = 16
   ema: float = 0.98
   seed: int = 0
-  width: int = 64
 
 
-def init_mlp(key: jax.Array, d: int, width: int) -> dict:
+def init_mlp(key: jax.Array, d: int) -> dict:
   """Three hidden layers; the last layer starts at 0, so that a role starts as the teacher."""
-  sizes = [2 * d + 2 * len(FREQUENCIES), width, width, width, d]
+  sizes = [2 * d + 2 * len(FREQUENCIES), WIDTH, WIDTH, WIDTH, d]
   keys = jax.random.split(key, len(sizes) - 1)
   last = len(sizes) - 2
   return {
@@ -150,7 +150,7 @@ def start(problem: Problem, training: Training, earlier: TrainState | None = Non
   """Fresh networks, or those of `earlier`, with empty optimizer states."""
   keys = jax.random.split(jax.random.key(training.seed), 2)
   d = problem.linear.shape[0]
-  generator, fake = (init_mlp(k, d, training.width) for k in keys)
+  generator, fake = (init_mlp(k, d) for k in keys)
   if earlier is not None:
     generator, fake = earlier.ema, earlier.fake_score
   first, second = optimizers(training)

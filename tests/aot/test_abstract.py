@@ -102,7 +102,7 @@ def test_text_that_jaxlib_cannot_read_is_the_compilers_own():
       self.lowered = lowered
 
     def compile(self, options):
-      self.compiled = self.lowered.compile(options)
+      self.lowered.compile(options)
       return Unreadable()
 
   lowered = Lowered(jax.jit(lambda x: (x @ x).sum()).lower(jnp.ones((64, 64))))
