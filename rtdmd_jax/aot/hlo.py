@@ -163,6 +163,8 @@ def _walk(all_, computation, times, unknown_turns, out, channels) -> None:
       _most_expensive(all_, names, times, unknown_turns, out, channels)
     elif ins.opcode == "call":
       _walk(all_, all_[called["to_apply"]], times, unknown_turns, out, channels)
+    elif ins.opcode == "async-start":
+      _walk(all_, all_[called["calls"]], times, unknown_turns, out, channels)
     else:
       inner = all_.get(called.get("calls"))
       _collectives(all_, ins, inner, times, out, channels)
@@ -277,7 +279,7 @@ def _memory(all_, computation: Computation, ins: Instruction, inner: Computation
   if ins.opcode in ("slice-start", "dynamic-slice-start"):
     return sorted(shape_bytes(f"{k}[{n}]") for k, n, _ in _SHAPE.findall(ins.result))[-2]
   if ins.opcode in ("dynamic-slice", "slice", "gather"):
-    return shape_bytes(ins.result, on_chip=False) * (2.0 if _off_chip(shapes[0]) else 1.0)
+    return shape_bytes(ins.result) * (_off_chip(shapes[0]) + _off_chip(ins.result))
   if ins.opcode == "dynamic-update-slice":
     return 2.0 * shape_bytes(shapes[1]) if _off_chip(ins.result) else 0.0
   if 'custom_call_target="AllocateBuffer"' in ins.text:

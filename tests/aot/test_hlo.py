@@ -162,6 +162,23 @@ ENTRY %main (x: f32[8]) -> f32[32] {
   assert hlo.traffic(text).unknown_loops == 0
 
 
+def test_of_an_asynchronous_slice_into_on_chip_memory_the_slice_is_read():
+  text = """HloModule m
+
+%fetch (p: f32[6,8]) -> f32[1,8] {
+  %p = f32[6,8]{1,0} parameter(0)
+  ROOT %cut = f32[1,8]{1,0:S(1)} slice(%p), slice={[2:3], [0:8]}
+}
+
+ENTRY %main (x: f32[6,8]) -> f32[1,8] {
+  %x = f32[6,8]{1,0} parameter(0)
+  %s = ((f32[6,8]{1,0}), f32[1,8]{1,0:S(1)}, s32[]{:S(2)}) async-start(%x), calls=%fetch
+  ROOT %d = f32[1,8]{1,0:S(1)} async-done(%s)
+}
+"""
+  assert traffic(text).memory == 8 * 4
+
+
 def test_a_slice_inside_a_fusion_of_a_fusion_is_all_that_is_read_or_written():
   text = """HloModule m
 
