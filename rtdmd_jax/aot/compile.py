@@ -7,8 +7,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,8 +124,7 @@ def measure(
   device, devices = get_devices(topology)
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
   with jax.set_mesh(mesh):
-    _check_batch(config)
-    return _measure(config, setup, mesh, topology, device, only, done)
+    return _measure(abstract_run(config, setup, mesh), topology, device, only, done)
 
 
 def _check_batch(config: Any) -> None:
@@ -136,45 +136,99 @@ def _check_batch(config: Any) -> None:
     )
 
 
-def _measure(
-  config: Any,
-  setup: Setup,
-  mesh: Mesh,
-  topology: str,
-  device: Chip,
-  only: str,
-  done: Callable[[Cost], None],
-) -> dict[str, Any]:
+class Run(NamedTuple):
+  """A run of which only shapes exist.
+
+  Attributes:
+    config: of the run.
+    mesh: of its devices.
+    programs: of a training step, by name.
+    known: what they read, where it will lie: state, frozen, batch; then samples and rewards.
+    text: bytes of the text encoders on one device.
+  """
+
+  config: Any
+  mesh: Mesh
+  programs: dict[str, Any]
+  known: dict[str, Tree]
+  text: float
+
+
+class Traced(NamedTuple):
+  """A program before compilation, on one device: see `Cost`; `turns` of loops of unknown length."""
+
+  lowered: Any
+  flops: float
+  resident: float
+  turns: int
+
+
+def abstract_run(config: Any, setup: Setup, mesh: Mesh) -> Run:
+  """The programs of `config` and what they read, placed on `mesh`, which must be set."""
+  _check_batch(config)
   optimizers = train.Optimizers(
     *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
   )
   state = jax.eval_shape(lambda: train.initial_state(config, setup, optimizers))
-  programs = train.PROGRAMS[config.stage](config, setup, optimizers)
-  if only and only not in programs:
-    raise UserError(f"--only is {only!r}; the programs are {', '.join(programs)}.")
+  offload = config.model.offload
   known = {
     "state": sharding.placed(state, mesh),
     "frozen": sharding.placed(setup.frozen, mesh).replace(
-      bases=sharding.placed(setup.frozen.bases, mesh, offload=config.model.offload)
+      bases=sharding.placed(setup.frozen.bases, mesh, offload=offload)
     ),
     "batch": _repeated(abstract_batch(config, setup), mesh),
   }
-  text = _local_bytes(
-    sharding.placed(setup.pipeline.text.params, mesh, offload=config.model.offload)
-  )
+  text = _local_bytes(sharding.placed(setup.pipeline.text.params, mesh, offload=offload))
+  return Run(config, mesh, train.PROGRAMS[config.stage](config, setup, optimizers), known, text)
+
+
+def trace(run: Run, name: str) -> Traced:
+  """Lowers the program `name`."""
+  args = [run.known[key] for key in program_arguments(run.config.stage, name)]
+  traced = run.programs[name].trace(*args)
+  _, turns = loop_turns(name, len(run.config.dmd.steps))
+  flops = count_flops(traced.jaxpr, turns) / run.mesh.size
+  resident = run.text + _resident(run.known, args) + _unread(traced.jaxpr, args)
+  return Traced(traced.lower(), flops, resident, turns)
+
+
+def samples(run: Run, placed: Callable[[Tree], Tree]) -> Tree:
+  """The rollout's result as the next programs find it, and the rewards made of it.
+
+  Args:
+    run: of stage 2.
+    placed: from the result's shapes to the same with shardings.
+  """
+  args = [run.known[key] for key in program_arguments(run.config.stage, "rollout")]
+  made = placed(jax.eval_shape(run.programs["rollout"], *args))
+  count = run.config.batch.prompts * run.config.batch.repeats
+  score = jax.ShapeDtypeStruct((count,), jnp.float32)
+  host = {name: score for name in run.config.rewards if name not in made.rewards}
+  return {"samples": made, "rewards": dict(made.rewards) | _repeated(host, run.mesh)}
+
+
+def _measure(
+  run: Run, topology: str, device: Chip, only: str, done: Callable[[Cost], None]
+) -> dict[str, Any]:
+  if only and only not in run.programs:
+    raise UserError(f"--only is {only!r}; the programs are {', '.join(run.programs)}.")
   costs = []
-  for name, program in programs.items():
+  for name in run.programs:
     needed = only in ("", name) or (name == "rollout" and only in ("fake_score", "policy"))
     if not needed:
       continue
-    args = [known[key] for key in program_arguments(config.stage, name)]
-    _, turns = loop_turns(name, len(config.dmd.steps))
-    cost, compiled = _cost(name, program, args, mesh, device, turns, text, _resident(known, args))
+    cost, compiled = _cost(run, name, device)
     costs.append(cost)
     done(cost)
     if name == "rollout":
-      known |= _samples(config, program, args, compiled, mesh)
-  return _report(config, topology, mesh, device, known, text, costs)
+      run.known.update(samples(run, partial(_as_compiled, compiled, run.mesh)))
+  return _report(run, topology, device, costs)
+
+
+def _as_compiled(compiled: Any, mesh: Mesh, shapes: Tree) -> Tree:
+  if compiled is None:  # it was refused
+    return _repeated(shapes, mesh)
+  return jax.tree.map(_with, shapes, compiled.output_shardings)
 
 
 def program_arguments(stage: str, name: str) -> tuple[str, ...]:
@@ -185,19 +239,6 @@ def program_arguments(stage: str, name: str) -> tuple[str, ...]:
     {"fake_score": ("samples",), "policy": ("samples", "rewards")} if stage == "stage2" else {}
   )
   return ("state", "frozen", "batch", *extra.get(name, ()))
-
-
-def _samples(config: Any, program: Any, args: list[Tree], compiled: Any, mesh: Mesh) -> Tree:
-  """The rollout's result as the next programs find it, and the rewards made of it."""
-  shapes = jax.eval_shape(program, *args)
-  if compiled is None:
-    samples = _repeated(shapes, mesh)
-  else:
-    samples = jax.tree.map(_with, shapes, compiled.output_shardings)
-  count = config.batch.prompts * config.batch.repeats
-  score = jax.ShapeDtypeStruct((count,), jnp.float32)
-  host = {name: score for name in config.rewards if name not in samples.rewards}
-  return {"samples": samples, "rewards": dict(samples.rewards) | _repeated(host, mesh)}
 
 
 def _with(shape: Any, where: Any) -> jax.ShapeDtypeStruct:
@@ -226,23 +267,12 @@ def _resident(known: dict[str, Tree], args: list[Tree]) -> float:
   return sum(_local_bytes(tree) for tree in kept)
 
 
-def _cost(
-  name: str,
-  program: Any,
-  args: list[Tree],
-  mesh: Mesh,
-  device: Chip,
-  turns: int,
-  text: float,
-  others: float,
-) -> tuple[Cost, Any]:
+def _cost(run: Run, name: str, device: Chip) -> tuple[Cost, Any]:
   """Compiles one program; no second result if it is too large for the compiler."""
   start = time.perf_counter()
-  traced = program.trace(*args)
-  flops = count_flops(traced.jaxpr, turns) / mesh.size
-  resident = text + others + _unread(traced.jaxpr, args)
+  lowered, flops, resident, turns = trace(run, name)
   try:
-    compiled, hlo = compile_to_text(traced.lower())
+    compiled, hlo = compile_to_text(lowered)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise UserError(
@@ -301,32 +331,24 @@ def _unread(jaxpr: Any, args: list[Tree]) -> float:
   return _local_bytes(unread)
 
 
-def _report(
-  config: Any,
-  topology: str,
-  mesh: Mesh,
-  device: Chip,
-  known: dict[str, Tree],
-  text: float,
-  costs: list[Cost],
-) -> dict[str, Any]:
-  frozen = known["frozen"]
+def _report(run: Run, topology: str, device: Chip, costs: list[Cost]) -> dict[str, Any]:
+  config, frozen = run.config, run.known["frozen"]
   trees = {f"base {Path(name).name}": base for name, base in frozen.bases.items()}
   trees |= {f"reward {name}": params for name, params in frozen.rewards.items()}
   trees |= {"autoencoder": frozen.vae, "earlier adapters": (frozen.generator, frozen.fake_score)}
-  trees |= {"training state": known["state"]}
+  trees |= {"training state": run.known["state"]}
   return {
     "stage": config.stage,
     "topology": topology,
     "estimate": gpus(topology) is not None,
-    "mesh": dict(mesh.shape),
+    "mesh": dict(run.mesh.shape),
     "chip": device._asdict(),
     "batch": config.batch.prompts * config.batch.repeats,
     "placement": [
       {"name": n, "parameters": c, "bytes": b, "local": local}
-      for n, c, b, local in sharding.table(trees, mesh)
+      for n, c, b, local in sharding.table(trees, run.mesh)
     ]
-    + [{"name": "text encoders", "local": text}],
+    + [{"name": "text encoders", "local": run.text}],
     "programs": [asdict(cost) for cost in costs],
     "fits": all(cost.fits for cost in costs),
   }

@@ -1,0 +1,133 @@
+"""What programs need on absent TPUs, without waiting for the compiler's last and longest part.
+
+python benchmarks/aot_bounds.py configs/flux2_stage2.py v5e:8x8 batch.micro_batches=6
+
+`python -m rtdmd_jax.aot` compiles to the end, minutes a program. All that it reports but the size
+of the code is known before libtpu generates code: here a process of its own compiles each program,
+and is stopped as soon as libtpu has written its text and its memory. Prints rows of
+docs/hardware.md.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PROGRAMS = {"stage1": ("fake_score", "generator"), "stage2": ("rollout", "fake_score", "policy")}
+HEAD = (
+  "stage, slice, program", "TFLOP a device", "traffic TB", "sent GB", "peak GiB of HBM, no code",
+  "bound s", "by", "MFU at most", "seconds",
+)  # fmt: skip
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("config", help="of stage 1 or 2")
+  parser.add_argument("topology", help="of TPUs, such as v5e:8x8")
+  parser.add_argument("overrides", nargs="*", help="key=value of the config")
+  parser.add_argument("--only", help="one program")
+  options = parser.parse_args()
+  from rtdmd_jax.config import load_config
+
+  config = load_config(options.config, options.overrides)
+  print("|".join(("", *HEAD, "")), "|---" * len(HEAD) + "|", sep="\n", flush=True)
+  for name in (options.only,) if options.only else PROGRAMS[config.stage]:
+    begin = time.perf_counter()
+    cells = measure(options.config, options.overrides, options.topology, name)
+    where = f"{Path(options.config).stem} {options.topology} `{name}`"
+    row = ("", where, *cells, f"{time.perf_counter() - begin:.0f}", "")
+    print(" | ".join(row).strip(), flush=True)
+
+
+def measure(config: str, overrides: list[str], topology: str, name: str) -> tuple[str, ...]:
+  """One program's cells between its name and the seconds."""
+  from rtdmd_jax.aot import chips
+  from rtdmd_jax.aot.hlo import traffic
+
+  with tempfile.TemporaryDirectory() as folder:
+    args = (config, overrides, topology, name, folder)
+    child = multiprocessing.get_context("spawn").Process(target=compile_into, args=args)
+    child.start()
+    written = wait_for(Path(folder), child)
+    child.kill()
+    child.join()
+    if written is None:
+      sys.exit(f"libtpu wrote nothing of {name}; what it said stands above.")
+    text, memory = written
+    known = json.loads((Path(folder) / "traced.json").read_text())
+  moved, chip = traffic(text, known["turns"]), chips.chip(known["kind"])
+  sent = sum(moved.sent.values())
+  times = chips.roofline(chip, known["flops"], moved.memory, sent)
+  used = int(re.search(r"Total bytes: (\d+)", memory)[1]) + known["resident"]
+  slowest = max(("compute", "memory", "network"), key=times.get)
+  return (
+    digits(known["flops"] / 1e12), digits(moved.memory / 1e12), digits(sent / 1e9),
+    f"{used / 2**30:.2f} of {chip.hbm / 2**30:.2f}", digits(times["seconds"]),
+    slowest.replace("compute", "arithmetic"), f"{times['mfu_bound']:.0%}",
+  )  # fmt: skip
+
+
+def digits(x: float) -> str:
+  """Three digits at least."""
+  return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def compile_into(config: str, overrides: list[str], topology: str, name: str, folder: str) -> None:
+  """Traces and compiles one program; libtpu writes its texts into `folder`."""
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  import jax
+  from jax.sharding import NamedSharding, PartitionSpec
+
+  from rtdmd_jax import sharding
+  from rtdmd_jax.aot import compile as aot
+  from rtdmd_jax.aot.abstract import abstract_setup
+  from rtdmd_jax.config import load_config
+
+  config = load_config(config, overrides)
+  setup = abstract_setup(config)
+  _, devices = aot.get_devices(topology)
+  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  images = config.batch.prompts * config.batch.repeats
+
+  def place(shape):
+    axes = [sharding.BATCH_AXES if size == images else None for size in shape.shape]
+    where = NamedSharding(mesh, PartitionSpec(*axes))
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+
+  with jax.set_mesh(mesh):
+    run = aot.abstract_run(config, setup, mesh)
+    if name in ("fake_score", "policy") and config.stage == "stage2":
+      # The rollout leaves every image where it was made.
+      run.known.update(aot.samples(run, lambda shapes: jax.tree.map(place, shapes)))
+    traced = aot.trace(run, name)
+    known = {"flops": traced.flops, "resident": traced.resident, "turns": traced.turns}
+    known |= {"kind": devices[0].device_kind}
+    (Path(folder) / "traced.json").write_text(json.dumps(known))
+    traced.lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+
+
+def wait_for(folder: Path, child) -> tuple[str, str] | None:
+  """The program's text and its memory, when both are there; None if the compiler ends before."""
+  before = -1
+  while True:
+    ended = not child.is_alive()
+    texts = [*folder.glob("*.after_optimizations.txt")]
+    reports = [file for file in folder.glob("*memory-usage-report.txt") if file.stat().st_size]
+    if texts and reports:
+      text, report = (max(files, key=lambda f: f.stat().st_size) for files in (texts, reports))
+      size = text.stat().st_size + report.stat().st_size
+      if ended or size == before:
+        return text.read_text(), report.read_text()
+      before = size
+    elif ended:
+      return None
+    time.sleep(3)
+
+
+if __name__ == "__main__":
+  main()
