@@ -31,7 +31,7 @@ def main() -> None:
   parser.add_argument("topology", help="of TPUs, such as v5e:8x8")
   parser.add_argument("overrides", nargs="*", help="key=value of the config")
   parser.add_argument("--only", help="one program")
-  options = parser.parse_args()
+  options = parser.parse_intermixed_args()
   from rtdmd_jax.config import load_config
 
   config = load_config(options.config, options.overrides)
@@ -58,18 +58,25 @@ def measure(config: str, overrides: list[str], topology: str, name: str) -> tupl
     child.join()
     if written is None:
       sys.exit(f"libtpu wrote nothing of {name}; what it said stands above.")
-    text, memory = written
+    text, allocations = written
     known = json.loads((Path(folder) / "traced.json").read_text())
   moved, chip = traffic(text, known["turns"]), chips.chip(known["kind"])
   sent = sum(moved.sent.values())
   times = chips.roofline(chip, known["flops"], moved.memory, sent)
-  used = int(re.search(r"Total bytes: (\d+)", memory)[1]) + known["resident"]
+  used = allocated(allocations) + known["resident"]
   slowest = max(("compute", "memory", "network"), key=times.get)
   return (
     digits(known["flops"] / 1e12), digits(moved.memory / 1e12), digits(sent / 1e9),
     f"{used / 2**30:.2f} of {chip.hbm / 2**30:.2f}", digits(times["seconds"]),
     slowest.replace("compute", "arithmetic"), f"{times['mfu_bound']:.0%}",
   )  # fmt: skip
+
+
+def allocated(text: str) -> int:
+  """Bytes of arguments, results and temporaries in the device's memory, of libtpu's allocations."""
+  found = re.findall(r"^allocation \d+: (?:0x\w+, )?size (\d+)(.*)$", text, re.MULTILINE)
+  # A color is another memory; "thread-local" are the operands inside of fusions.
+  return sum(int(n) for n, rest in found if not re.search(r"color [1-9]|thread-local", rest))
 
 
 def digits(x: float) -> str:
@@ -112,17 +119,17 @@ def compile_into(config: str, overrides: list[str], topology: str, name: str, fo
 
 
 def wait_for(folder: Path, child) -> tuple[str, str] | None:
-  """The program's text and its memory, when both are there; None if the compiler ends before."""
+  """The program's text and allocations, when both are there; None if the compiler ends before."""
   before = -1
   while True:
     ended = not child.is_alive()
     texts = [*folder.glob("*.after_optimizations.txt")]
-    reports = [file for file in folder.glob("*memory-usage-report.txt") if file.stat().st_size]
-    if texts and reports:
-      text, report = (max(files, key=lambda f: f.stat().st_size) for files in (texts, reports))
-      size = text.stat().st_size + report.stat().st_size
+    allocations = [*folder.glob("*after_optimizations-buffer-assignment.txt")]
+    if texts and allocations and any(folder.glob("*memory-usage-report.txt")):
+      files = [max(found, key=lambda f: f.stat().st_size) for found in (texts, allocations)]
+      size = sum(file.stat().st_size for file in files)
       if ended or size == before:
-        return text.read_text(), report.read_text()
+        return tuple(file.read_text() for file in files)
       before = size
     elif ended:
       return None
