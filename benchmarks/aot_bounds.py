@@ -33,10 +33,18 @@ def main() -> None:
   parser.add_argument("--only", help="one program")
   options = parser.parse_intermixed_args()
   from rtdmd_jax.config import load_config
+  from rtdmd_jax.errors import UserError
 
-  config = load_config(options.config, options.overrides)
+  try:
+    stage = load_config(options.config, options.overrides).stage
+  except UserError as error:
+    parser.error(str(error))
+  if stage not in PROGRAMS:
+    parser.error(f"stage is {stage!r}; use one of {', '.join(PROGRAMS)}.")
+  if options.only and options.only not in PROGRAMS[stage]:
+    parser.error(f"--only is {options.only!r}; the programs are {', '.join(PROGRAMS[stage])}.")
   print("|".join(("", *HEAD, "")), "|---" * len(HEAD) + "|", sep="\n", flush=True)
-  for name in (options.only,) if options.only else PROGRAMS[config.stage]:
+  for name in (options.only,) if options.only else PROGRAMS[stage]:
     begin = time.perf_counter()
     cells = measure(options.config, options.overrides, options.topology, name)
     where = f"{Path(options.config).stem} {options.topology} `{name}`"
