@@ -36,7 +36,7 @@ def main() -> None:
   from rtdmd_jax.errors import UserError
 
   try:
-    stage = load_config(options.config, options.overrides).stage
+    stage = load_config(options.config, options.overrides).get("stage")
   except UserError as error:
     parser.error(str(error))
   if stage not in PROGRAMS:
