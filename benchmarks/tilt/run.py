@@ -39,6 +39,8 @@ GAUSSIAN_RUNS = [("last step only", beta, QUICK) for beta in GAUSSIAN_BETAS]
 GAUSSIAN_RUNS += [("hybrid, KL", 0.2, QUICK), ("hybrid", 0.2, QUICK)]
 GAUSSIAN_RUNS += [("last step only", beta, CAREFUL) for beta in GAUSSIAN_BETAS]
 GAUSSIAN_RUNS += [("last step only", 0.05, CAREFUL._replace(seed=seed)) for seed in (1, 2)]
+EVEN = Training(6000, fake_updates=20, width=128, sigmas=training.EVEN)
+SETS = (12345, 1, 2, 3, 4)  # seeds of the sets of 10,000 samples that a cold start is judged by
 SAMPLES = 1_000_000  # of a mean: its own error is then below 1 % of the smallest shift
 # Levels up to 0.4 in stage 2 on the mixture.
 LOW = MATCHING._replace(end=400.0)
@@ -173,22 +175,29 @@ def mixture_start(settings: Training) -> tuple[dict, Any, np.ndarray]:
   """One cold start on the mixture: its row, state and samples."""
   fixed, floor = training.frozen(PLACE), teachers.mmd_floor(PLACE.teacher, 10_000)
   state, seconds = cold_start(PLACE, settings)
-  levels = training.path(state.ema, fixed)
-  start = levels[-1]
+  sets = [training.path(state.ema, fixed, seed=s, sigmas=settings.sigmas) for s in SETS]
+  levels, start = sets[0], sets[0][-1]
+  over = [teachers.mmd(x[-1], PLACE.teacher) / floor for x in sets]
   row = {
-    "fake_updates": settings.fake_updates, "updates": settings.updates, "seconds": seconds,
+    "fake_updates": settings.fake_updates, "updates": settings.updates,
+    "learning_rate": settings.learning_rate, "samples": settings.groups * settings.repeats,
+    "seed": settings.seed, "width": settings.width, "seconds": seconds,
     "mmd_by_level": {
       str(s): teachers.mmd(x, teachers.noised(PLACE.teacher, s))
-      for s, x in zip(training.SIGMAS[1:], levels[1:], strict=True)
+      for s, x in zip(settings.sigmas[1:], levels[1:], strict=True)
     },
     "mode_weights": teachers.mode_weights(PLACE.teacher, start).tolist(),
-    "over_floor": teachers.mmd(start, PLACE.teacher) / floor,
+    "over_floor": over[0], "over_floor_of_sets": over,
   } | moment_errors(start, *teachers.moments(PLACE.teacher))  # fmt: skip
   return row, state, start
 
 
 def long(keep: Callable[[dict], None]) -> None:
   keep(mixture_start(Training(6000, 3e-3, 3e-3, 20))[0])
+
+
+def even(keep: Callable[[dict], None]) -> None:
+  keep(mixture_start(EVEN)[0])
 
 
 def mixture_stage2(out: dict, state, start: np.ndarray, keep: Callable[[dict], None]) -> None:
@@ -257,7 +266,8 @@ def bfloat16(keep: Callable[[dict], None]) -> None:
 
 
 SECTIONS = {
-  "gaussian": gaussian, "mixture": mixture, "long": long, "estimators": facts, "bfloat16": bfloat16,
+  "gaussian": gaussian, "mixture": mixture, "long": long, "even": even, "estimators": facts,
+  "bfloat16": bfloat16,
 }  # fmt: skip
 
 

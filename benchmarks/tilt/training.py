@@ -25,8 +25,8 @@ from rtdmd_jax.state import Conditioning, Frozen, TrainState
 # Without the normaliser, distribution matching is the gradient of a divergence, whose minimiser is
 # known.
 MATCHING = DMDConfig(guidance_low=1.0, guidance_high=1.0, normalize=False)
-SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)
-WIDTH = 64
+SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)  # the four steps of the tiny pipeline: even, shifted by 3
+EVEN = (1.0, 0.75, 0.5, 0.25, 0.0)
 FREQUENCIES = 2.0 ** np.arange(4)
 
 
@@ -53,11 +53,13 @@ class Training(NamedTuple):
   repeats: int = 16
   ema: float = 0.98
   seed: int = 0
+  width: int = 64
+  sigmas: tuple[float, ...] = SIGMAS
 
 
-def init_mlp(key: jax.Array, d: int) -> dict:
+def init_mlp(key: jax.Array, d: int, width: int) -> dict:
   """Three hidden layers; the last layer starts at 0, so that a role starts as the teacher."""
-  sizes = [2 * d + 2 * len(FREQUENCIES), WIDTH, WIDTH, WIDTH, d]
+  sizes = [2 * d + 2 * len(FREQUENCIES), width, width, width, d]
   keys = jax.random.split(key, len(sizes) - 1)
   last = len(sizes) - 2
   return {
@@ -90,8 +92,8 @@ def apply(variables, x, sigma, tokens, pooled, guidance, dtype=jnp.float32):
   return v.reshape(x.shape)
 
 
-def roles(d: int) -> Roles:
-  return Roles(apply, "teacher", "teacher", "teacher", 1.0, jnp.array(SIGMAS), (1, 1, d))
+def roles(d: int, sigmas: tuple[float, ...] = SIGMAS) -> Roles:
+  return Roles(apply, "teacher", "teacher", "teacher", 1.0, jnp.array(sigmas), (1, 1, d))
 
 
 def frozen(problem: Problem, generator: Any = None, reward_scale: float = 1.0) -> Frozen:
@@ -150,7 +152,7 @@ def start(problem: Problem, training: Training, earlier: TrainState | None = Non
   """Fresh networks, or those of `earlier`, with empty optimizer states."""
   keys = jax.random.split(jax.random.key(training.seed), 2)
   d = problem.linear.shape[0]
-  generator, fake = (init_mlp(k, d) for k in keys)
+  generator, fake = (init_mlp(k, d, training.width) for k in keys)
   if earlier is not None:
     generator, fake = earlier.ema, earlier.fake_score
   first, second = optimizers(training)
@@ -175,7 +177,8 @@ def train_stage1(
   """AC-DMD: `fake_updates` updates of the fake score before each one of the generator."""
   first, second = optimizers(training)
   data = batch(training)
-  common = {"roles": roles(fixed.rewards["place"]["linear"].shape[0]), "config": config}
+  d = fixed.rewards["place"]["linear"].shape[0]
+  common = {"roles": roles(d, training.sigmas), "config": config}
 
   def fake(state: TrainState, key: jax.Array) -> tuple[TrainState, None]:
     step = stage1.fake_score_step(state, fixed, data, key, optimizer=second, **common)
@@ -204,7 +207,8 @@ def train_stage2(
   """RTDMD; also returns the generator's average at `snapshots` equidistant moments, stacked."""
   first, second = optimizers(training)
   data = batch(training)
-  common = {"roles": roles(fixed.rewards["place"]["linear"].shape[0]), "config": config}
+  d = fixed.rewards["place"]["linear"].shape[0]
+  common = {"roles": roles(d, training.sigmas), "config": config}
   common["policy"] = policy._replace(policy_weight=policy_weight)
 
   def update(state: TrainState, _: None) -> tuple[TrainState, None]:
@@ -229,18 +233,26 @@ def train_stage2(
   return jax.lax.scan(part, state, None, snapshots)
 
 
-@partial(jax.jit, static_argnames=("count",))
-def _path(generator: Any, fixed: Frozen, key: jax.Array, count: int) -> jax.Array:
+@partial(jax.jit, static_argnames=("count", "sigmas"))
+def _path(
+  generator: Any, fixed: Frozen, key: jax.Array, count: int, sigmas: tuple[float, ...]
+) -> jax.Array:
   d = fixed.rewards["place"]["linear"].shape[0]
   one = Conditioning(jnp.zeros((count, 1, 1)), None)
-  velocity: Callable = stage1.generator_velocity(roles(d), fixed, generator, one)
+  velocity: Callable = stage1.generator_velocity(roles(d, sigmas), fixed, generator, one)
   keys = jax.random.split(key, 2)
   noise = jax.random.normal(keys[0], (count, 1, 1, d))
-  step_noise = jax.random.normal(keys[1], (len(SIGMAS) - 1, count, 1, 1, d))
-  path = sample_rollout(velocity, noise, jnp.array(SIGMAS), step_noise, eta=DMDConfig().eta)
-  return jnp.concatenate([path.x, path.x_next[-1:]]).reshape(len(SIGMAS), count, d)
+  step_noise = jax.random.normal(keys[1], (len(sigmas) - 1, count, 1, 1, d))
+  path = sample_rollout(velocity, noise, jnp.array(sigmas), step_noise, eta=DMDConfig().eta)
+  return jnp.concatenate([path.x, path.x_next[-1:]]).reshape(len(sigmas), count, d)
 
 
-def path(generator: Any, fixed: Frozen, count: int = 10_000, seed: int = 12345) -> np.ndarray:
+def path(
+  generator: Any,
+  fixed: Frozen,
+  count: int = 10_000,
+  seed: int = 12345,
+  sigmas: tuple[float, ...] = SIGMAS,
+) -> np.ndarray:
   """Samples of the few-step generator at every level [K + 1, count, d]; empty for the teacher."""
-  return np.asarray(_path(generator, fixed, jax.random.key(seed), count), np.float64)
+  return np.asarray(_path(generator, fixed, jax.random.key(seed), count, sigmas), np.float64)
