@@ -60,6 +60,7 @@ VARIANTS = {
     "SubGRPO, M = 1": (*_POLICY_ALONE, *_ONE_STEP),
     "SubGRPO, M = 2": _POLICY_ALONE,
     "last step alone": ("policy.policy_weight=0.0",),
+    "GRPO and last step": _ALL_STEPS,
     "M = 1 and last step": _ONE_STEP,
     "M = 2 and last step": (),
     "with LoRA a ~ N(0, 1)": ("lora.init=normal",),

@@ -1,6 +1,6 @@
 """Does the algorithm reach the laws that it should? Everything here is known in closed form.
 
-  python -m benchmarks.tilt.run                     # all, about an hour on one slow CPU core
+  python -m benchmarks.tilt.run                     # all, over an hour on one slow CPU core
   python -m benchmarks.tilt.run --only=gaussian     # rewrites that section of the results
 
 Writes each row into benchmarks/tilt/results.json as soon as it is there.

@@ -76,6 +76,7 @@ def test_stored_results_hold_what_the_page_says():
   mixture, facts = results["mixture"], results["estimators"]
   rows = [r for r in mixture["stage2"] if r["method"] in ("last step only", "hybrid, KL")]
   assert len(rows) == 6 and max(r["ratio"] for r in rows) < 1 / 3
+  assert max(results["even"]["over_floor_of_sets"]) < 2
   for row in results["gaussian"]["stage2"]:
     if row["method"] != "hybrid" and row["beta"] >= 0.2 and row["fake_updates"] == 5:
       assert row["shift_error"] < 0.03 and row["covariance_error"] < 0.05
