@@ -39,7 +39,7 @@ GAUSSIAN_RUNS = [("last step only", beta, QUICK) for beta in GAUSSIAN_BETAS]
 GAUSSIAN_RUNS += [("hybrid, KL", 0.2, QUICK), ("hybrid", 0.2, QUICK)]
 GAUSSIAN_RUNS += [("last step only", beta, CAREFUL) for beta in GAUSSIAN_BETAS]
 GAUSSIAN_RUNS += [("last step only", 0.05, CAREFUL._replace(seed=seed)) for seed in (1, 2)]
-EVEN = Training(6000, fake_updates=20, width=128, sigmas=training.EVEN)
+EVEN = Training(6000, fake_updates=20, width=128, sigmas=training.EVEN_SIGMAS)
 SETS = (12345, 1, 2, 3, 4)  # seeds of the sets of 10,000 samples that a cold start is judged by
 SAMPLES = 1_000_000  # of a mean: its own error is then below 1 % of the smallest shift
 # Levels up to 0.4 in stage 2 on the mixture.

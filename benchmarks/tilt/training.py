@@ -26,7 +26,7 @@ from rtdmd_jax.state import Conditioning, Frozen, TrainState
 # known.
 MATCHING = DMDConfig(guidance_low=1.0, guidance_high=1.0, normalize=False)
 SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)  # the four steps of the tiny pipeline: even, shifted by 3
-EVEN = (1.0, 0.75, 0.5, 0.25, 0.0)
+EVEN_SIGMAS = (1.0, 0.75, 0.5, 0.25, 0.0)
 FREQUENCIES = 2.0 ** np.arange(4)
 
 
