@@ -6,7 +6,6 @@ import tiny_stage2
 def get_config():
   c = tiny_stage2.get_config()
   c.generator.learning_rate = 2e-4
-  c.ema.decay = 0.98
   c.policy.num_train_steps = 1
   c.policy.range_end = 0
   c.train.steps = 100

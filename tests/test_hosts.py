@@ -105,6 +105,7 @@ SMALL = [
   *("--config.batch.prompts=2", "--config.batch.repeats=2", "--config.eval.final_prompts=3"),
   *("--config.eval.prompts=2", "--config.eval.chunk=2", "--config.eval.preview=2"),
   *("--config.eval.teacher_steps=1", "--config.train.log_every=1", "--config.train.steps=4"),
+  "--config.ema.decay=0.9",
 ]
 
 

@@ -28,6 +28,7 @@ SMALL = [
   "--config.eval.preview=2",
   "--config.eval.teacher_steps=2",
   "--config.train.log_every=1",
+  "--config.ema.decay=0.9",  # an average that differs from its weights
 ]
 
 
