@@ -1,7 +1,8 @@
 """The convolutional autoencoder of SD3 and FLUX.1 (diffusers' `AutoencoderKL`).
 
 Parameters have diffusers' names, with `_0` where a checkpoint key has `.0`. The residual blocks of
-a level that keep its width are one stacked subtree `resnets`. Channel-last.
+a level that keep its width are one stacked subtree `resnets`; the decoder's first level begins with
+the mid block's last one, so that XLA compiles it once. Channel-last.
 """
 
 from collections.abc import Mapping
@@ -128,7 +129,10 @@ class AutoencoderKL(nn.Module):
       for levels, widths in (("encoder.down_blocks", down), ("decoder.up_blocks", up))
       for i, width in enumerate(widths)
     ]
-    return KeyTable(stacks=stacks, renames=[(r"_(\d+)(?=\.|$)", r".\1")])
+    # The mid block's last one, before block 0 of the decoder's first level.
+    stacks[len(down)] = Stack("decoder.up_blocks_0.resnets", "decoder.up_blocks.0.resnets", -1)
+    joined = (r"^decoder\.up_blocks\.0\.resnets\.-1", "decoder.mid_block.resnets.1")
+    return KeyTable(stacks=stacks, renames=[(r"_(\d+)(?=\.|$)", r".\1"), joined])
 
   def to_latents(self, z: jax.Array) -> jax.Array:
     """Maps z [B, h, w, C] to the transformer's latents; see `scale_latents`."""
@@ -216,11 +220,11 @@ class Decoder(nn.Module):
     widths = c.block_out_channels[::-1]
     settings = c, self.dtype, self.remat
     x = _conv(widths[0], 3, self.dtype, name="conv_in")(z)
-    x = MidBlock(*settings, name="mid_block")(x)
+    x = MidBlock(*settings, last=False, name="mid_block")(x)
     last = len(widths) - 1
     for i, width in enumerate(widths):
-      step = "up" if i < last else None
-      x = Level(width, c.layers_per_block + 1, step, *settings, name=f"up_blocks_{i}")(x)
+      step, layers = "up" if i < last else None, c.layers_per_block + 1 + (i == 0)
+      x = Level(width, layers, step, *settings, name=f"up_blocks_{i}")(x)
     x = nn.silu(_norm(c, self.dtype, "conv_norm_out")(x))
     return _conv(c.out_channels, 3, self.dtype, name="conv_out")(x)
 
@@ -296,11 +300,12 @@ class Resample(nn.Module):
 
 
 class MidBlock(nn.Module):
-  """Residual block, attention over all positions, residual block."""
+  """Residual block, attention over all positions, residual block if it has the `last` one."""
 
   config: VAEConfig
   dtype: Any
   remat: str = "none"
+  last: bool = True
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -310,7 +315,7 @@ class MidBlock(nn.Module):
     if self.config.mid_block_add_attention:
       attend = remat_block(MidAttention, self.remat)
       x = attend(self.config, self.dtype, name="attentions_0")(x)
-    return block(*settings, name="resnets_1")(x)[0]
+    return block(*settings, name="resnets_1")(x)[0] if self.last else x
 
 
 class MidAttention(nn.Module):

@@ -1,0 +1,80 @@
+"""Times the compilation of an image decoder and of its parts for a TPU that is not there.
+
+  python benchmarks/decoder_compile.py v6e:1x1
+
+The autoencoder of SD3 and FLUX.1, one image of 512 px, bfloat16, one device. Needs libtpu.
+Processor seconds are those of all threads.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from rtdmd_jax.aot.compile import get_devices  # noqa: E402  reachable only now
+from rtdmd_jax.models.vae import Decoder, MidAttention, ResnetBlock, VAEConfig  # noqa: E402
+
+CONFIG = VAEConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16)
+DTYPE = jnp.bfloat16
+
+
+def _convolution(width: int) -> nn.Module:
+  return nn.Conv(width, (3, 3), dtype=DTYPE)
+
+
+def _block(width: int) -> nn.Module:
+  return ResnetBlock(width, CONFIG, DTYPE)
+
+
+# Name, module, side and channels of its input.
+PARTS = (
+  ("a convolution", _convolution(512), 64, 512),
+  ("a convolution", _convolution(128), 512, 128),
+  ("attention", MidAttention(CONFIG, DTYPE), 64, 512),
+  ("residual block", _block(512), 64, 512),
+  ("residual block", _block(512), 128, 512),
+  ("residual block", _block(256), 256, 256),
+  ("residual block", _block(128), 512, 128),
+  ("the decoder", Decoder(CONFIG, DTYPE), 64, 16),
+)
+
+
+def seconds(function: Callable, *shapes) -> tuple[float, float, float]:
+  """Wall and processor seconds of a compilation, and the megabytes of code that it makes."""
+  lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",))
+  wall, processor = time.perf_counter(), time.process_time()
+  compiled = lowered.compile()
+  wall, processor = time.perf_counter() - wall, time.process_time() - processor
+  return wall, processor, compiled.memory_analysis().generated_code_size_in_bytes / 1e6
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument("topology", help="of TPUs; the first device is compiled for")
+  parser.add_argument("--only", default="", help="parts whose name begins so")
+  options = parser.parse_args()
+  on = SingleDeviceSharding(get_devices(options.topology)[1][0])
+  print("| part | input | s | of processors | code MB |\n|---|---|---|---|---|", flush=True)
+  for name, module, side, channels in PARTS:
+    if not name.startswith(options.only):
+      continue
+    x = jax.ShapeDtypeStruct((1, side, side, channels), DTYPE, sharding=on)
+    params = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, DTYPE, sharding=on),
+      jax.eval_shape(module.init, jax.random.key(0), x),
+    )
+    wall, processor, code = seconds(module.apply, params, x)
+    shape = f"{side} x {side} x {channels}"
+    print(f"| {name} | {shape} | {wall:.0f} | {processor:.0f} | {code:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+  main()
