@@ -10,16 +10,19 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import PartitionSpec
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from rtdmd_jax.aot.compile import get_devices  # noqa: E402  reachable only now
+from rtdmd_jax import sharding  # noqa: E402  reachable only now
+from rtdmd_jax.aot.compile import get_devices  # noqa: E402
+from rtdmd_jax.aot.hlo import traffic  # noqa: E402
 from rtdmd_jax.models.vae import Decoder, MidAttention, ResnetBlock, VAEConfig  # noqa: E402
 
 CONFIG = VAEConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16)
@@ -34,6 +37,7 @@ def _block(width: int) -> nn.Module:
   return ResnetBlock(width, CONFIG, DTYPE)
 
 
+HEAD = "part", "input", "s", "of processors", "code MB", "traffic GB"
 # Name, module, side and channels of its input.
 PARTS = (
   ("a convolution", _convolution(512), 64, 512),
@@ -44,16 +48,24 @@ PARTS = (
   ("residual block", _block(256), 256, 256),
   ("residual block", _block(128), 512, 128),
   ("the decoder", Decoder(CONFIG, DTYPE), 64, 16),
+  ("the decoder, forward and back", Decoder(CONFIG, DTYPE, "full"), 64, 16),
 )
 
 
-def seconds(function: Callable, *shapes) -> tuple[float, float, float]:
-  """Wall and processor seconds of a compilation, and the megabytes of code that it makes."""
+def back(function: Callable, params, x: jax.Array) -> jax.Array:
+  """The gradient by x, as a reward's is taken; a policy of the module says what is recomputed."""
+  images, pullback = jax.vjp(lambda x: function(params, x), x)
+  return pullback(images)[0]
+
+
+def cost(function: Callable, *shapes) -> tuple[float, float, float, float]:
+  """Seconds of a compilation, of all its threads, megabytes of its code, gigabytes it moves."""
   lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",))
   wall, processor = time.perf_counter(), time.process_time()
   compiled = lowered.compile()
   wall, processor = time.perf_counter() - wall, time.process_time() - processor
-  return wall, processor, compiled.memory_analysis().generated_code_size_in_bytes / 1e6
+  code = compiled.memory_analysis().generated_code_size_in_bytes
+  return wall, processor, code / 1e6, traffic(compiled.as_text()).memory / 1e9
 
 
 def main():
@@ -61,8 +73,9 @@ def main():
   parser.add_argument("topology", help="of TPUs; the first device is compiled for")
   parser.add_argument("--only", default="", help="parts whose name begins so")
   options = parser.parse_args()
-  on = SingleDeviceSharding(get_devices(options.topology)[1][0])
-  print("| part | input | s | of processors | code MB |\n|---|---|---|---|---|", flush=True)
+  mesh = sharding.make_mesh(devices=get_devices(options.topology)[1][:1])
+  on = jax.sharding.NamedSharding(mesh, PartitionSpec())
+  print("|", " | ".join(HEAD), "|\n" + "|---" * len(HEAD) + "|", flush=True)
   for name, module, side, channels in PARTS:
     if not name.startswith(options.only):
       continue
@@ -71,9 +84,11 @@ def main():
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, DTYPE, sharding=on),
       jax.eval_shape(module.init, jax.random.key(0), x),
     )
-    wall, processor, code = seconds(module.apply, params, x)
-    shape = f"{side} x {side} x {channels}"
-    print(f"| {name} | {shape} | {wall:.0f} | {processor:.0f} | {code:.1f} |", flush=True)
+    function = partial(back, module.apply) if name.endswith("back") else module.apply
+    with jax.set_mesh(mesh):
+      wall, processor, code, moved = cost(function, params, x)
+    row = name, f"{side} x {side} x {channels}", f"{wall:.0f}", f"{processor:.0f}", f"{code:.1f}"
+    print("|", " | ".join((*row, f"{moved:.2f}")), "|", flush=True)
 
 
 if __name__ == "__main__":

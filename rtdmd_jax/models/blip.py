@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from rtdmd_jax.models import score_head
 from rtdmd_jax.models.attention import attention
+from rtdmd_jax.models.convolution import convolve
 from rtdmd_jax.models.layers import Dense
 from rtdmd_jax.models.med import Med, MedConfig
 from rtdmd_jax.models.stack import stack_blocks
@@ -110,9 +111,8 @@ class PatchEmbed(nn.Module):
     """Maps [B, S, S, 3] to [B, (S / p)^2, D]."""
     c = self.config
     window = (c.patch_size, c.patch_size)
-    conv = nn.Conv(
-      c.hidden_size, window, strides=window, padding="VALID", dtype=self.dtype, name="proj"
-    )
+    settings = dict(strides=window, padding=0, dtype=self.dtype, conv_general_dilated=convolve)
+    conv = nn.Conv(c.hidden_size, window, **settings, name="proj")
     return conv(pixels).reshape(pixels.shape[0], -1, c.hidden_size)
 
 

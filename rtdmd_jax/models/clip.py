@@ -14,6 +14,7 @@ from flax import struct
 
 from rtdmd_jax.models.attention import attention
 from rtdmd_jax.models.clip_config import CLIPConfig, TextConfig, VisionConfig
+from rtdmd_jax.models.convolution import convolve
 from rtdmd_jax.models.layers import Dense
 from rtdmd_jax.models.stack import stack_blocks
 from rtdmd_jax.weights.maps import KeyTable, Stack
@@ -221,9 +222,10 @@ class VisionEmbeddings(nn.Module):
       c.hidden_size,
       (c.patch_size, c.patch_size),
       strides=c.patch_size,
-      padding="VALID",
+      padding=0,
       use_bias=False,
       dtype=self.dtype,
+      conv_general_dilated=convolve,
       name="patch_embedding",
     )(pixels)
     batch = pixels.shape[0]

@@ -1,12 +1,18 @@
-"""Convolutions whose gradients are fast on every platform."""
+"""Convolutions that are fast to compile and to differentiate on every platform."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from rtdmd_jax.sharding import platform
+
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+# A TPU's compiler writes out a convolution's passes through the matrix unit: where an image is one
+# block it takes up to ten times as long as where it is a loop over blocks (docs/hardware.md).
+_BLOCK_PRODUCTS, _MATRIX_UNIT = 2**28, 256
 
 
 @jax.custom_vjp
@@ -16,7 +22,35 @@ def same_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
   The gradient by x is the convolution with the turned kernel, written as such: inside a loop or a
   branch XLA computes jax's own form of it more than ten times as slowly on a CPU.
   """
+  rows = _block_rows(x.shape, kernel.shape) if platform() == "tpu" else x.shape[1]
+  if rows < x.shape[1]:
+    return convolve_blocks(x, kernel, rows)
   return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=_LAYOUT)
+
+
+def _block_rows(image: Sequence[int], kernel: Sequence[int]) -> int:
+  """Rows of one image to convolve at a time: all, or the most of `_BLOCK_PRODUCTS` a tap."""
+  (_, height, width, _), (size, _, *channels) = image, kernel
+  if size == 1:
+    return height
+  per_row = width * math.prod(max(n, _MATRIX_UNIT) for n in channels)
+  fitting = (n for n in range(height, 1, -1) if height % n == 0 and n * per_row <= _BLOCK_PRODUCTS)
+  return next(fitting, 1)
+
+
+def convolve_blocks(x: jax.Array, kernel: jax.Array, rows: int) -> jax.Array:
+  """`same_convolution` of `rows` rows at a time, a divisor of H, in a loop."""
+  batch, height, width, _ = x.shape
+  margin = kernel.shape[0] // 2
+  padded = jnp.pad(x, ((0, 0), (margin, margin), (0, 0), (0, 0)))
+
+  def block(first: jax.Array) -> jax.Array:
+    part = jax.lax.dynamic_slice_in_dim(padded, first, rows + 2 * margin, axis=1)
+    padding = ((0, 0), (margin, margin))
+    return jax.lax.conv_general_dilated(part, kernel, (1, 1), padding, dimension_numbers=_LAYOUT)
+
+  blocks = jax.lax.map(block, jnp.arange(0, height, rows))  # [H / rows, B, rows, W, C_out]
+  return jnp.moveaxis(blocks, 0, 1).reshape(batch, height, width, -1)
 
 
 def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -40,6 +74,18 @@ def _backward(
 same_convolution.defvjp(_forward, _backward)
 
 
+def convolve_patches(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Maps patches of x [B, H, W, C_in] by kernel [p, p, C_in, C_out] to [B, H / p, W / p, C_out].
+
+  What a convolution with stride p is, as one product: a TPU's compiler takes most of a minute for
+  that convolution's gradient by x (docs/hardware.md).
+  """
+  batch, height, width, channels = x.shape
+  size = kernel.shape[0]
+  x = x.reshape(batch, height // size, size, width // size, size, channels)
+  return jnp.einsum("bhiwjc,ijcd->bhwd", x, kernel)
+
+
 def convolve(
   x: jax.Array,
   kernel: jax.Array,
@@ -47,8 +93,11 @@ def convolve(
   padding: Sequence[tuple[int, int]],
   **options: Any,
 ) -> jax.Array:
-  """`jax.lax.conv_general_dilated`, by `same_convolution` where that is the same."""
-  same = [(size // 2, size // 2) for size in kernel.shape[:2]]
-  if tuple(strides) == (1, 1) and list(padding) == same and kernel.shape[0] % 2:
+  """`jax.lax.conv_general_dilated`, by one of the above where that is the same."""
+  window, strides, padding = kernel.shape[:2], tuple(strides), list(padding)
+  if strides == (1, 1) and padding == [(n // 2, n // 2) for n in window] and window[0] % 2:
     return same_convolution(x, kernel)
+  whole = all(side % n == 0 for side, n in zip(x.shape[1:3], window, strict=True))
+  if strides == window and padding == [(0, 0), (0, 0)] and window[0] == window[1] and whole:
+    return convolve_patches(x, kernel)
   return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
