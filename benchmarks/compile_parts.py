@@ -1,9 +1,9 @@
-"""Times the compilation of an image decoder and of its parts for a TPU that is not there.
+"""Times the compilation of an image decoder and of other parts for a TPU that is not there.
 
-  python benchmarks/decoder_compile.py v6e:1x1
+  python benchmarks/compile_parts.py v6e:1x1
 
-The autoencoder of SD3 and FLUX.1, one image of 512 px, bfloat16, one device. Needs libtpu.
-Processor seconds are those of all threads.
+The autoencoder of SD3 and FLUX.1, one image of 512 px, and the patch embedding of a ViT-H/14; in
+bfloat16, for one device. Needs libtpu. Processor seconds are those of all threads.
 """
 
 import argparse
@@ -23,39 +23,56 @@ sys.path.insert(0, str(ROOT))
 from rtdmd_jax import sharding  # noqa: E402  reachable only now
 from rtdmd_jax.aot.compile import get_devices  # noqa: E402
 from rtdmd_jax.aot.hlo import traffic  # noqa: E402
+from rtdmd_jax.models.convolution import convolve  # noqa: E402
 from rtdmd_jax.models.vae import Decoder, MidAttention, ResnetBlock, VAEConfig  # noqa: E402
 
 CONFIG = VAEConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16)
 DTYPE = jnp.bfloat16
 
 
-def _convolution(width: int) -> nn.Module:
-  return nn.Conv(width, (3, 3), dtype=DTYPE)
+def _convolution(width: int, size: int = 3, **options) -> nn.Module:
+  return nn.Conv(width, (size, size), dtype=DTYPE, **options)
+
+
+def _ours(width: int) -> nn.Module:
+  return _convolution(width, padding=1, conv_general_dilated=convolve)
 
 
 def _block(width: int) -> nn.Module:
   return ResnetBlock(width, CONFIG, DTYPE)
 
 
+_PATCHES = dict(strides=14, padding=0, use_bias=False)
 HEAD = "part", "input", "s", "of processors", "code MB", "traffic GB"
 # Name, module, side and channels of its input.
 PARTS = (
-  ("a convolution", _convolution(512), 64, 512),
-  ("a convolution", _convolution(128), 512, 128),
+  ("convolution as a whole", _convolution(512), 64, 512),
+  ("convolution in blocks", _ours(512), 64, 512),
+  ("convolution as a whole", _convolution(512), 128, 512),
+  ("convolution in blocks", _ours(512), 128, 512),
+  ("convolution as a whole", _convolution(128), 512, 128),
+  ("convolution in blocks", _ours(128), 512, 128),
   ("attention", MidAttention(CONFIG, DTYPE), 64, 512),
   ("residual block", _block(512), 64, 512),
   ("residual block", _block(512), 128, 512),
   ("residual block", _block(256), 256, 256),
   ("residual block", _block(128), 512, 128),
-  ("the decoder", Decoder(CONFIG, DTYPE), 64, 16),
-  ("the decoder, forward and back", Decoder(CONFIG, DTYPE, "full"), 64, 16),
+  ("decoder", Decoder(CONFIG, DTYPE), 64, 16),
+  ("decoder, forward and back", Decoder(CONFIG, DTYPE, "full"), 64, 16),
+  ("patches by a convolution, forward and back", _convolution(1280, 14, **_PATCHES), 224, 3),
+  (
+    "patches by a product, forward and back",
+    _convolution(1280, 14, conv_general_dilated=convolve, **_PATCHES),
+    224,
+    3,
+  ),
 )
 
 
-def back(function: Callable, params, x: jax.Array) -> jax.Array:
-  """The gradient by x, as a reward's is taken; a policy of the module says what is recomputed."""
-  images, pullback = jax.vjp(lambda x: function(params, x), x)
-  return pullback(images)[0]
+def back(function: Callable, params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The result and a gradient by x, as a reward's is taken."""
+  out, pullback = jax.vjp(lambda x: function(params, x), x)
+  return out, *pullback(out)
 
 
 def cost(function: Callable, *shapes) -> tuple[float, float, float, float]:
