@@ -29,9 +29,9 @@ from rtdmd_jax.state import Conditioning, Frozen, TrainState
 SHAPE, PROMPTS, REPEATS = (4, 4, 4), 4, 8
 MODEL = {
   "_class_name": "SD3Transformer2DModel", "sample_size": 4, "patch_size": 2, "in_channels": 4,
-  "out_channels": 4, "num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 2,
+  "out_channels": 4, "num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
   "caption_projection_dim": 32, "joint_attention_dim": 16, "pooled_projection_dim": 16,
-  "pos_embed_max_size": 4, "qk_norm": "rms_norm", "dual_attention_layers": (0,),
+  "pos_embed_max_size": 4, "qk_norm": "rms_norm",
 }  # fmt: skip
 TARGETS = ("attn.to_q", "attn.to_v", "attn.to_out.0", "attn.add_k_proj")
 

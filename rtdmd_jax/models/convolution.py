@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from rtdmd_jax.sharding import platform
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
-# A TPU's compiler writes out a convolution's passes through the matrix unit: where an image is one
-# block it takes up to ten times as long as where it is a loop over blocks (docs/hardware.md).
+# Where an image is one block, a TPU's compiler takes up to seven times as long as where it is a loop
+# over blocks (docs/hardware.md).
 _BLOCK_PRODUCTS, _MATRIX_UNIT = 2**28, 256
 
 
