@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from rtdmd_jax.sharding import platform
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
-# Where an image is one block, a TPU's compiler takes up to seven times as long as where it is a loop
-# over blocks (docs/hardware.md).
+# A TPU's compiler takes up to seven times as long for an image in one block as for a loop over
+# blocks (docs/hardware.md).
 _BLOCK_PRODUCTS, _MATRIX_UNIT = 2**28, 256
 
 
