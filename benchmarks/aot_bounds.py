@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAMS = {"stage1": ("fake_score", "generator"), "stage2": ("rollout", "fake_score", "policy")}
@@ -92,8 +93,9 @@ def digits(x: float) -> str:
   return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def compile_into(config: str, overrides: list[str], topology: str, name: str, folder: str) -> None:
-  """Traces and compiles one program; libtpu writes its texts into `folder`."""
+@contextmanager
+def traced(config: str, overrides: list[str], topology: str, name: str):
+  """A traced program and the kind of its devices, whose mesh is set meanwhile."""
   os.environ["JAX_PLATFORMS"] = "cpu"
   import jax
   from jax.sharding import NamedSharding, PartitionSpec
@@ -119,11 +121,15 @@ def compile_into(config: str, overrides: list[str], topology: str, name: str, fo
     if name in ("fake_score", "policy") and config.stage == "stage2":
       # The rollout leaves every image where it was made.
       run.known.update(aot.samples(run, lambda shapes: jax.tree.map(place, shapes)))
-    traced = aot.trace(run, name)
-    known = {"flops": traced.flops, "resident": traced.resident, "turns": traced.turns}
-    known |= {"kind": devices[0].device_kind}
-    (Path(folder) / "traced.json").write_text(json.dumps(known))
-    traced.lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+    yield aot.trace(run, name), devices[0].device_kind
+
+
+def compile_into(config: str, overrides: list[str], topology: str, name: str, folder: str) -> None:
+  """Traces and compiles one program; libtpu writes its texts into `folder`."""
+  with traced(config, overrides, topology, name) as (program, kind):
+    known = {"flops": program.flops, "resident": program.resident, "turns": program.turns}
+    (Path(folder) / "traced.json").write_text(json.dumps(known | {"kind": kind}))
+    program.lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
 
 
 def wait_for(folder: Path, child) -> tuple[str, str] | None:

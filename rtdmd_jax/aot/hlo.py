@@ -17,6 +17,7 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _COLLECTIVES = (
   "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
@@ -62,12 +63,14 @@ class Traffic:
     sent: bytes it sends, by kind of collective.
     count: how many collectives of each kind run.
     unknown_loops: loops whose number of turns the text does not tell.
+    cycles: that libtpu expects its fused operations to take; it has none of Pallas kernels.
   """
 
   memory: float
   sent: dict[str, float]
   count: dict[str, int]
   unknown_loops: int
+  cycles: int = 0
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -169,6 +172,7 @@ def _walk(all_, computation, times, unknown_turns, out, channels) -> None:
       inner = all_.get(called.get("calls"))
       _collectives(all_, ins, inner, times, out, channels)
       out.memory += times * _memory(all_, computation, ins, inner)
+      out.cycles += times * sum(map(int, _CYCLES.findall(ins.text)))
 
 
 def _most_expensive(all_, names, times, unknown_turns, out, channels) -> None:
@@ -179,6 +183,7 @@ def _most_expensive(all_, names, times, unknown_turns, out, channels) -> None:
     options.append(option)
   most = max(options, key=lambda o: o.memory + sum(o.sent.values()))
   out.memory += most.memory
+  out.cycles += most.cycles
   out.unknown_loops += most.unknown_loops
   for kind in most.count:
     out.sent[kind] += most.sent[kind]

@@ -76,6 +76,13 @@ def test_memory_is_slices_and_what_is_not_on_chip():
   assert traffic(MODULE).memory == 6 * (256 * 64 * 2 + 4 + 2 * X) + 3 * X
 
 
+def test_expected_cycles_are_those_of_all_turns():
+  said = ', backend_config={"window_config":{"estimated_cycles":"%d","iteration_bounds":["1"]}}'
+  text = MODULE.replace("calls=%slice", "calls=%slice" + said % 20)
+  text = text.replace("add(%a, %r)", "add(%a, %r)" + said % 7)
+  assert traffic(text).cycles == 6 * 20 + 7 and traffic(MODULE).cycles == 0
+
+
 def test_a_loop_without_a_constant_end_uses_the_turns_it_is_given():
   unknown = MODULE.replace("s32[]{:T(128)} constant(6)", "s32[]{:T(128)} copy(%j)")
   got = traffic(unknown, 3)
