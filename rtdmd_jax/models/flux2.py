@@ -24,6 +24,7 @@ from rtdmd_jax.models.flux_layers import (
   joint_block,
   rotary_attention,
 )
+from rtdmd_jax.models.heads import split_heads
 from rtdmd_jax.models.layers import Dense
 from rtdmd_jax.models.mmdit_layers import Modulation, TimeTextEmbed, branch, project_out
 from rtdmd_jax.models.norms import RMSNorm
@@ -225,7 +226,7 @@ class ParallelAttention(nn.Module):
     c = self.config
     fused = _dense(3 * c.width + 2 * c.hidden, self.dtype, "to_qkv_mlp_proj")(x)
     q, k, v, mlp = jnp.split(fused, [c.width, 2 * c.width, 3 * c.width], axis=-1)
-    q, k, v = (y.reshape(*y.shape[:2], c.num_attention_heads, -1) for y in (q, k, v))
+    q, k, v = (split_heads(y, c.num_attention_heads) for y in (q, k, v))
     q = RMSNorm(c.eps, self.dtype, name="norm_q")(q)
     k = RMSNorm(c.eps, self.dtype, name="norm_k")(k)
     y = jnp.concatenate([rotary_attention(q, k, v, rotary), swiglu(mlp)], axis=-1)

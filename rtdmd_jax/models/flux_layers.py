@@ -10,6 +10,7 @@ import numpy as np
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.attention import attention
+from rtdmd_jax.models.heads import join_heads
 from rtdmd_jax.models.layers import Dense
 from rtdmd_jax.models.mmdit_layers import RENAMES, branch, modulate, project_heads
 from rtdmd_jax.models.norms import layer_norm
@@ -60,8 +61,7 @@ def grid_positions(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 def rotary_attention(q: jax.Array, k: jax.Array, v: jax.Array, rotary: Rotary) -> jax.Array:
   """Attention after turning q and k; all [B, L, H, D / H], the output [B, L, D]."""
-  y = attention(rotate_pairs(q, rotary), rotate_pairs(k, rotary), v)
-  return y.reshape(*y.shape[:2], -1)
+  return join_heads(attention(rotate_pairs(q, rotary), rotate_pairs(k, rotary), v))
 
 
 class JointAttention(nn.Module):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rtdmd_jax.models.embeddings import timestep_embedding
+from rtdmd_jax.models.heads import split_heads
 from rtdmd_jax.models.layers import Dense
 from rtdmd_jax.models.norms import RMSNorm, layer_norm
 
@@ -113,7 +114,7 @@ def project_heads(
   Call inside a compact method: the layers take the given names there.
   """
   qkv = [Dense(x.shape[-1], use_bias, dtype, name=name)(x) for name in names]
-  qkv = [y.reshape(*y.shape[:2], heads, -1) for y in qkv]
+  qkv = [split_heads(y, heads) for y in qkv]
   if norms is not None:
     qkv[:2] = [RMSNorm(eps, dtype, name=n)(y) for n, y in zip(norms, qkv[:2], strict=True)]
   return qkv

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.attention import attention
 from rtdmd_jax.models.embeddings import sincos_table
+from rtdmd_jax.models.heads import join_heads
 from rtdmd_jax.models.layers import Dense
 from rtdmd_jax.models.mmdit_layers import (
   RENAMES,
@@ -283,8 +284,7 @@ class Attention(nn.Module):
       names = ("add_q_proj", "add_k_proj", "add_v_proj")
       added = self._project(context, names, ("norm_added_q", "norm_added_k"))
       q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip((q, k, v), added, strict=True))
-    y = attention(q, k, v)
-    y = y.reshape(*y.shape[:2], features)
+    y = join_heads(attention(q, k, v))
     x_out = Dense(features, dtype=self.dtype, name="to_out_0")(y[:, :n])
     if not self.text_out:
       return x_out, None
