@@ -225,16 +225,7 @@ def test_numbers_that_are_not_finite_end_the_run(tmp_path, capsys):
   assert seen.err.count("\n") == 1
 
 
-@pytest.fixture
-def compile_quickly():
-  name = "jax_disable_most_optimizations"
-  jax.config.update(name, True)
-  yield
-  jax.config.update(name, os.environ[name.upper()] == "1")
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("compile_quickly")
 def test_debug_mode_names_the_line_of_the_first_nan(tmp_path, capsys):
   overrides = [*SMALL, "--config.train.check_numbers=True", "--config.train.steps=1"]
   assert _run(tmp_path / "good", *overrides, config="tiny_stage1.py") == 0
