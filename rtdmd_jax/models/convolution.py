@@ -1,6 +1,5 @@
 """Convolutions that are fast to compile and to differentiate on every platform."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +9,9 @@ import jax.numpy as jnp
 from rtdmd_jax.sharding import platform
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
-# A TPU's compiler takes up to seven times as long for an image in one block as for a loop over
-# blocks (docs/hardware.md).
-_BLOCK_PRODUCTS, _MATRIX_UNIT = 2**28, 256
+# A TPU's compiler takes seven times as long for an image of few pixels and many channels as for a
+# loop over blocks of its rows. Others would save little in blocks and run longer (docs/hardware.md).
+_FEW_ROWS, _MANY_CHANNELS, _BLOCK = 64, 512, 16
 
 
 @jax.custom_vjp
@@ -22,20 +21,15 @@ def same_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
   The gradient by x is the convolution with the turned kernel, written as such: inside a loop or a
   branch XLA computes jax's own form of it more than ten times as slowly on a CPU.
   """
-  rows = _block_rows(x.shape, kernel.shape) if platform() == "tpu" else x.shape[1]
-  if rows < x.shape[1]:
-    return convolve_blocks(x, kernel, rows)
+  if platform() == "tpu" and _slow_to_compile(x.shape, kernel.shape):
+    return convolve_blocks(x, kernel, _BLOCK)
   return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=_LAYOUT)
 
 
-def _block_rows(image: Sequence[int], kernel: Sequence[int]) -> int:
-  """Rows of one image to convolve at a time: all, or the most of `_BLOCK_PRODUCTS` a tap."""
-  (_, height, width, _), (size, _, *channels) = image, kernel
-  if size == 1:
-    return height
-  per_row = width * math.prod(max(n, _MATRIX_UNIT) for n in channels)
-  fitting = (n for n in range(height, 1, -1) if height % n == 0 and n * per_row <= _BLOCK_PRODUCTS)
-  return next(fitting, 1)
+def _slow_to_compile(image: Sequence[int], kernel: Sequence[int]) -> bool:
+  (_, height, _, _), (size, _, *channels) = image, kernel
+  few = _BLOCK < height <= _FEW_ROWS and height % _BLOCK == 0
+  return size > 1 and few and min(channels) >= _MANY_CHANNELS
 
 
 def convolve_blocks(x: jax.Array, kernel: jax.Array, rows: int) -> jax.Array:
