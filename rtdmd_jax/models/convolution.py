@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from rtdmd_jax.sharding import platform
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
-# A TPU's compiler takes seven times as long for an image of few pixels and many channels as for a
-# loop over blocks of its rows. Others would save little in blocks and run longer (docs/hardware.md).
+# A TPU's compiler takes seven times as long for few pixels of many channels as for a loop over
+# blocks of their rows. Others would save little in blocks and run longer (docs/hardware.md).
 _FEW_ROWS, _MANY_CHANNELS, _BLOCK = 64, 512, 16
 
 
