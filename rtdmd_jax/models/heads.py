@@ -31,6 +31,6 @@ def _by_tiles(length: int, width: int) -> bool:
   """Whether to move whole tiles; the numbers are those of a plain reshape.
 
   Kernels of attention want [B, H, L, D] in memory. For a plain reshape a TPU's compiler transposes
-  everything twice, with the features of a token scattered in between; of tiles it is one copy.
+  everything twice, to the tokens of a feature side by side and back; of tiles it is one copy.
   """
   return sharding.platform() == "tpu" and length % _ROWS == 0 and width % _LANES == 0
