@@ -5,10 +5,11 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -307,14 +308,16 @@ def _cost(run: Run, name: str, device: Chip) -> tuple[Cost, Any]:
   ), compiled
 
 
-def compile_to_text(lowered: Any) -> tuple[Any, str]:
+def compile_to_text(
+  lowered: Any, options: Mapping[str, str | bool] = MappingProxyType({})
+) -> tuple[Any, str]:
   """A compiled program and the text of its HLO.
 
   jaxlib cannot read back some asynchronous operations of a libtpu newer than itself; then the text
   is the one that libtpu itself writes.
   """
   with tempfile.TemporaryDirectory() as folder:
-    compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+    compiled = lowered.compile({**options, "xla_dump_to": folder, "xla_dump_hlo_as_text": True})
     try:
       return compiled, compiled.as_text()
     except jax.errors.JaxRuntimeError:
