@@ -47,11 +47,18 @@ def main() -> None:
 
 
 def shorten(blocks: int) -> None:
-  """Gives every published transformer `blocks` blocks of each kind."""
+  """Gives every published transformer `blocks` blocks of each kind; of SD3's last there is one."""
   for files in PUBLISHED.values():
-    if "transformer" in files:
-      single = {"num_single_layers": blocks} if "Flux" in files[""]["_class_name"] else {}
-      files["transformer"] = {**files["transformer"], "num_layers": blocks, **single}
+    if "transformer" not in files:
+      continue
+    known = files["transformer"]
+    if "Flux" in files[""]["_class_name"]:
+      depth = {"num_layers": blocks, "num_single_layers": blocks}
+    elif "dual_attention_layers" in known:
+      depth = {"num_layers": 2 * blocks + 1, "dual_attention_layers": tuple(range(blocks))}
+    else:
+      depth = {"num_layers": blocks + 1}
+    files["transformer"] = known | depth
 
 
 def measure(program, options: dict[str, str]) -> tuple[str, ...]:
