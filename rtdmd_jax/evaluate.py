@@ -179,6 +179,7 @@ def score(
 
 def main(call: cli.Invocation) -> None:
   """Draws, scores and compares what the command line asks for."""
+  call.expect("evaluation")
   config, workdir = call.config, call.workdir
   check_config(config)
   sets = prompt_sets(config)
@@ -190,6 +191,7 @@ def main(call: cli.Invocation) -> None:
     raise UserError(f"systems are {', '.join(names) or '(none)'}; give at least one, once each.")
   for name in own:
     settings(config, name)
+  cli.make_folder(workdir, "--workdir")
   scorers = rewards_by_set(config)
   sets = {name: sets[name] for name in scorers}
   with jax.set_mesh(sharding.make_mesh()):

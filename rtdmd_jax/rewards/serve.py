@@ -112,8 +112,8 @@ def _options(call: cli.Invocation) -> dict[str, dict]:
       )
     options[name][key] = _literal(value)
   for name in options:
-    # What concerns the training alone.
-    for key in ("weight", "backpropagate", "max_failed"):
+    # What concerns the training or the evaluation alone.
+    for key in ("weight", "backpropagate", "max_failed", "prompts", "held_out"):
       options[name].pop(key, None)
   return options
 
@@ -127,4 +127,4 @@ def _literal(text: str) -> object:
 
 
 if __name__ == "__main__":
-  sys.exit(cli.run(main, define_flags=define_flags))
+  sys.exit(cli.run(main, define_flags=define_flags, shared=("config",)))
