@@ -87,4 +87,4 @@ def test_the_tool_writes_what_training_reads(tmp_path, capsys):
   assert [p.record for p in test] == json.loads(json.dumps(geneval.test_records()))
   (tmp_path / "file").write_text("")
   assert _tool(f"--out={tmp_path / 'file'}") == 2
-  assert "cannot be written" in capsys.readouterr().err
+  assert "no folder can be made" in capsys.readouterr().err
