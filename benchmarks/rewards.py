@@ -43,7 +43,7 @@ CLIP_H = {
   "full": files.Sizes((1024, 16, 24), (1280, 16, 32), 14, 224, 77, 1024),
 }
 BLIP = {  # image encoder, and the text encoder as (width, heads, layers)
-  "tiny": (BlipVisionConfig(48, 2, 3, files.SIDE, 8), (64, 4, 2)),
+  "tiny": (BlipVisionConfig(64, 2, 1, files.SIDE, 8), (64, 4, 2)),
   "small": (BlipVisionConfig(256, 6, 4, 112, 16), (192, 3, 3)),
   "full": (BlipVisionConfig(), (768, 12, 12)),
 }
@@ -113,7 +113,7 @@ def imagereward(size, directory):
     ids = torch.tensor(ids).long()
     return model(ids, (ids != 0).long(), pillow(images, vision.image_size))
 
-  options = {"weights": directory / "ImageReward.pt", "tokenizer": directory, "vision": vision}
+  options = {"weights": directory / "ImageReward.pt", "tokenizer": directory}
   return options, reference
 
 

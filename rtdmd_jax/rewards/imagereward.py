@@ -1,7 +1,8 @@
 """ImageReward: BLIP reading the prompt before the image (arXiv 2304.05977), differentiable."""
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,8 @@ _MEAN = 0.16717362830052426
 _STD = 1.0333394966054072
 _LENGTH = 35
 _PAD = 0
-_LARGE = BlipVisionConfig()
+# Channels of an attention head of every ViT that BLIP was published with.
+_HEAD = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,6 @@ class ImageReward:
     tokenizer: str | os.PathLike,
     dtype: Any = jnp.float32,
     *,
-    vision: BlipVisionConfig = _LARGE,
     compat: bool = False,
   ) -> "ImageReward":
     """Loads `ImageReward.pt` of `THUDM/ImageReward`.
@@ -63,7 +64,6 @@ class ImageReward:
       weights: the published file, with med_config.json beside it.
       tokenizer: directory of `bert-base-uncased` (vocab.txt or tokenizer.json).
       dtype: type of the encoders' computation and parameters; resizing and head are float32.
-      vision: sizes of the image encoder, which no file tells.
       compat: scores are Pillow's on 8-bit images, to the rounding, and gradients go through a
         cubic resize without antialiasing straight to a square, as in RTDMD's released code.
 
@@ -71,18 +71,20 @@ class ImageReward:
       UserError: missing or broken files, or files that do not fit together.
     """
     text = MedConfig.from_dict(read_config(Path(weights).parent, "med_config.json"))
-    module = ImageRewardNet(vision, text, dtype)
     words = load_bert_tokenizer(tokenizer)
     if len(words) > text.vocab_size:
       raise UserError(
         f"{tokenizer} has {len(words)} tokens with BLIP's, but vocab_size in med_config.json beside"
         f" {weights} is {text.vocab_size}; give bert-base-uncased."
       )
+    tensors = read_state_dict(weights)
+    vision = _vision_config(tensors, weights)
+    module = ImageRewardNet(vision, text, dtype)
     ids, side = jnp.zeros((1, _LENGTH), jnp.int32), vision.image_size
     inputs = ids, ids > 0, jnp.zeros((1, side, side, 3))
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     load = partial(params_from_tensors, source=weights, dtype=dtype, ignore=IGNORED_KEYS)
-    params = load(read_state_dict(weights), shapes, TABLE)
+    params = load(tensors, shapes, TABLE)
     own = ClipTransform(side, side, CLIP_MEAN, CLIP_STD, "bicubic")
     if not compat:
       return cls(module, own, own, words, params)
@@ -121,6 +123,21 @@ class ImageReward:
       raise ValueError(f"{ids.shape[0]} prompts for {pixels.shape[0]} images")
     raw = self.module.apply({"params": params}, ids, ids != _PAD, pixels)
     return (raw - _MEAN) / _STD
+
+
+def _vision_config(
+  tensors: Mapping[str, np.ndarray], source: str | os.PathLike
+) -> BlipVisionConfig:
+  """Sizes of the image encoder, which its tensors alone tell; heads have 64 channels as in ViT."""
+  prefix = "blip.visual_encoder."
+  try:
+    width, _, patch, _ = tensors[f"{prefix}patch_embed.proj.weight"].shape
+    positions = tensors[f"{prefix}pos_embed"].shape[1]
+  except (KeyError, ValueError) as error:
+    raise UserError(f"{source} has no image encoder of BLIP; give ImageReward.pt.") from error
+  blocks = {key.split(".")[3] for key in tensors if key.startswith(f"{prefix}blocks.")}
+  side = math.isqrt(positions - 1) * patch
+  return BlipVisionConfig(width, len(blocks), max(1, width // _HEAD), side, patch)
 
 
 def load_bert_tokenizer(directory: str | os.PathLike) -> Any:

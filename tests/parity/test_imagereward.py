@@ -23,7 +23,7 @@ pytestmark = pytest.mark.parity
 nn = torch.nn
 SIDE = files.SIDE
 VISION = BlipVisionConfig(
-  hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=SIDE, patch_size=8
+  hidden_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=8
 )
 PROMPTS = ["a red cube", "two blue cubes left of a red one, " * 5, "cube"]
 
@@ -35,9 +35,7 @@ def pretrained(tmp_path_factory):
 
 
 def _load(directory, **options):
-  return ImageReward.from_pretrained(
-    directory / "ImageReward.pt", directory, vision=VISION, **options
-  )
+  return ImageReward.from_pretrained(directory / "ImageReward.pt", directory, **options)
 
 
 def _score(model, reward, pixels):
@@ -116,7 +114,7 @@ def test_tokens_equal_berts(pretrained):
 def test_mismatched_files_are_refused(pretrained, tmp_path):
   directory, model = pretrained
   with pytest.raises(UserError, match="no tokenizer.json or vocab.txt"):
-    ImageReward.from_pretrained(directory / "ImageReward.pt", tmp_path, vision=VISION)
+    ImageReward.from_pretrained(directory / "ImageReward.pt", tmp_path)
   settings = json.loads((directory / "med_config.json").read_text())
   for change, message in (
     (dict(vocab_size=20), "vocab_size .* is 20"),
@@ -125,13 +123,13 @@ def test_mismatched_files_are_refused(pretrained, tmp_path):
   ):
     (tmp_path / "med_config.json").write_text(json.dumps(settings | change))
     with pytest.raises(UserError, match=message):
-      ImageReward.from_pretrained(tmp_path / "ImageReward.pt", directory, vision=VISION)
+      ImageReward.from_pretrained(tmp_path / "ImageReward.pt", directory)
   (tmp_path / "med_config.json").write_text(json.dumps(settings))
   tensors = model.published()
   del tensors["mlp.layers.7.bias"]
   torch.save(tensors, tmp_path / "ImageReward.pt")
   with pytest.raises(UserError, match=r"lacks key mlp\.layers\.7\.bias"):
-    ImageReward.from_pretrained(tmp_path / "ImageReward.pt", directory, vision=VISION)
+    ImageReward.from_pretrained(tmp_path / "ImageReward.pt", directory)
 
 
 def test_published_size():
