@@ -134,6 +134,8 @@ def test_another_tools_configuration_names_that_tool(tool, purpose, mistake, tmp
 @pytest.mark.parametrize("tool", TAKES)
 @pytest.mark.parametrize("kind", FILES)
 def test_a_bad_configuration_file(tool, kind, mistake, tmp_path):
+  if (tool, kind) == ("rtdmd_jax.aot", "no keys"):
+    pytest.skip("it needs a process in which jax has not looked for devices")
   text, said = FILES[kind]
   (tmp_path / "mine.py").write_text(text)
   own = [word for word in COMMANDS[tool][0] if not word.startswith("--config")]

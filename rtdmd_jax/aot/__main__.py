@@ -38,6 +38,9 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(call: cli.Invocation) -> None:
   """Exits with `DOES_NOT_FIT` if a program does not fit."""
   call.expect("training")
+  out = None if call.flags.json is None else Path(call.flags.json)
+  if out is not None:
+    _check_writable(out)
   os.environ.setdefault("JAX_PLATFORMS", "cpu")  # jax would look for a device
   import jax
 
@@ -47,9 +50,6 @@ def main(call: cli.Invocation) -> None:
   if found := gpus(call.flags.topology):
     jax.config.update("jax_num_cpu_devices", found[1])
   jax.config.update("jax_disable_most_optimizations", False)
-  out = None if call.flags.json is None else Path(call.flags.json)
-  if out is not None:
-    _check_writable(out)
   report = measure(call.config, call.flags.topology, call.flags.only, done=_announce)
   print("\n".join(lines(report)))
   if out is not None:
