@@ -162,7 +162,7 @@ def evaluation(name: str) -> config_dict.ConfigDict:
   c.systems.base = dict(few_step=False, steps=50, guidance=family.guidance, loras=())
   c.systems.cold_start = dict(**few, loras=lora("stage1"))
   c.systems.result = dict(**few, loras=lora("stage2"))
-  c.rewards = config_dict.ConfigDict()
+  c.rewards = config_dict.ConfigDict(allow_dotted_keys=True)
   for reward, prompts in HELD_OUT.items():
     c.rewards[reward] = _reward(reward, prompts=prompts)
   return c
