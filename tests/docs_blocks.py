@@ -75,6 +75,8 @@ def appended(argv: list[str]) -> list[str]:
   config, keys = load_config(spec), {}
   if name == "rtdmd_jax.main":
     keys = _SMALLER[config.stage] | ({} if "tiny" in spec else _REAL)
+    if any(word.startswith("--config.train.profile_steps=") for word in argv):
+      keys |= {"train.profile_steps": 1}
     if "geneval" in config.get("rewards", {}) and "url" in config.rewards.geneval:
       keys |= {"rewards.geneval.url": os.environ[GENEVAL_URL]}
   elif name == "rtdmd_jax.sample" and "tiny" not in spec:
