@@ -274,12 +274,16 @@ def policy_config(config: Any) -> PolicyConfig:
   """The typed form of `config.policy`.
 
   Raises:
-    UserError: too few steps to choose from, a batch.decode_chunk that does not divide a device's
-      images, or see `micro_batches`.
+    UserError: no reward, too few steps to choose from, a batch.decode_chunk that does not divide a
+      device's images, or see `micro_batches`.
   """
+  if not config.rewards:
+    raise UserError("stage 2 trains on rewards, but the configuration has none below rewards.")
   policy = PolicyConfig(
     **config.policy, micro_batches=micro_batches(config), decode_parts=_decode_parts(config)
   )
+  # A group of one has no spread: its advantage is taken over the batch, as the published code does.
+  policy = policy._replace(per_prompt=policy.per_prompt and config.batch.repeats > 1)
   last = len(config.dmd.steps) - 2
   if not 0 <= policy.range_start <= policy.range_end <= last:
     raise UserError(

@@ -39,8 +39,9 @@ def guarded_update(
 
   Returns:
     The new parameters and optimizer state (the old ones if any gradient entry is not finite), and
-    the metrics `grad_norm` (before clipping), `skipped` (1 if the update was not applied) and
-    `finite` ([leaves] bool, in the order of the tree: which gradients are).
+    the metrics `grad_norm` (before clipping), `update_norm` (of the change to the parameters),
+    `skipped` (1 if the update was not applied) and `finite` ([leaves] bool, in the order of the
+    tree: which gradients are).
   """
   norm = optax.global_norm(grads)
   finite = jnp.isfinite(norm)
@@ -57,6 +58,7 @@ def guarded_update(
     jax.tree.map(keep, new_opt_state, opt_state),
     {
       "grad_norm": norm,
+      "update_norm": jnp.where(finite, optax.global_norm(updates), 0.0),
       "skipped": 1.0 - finite.astype(jnp.float32),
       "finite": jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]),
     },

@@ -313,6 +313,7 @@ def _restore(saved: Checkpoints, state: TrainState, record: dict, allow: bool) -
     for line in check_weights(f"step {state.step}", old["weights"], record["weights"], allow=allow):
       print(f"changed since the last start: {line}")
   print(f"resuming after step {int(state.step)}")
+  record["updates"] = old.get("updates", {})
   return state
 
 
@@ -357,8 +358,9 @@ def _loop(
   start, last = int(state.step), config.train.steps
   writer = _writer(config, start, record, workdir)
   samples, logged = config.batch.prompts * config.batch.repeats, start
-  skips, agreed = Skips(config.train.max_skipped, state), hosts.Agreement()
-  counted = 0.0
+  skips = Skips(config.train.max_skipped, state, record.pop("updates", {}))
+  agreed = hosts.Agreement()
+  counted, recent = 0.0, {}
   shown = Progress(
     last,
     start_step=start,
@@ -377,9 +379,10 @@ def _loop(
         state, metrics = step_fn(state, batch, prompts, number)
         done = number + 1
         skips.follow(done, metrics)
+        recent |= metrics  # a network's last values, although it is not updated in every step
         if done % config.train.log_every == 0 or done == last:
           skips.look()
-          values = scalars(metrics) | skips.totals()
+          values, recent = scalars(recent) | skips.totals(), {}
           writer.scalars(done, values)
           progress.update(done, (done - logged) * samples, values, meter.tflop - counted)
           logged, counted = done, meter.tflop
@@ -388,12 +391,14 @@ def _loop(
           evaluate(config, setup, evaluator, state, done, writer, workdir)
           leaving = agreed(stop.number)
         if leaving or done % config.train.save_every == 0 or done == last:
-          saved.save(done, state, record)
+          skips.look()
+          saved.save(done, state, record | {"updates": skips.counts()})
         if leaving:
           saved.wait()
           stop.share(leaving)
           stop.stop(f"checkpoint {done} is saved; the same command goes on from it")
       stop.share(max(hosts.gather(stop.number)))
+      skips.finish()
   return state
 
 

@@ -130,16 +130,47 @@ def test_policy_gradient_raises_the_log_probability_of_the_better_sample():
   assert gain[:, 0].mean() > gain[:, 1:].mean()
 
 
-def test_groups_without_spread_have_no_weight_and_no_spread_at_all_no_gradient():
+def test_groups_without_spread_have_no_weight_and_no_spread_at_all_no_policy_gradient():
   flat = {"bright": jnp.zeros(12), "host": jnp.zeros(12)}
-  state, _, new, metrics, _ = _run(PolicyConfig(), flat)
+  state, _, new, metrics, _ = _run(PolicyConfig(dm_weight=0.0, reward_weight=0.0), flat)
   assert float(metrics["samples/kept"]) == 0
-  assert float(metrics["generator/grad_norm"]) == 0
+  assert float(metrics["generator/grad_norm"]) == float(metrics["generator/update_norm"]) == 0
   _same(state.generator, new.generator, 0)
   # One live group of three: its samples count three times as much, the others not at all.
   live = flat | {"host": jnp.zeros(12).at[0].set(1.0)}
   *_, metrics, _ = _run(PolicyConfig(), live)
   assert float(metrics["samples/kept"]) == pytest.approx(1 / 3)
+
+
+def test_without_any_signal_matching_and_back_propagation_train_on_all_samples():
+  flat = {"bright": jnp.full(12, 0.3), "host": jnp.zeros(12)}
+  other = PolicyConfig(policy_weight=0.0)  # what is left of the update without the policy term
+  spread = flat | {"host": jnp.tile(jnp.array([0.0, 1.0]), 6)}
+  state, _, new, metrics, _ = _run(PolicyConfig(), flat)
+  assert float(metrics["samples/kept"]) == 0 and float(metrics["loss/policy"]) == 0
+  assert float(metrics["generator/update_norm"]) > 0
+  _, _, want, _, _ = _run(other, spread, state=state)
+  _same(new.generator, want.generator, 1e-6)
+
+
+def test_the_largest_drift_of_all_micro_batches_is_reported():
+  _, samples, *_ = _run(PolicyConfig())
+  moved = samples.replace(log_prob=samples.log_prob.at[:, 4].add(-0.1))
+  rewards = samples.rewards | toy.host_rewards(12)
+  for parts in (1, 12):
+    update = _programs(PolicyConfig(micro_batches=parts))[1]
+    _, metrics = update(toy.state()[0], toy.frozen(), toy.batch(), moved, rewards, KEY)
+    assert float(metrics["ratio/drift"]) == pytest.approx(np.expm1(0.1), rel=1e-4)
+
+
+def test_absurd_rewards_count_as_failed_and_leave_the_means_alone():
+  rewards = {"bright": jnp.linspace(0, 1, 12), "host": jnp.linspace(1, 0, 12)}
+  for absurd in (jnp.inf, 1e30):
+    wrong = rewards | {"host": rewards["host"].at[2].set(absurd)}
+    _, _, new, metrics, _ = _run(PolicyConfig(), wrong)
+    _, _, want, _, _ = _run(PolicyConfig(), rewards | {"host": rewards["host"].at[2].set(jnp.nan)})
+    assert int(metrics["reward_failed/host"]) == 1 and 0 < float(metrics["reward/host"]) < 1
+    _same(new.generator, want.generator, 0)
 
 
 def test_a_failed_sample_is_left_out():
