@@ -53,6 +53,7 @@ def base() -> config_dict.ConfigDict:
   c.data = config_dict.ConfigDict()
   c.data.prompts = ""
   c.data.held_out = ""
+  c.data.cache_gb = 1.0  # of host memory for encodings of prompts, the last used ones
 
   c.dmd = config_dict.ConfigDict()
   c.dmd.steps = (1000, 750, 500, 250)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rtdmd_jax.data import PromptCache
+from rtdmd_jax.data import PromptCache, encoding_chunk
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.hosts import together
 from rtdmd_jax.models import Transformer, build_transformer, load_base
@@ -125,7 +125,11 @@ def _load(config: Any) -> Setup:
     frozen,
     scoring,
     make(host, options=options) if host else None,
-    PromptCache(_encoder(pipeline, models)),
+    PromptCache(
+      _encoder(pipeline, models),
+      chunk=encoding_chunk(config.batch.prompts),
+      max_bytes=config.data.cache_gb * 1e9,
+    ),
     None,
     prompts,
     held_out,

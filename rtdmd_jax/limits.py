@@ -35,6 +35,7 @@ _RULES: dict[str, Rule] = {
   "lora.init": (lambda v: v in INITS, f"one of {', '.join(INITS)}"),
   "lora.dtype": (lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
   "lora.targets": (len, "at least one name"),
+  "data.cache_gb": _NOT_NEGATIVE,
   "dmd.steps": _LEVELS,
   "dmd.eta": _FRACTION,
   "ema.decay": _FRACTION,

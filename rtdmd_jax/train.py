@@ -54,7 +54,7 @@ from rtdmd_jax.wandb_log import WandbRun, import_wandb
 
 # A resumed run must agree with itself in these sections.
 FIXED = (
-  *("stage", "seed", "lora", "load", "data", "dmd", "policy", "rewards"),
+  *("stage", "seed", "lora", "load", "data.prompts", "data.held_out", "dmd", "policy", "rewards"),
   # Not batch.micro_batches, model.remat and model.attention, which only save memory.
   *("batch.prompts", "batch.repeats", "train.fake_update_ratio"),
   *(f"model.{key}" for key in ("pretrained", "image_size", "dtype", "base_storage")),

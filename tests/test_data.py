@@ -1,7 +1,8 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax.data import PromptCache, make_batch
+from rtdmd_jax.data import PromptCache, encoding_chunk, make_batch
 from rtdmd_jax.prompts import Prompt
 from rtdmd_jax.state import Conditioning
 
@@ -22,6 +23,32 @@ def test_every_prompt_is_encoded_once_in_chunks_of_one_size():
   np.testing.assert_array_equal(first["conditioning"].tokens[:, 0, 0], [1, 2, 3, 1])
   cache(["ccc", "bb"])
   assert calls == [["a", "bb"], ["ccc", "ccc"]]
+
+
+def test_what_is_kept_is_bounded_and_the_last_used():
+  calls = []
+  size = sum(np.asarray(a).nbytes for a in jax.tree.leaves(_encode([])(["a"])))
+  cache = PromptCache(_encode(calls), chunk=1, max_bytes=2 * size)
+  calls.clear()
+  for prompt in ("a", "b", "a", "c", "a", "b"):
+    np.testing.assert_array_equal(cache([prompt])["reward_text"]["r"], [[len(prompt)]])
+  assert [call[0] for call in calls] == ["a", "b", "c", "b"]  # "c" took the place of "b"
+  nothing = PromptCache(_encode(calls), chunk=1, max_bytes=0)
+  calls.clear()
+  for _ in range(2):
+    nothing(["a"])
+  assert len(calls) == 2
+
+
+def test_encodings_keep_their_types_and_hold_no_more_than_themselves():
+  encode = lambda prompts: {"x": jnp.ones((len(prompts), 3), jnp.bfloat16)}  # noqa: E731
+  cache = PromptCache(encode, chunk=4)
+  assert cache(["a", "b"])["x"].dtype == jnp.bfloat16
+  assert all(row["x"].base is None for row in cache._rows.values())
+
+
+def test_chunks_fit_the_batch():
+  assert [encoding_chunk(n) for n in (2, 32, 48, 64, 72)] == [2, 32, 24, 32, 24]
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
