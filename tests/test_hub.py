@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hub_cache
 import huggingface_hub
 import pytest
+from hub_cache import COMMIT, OTHER, cache
 from huggingface_hub import constants, errors
 
 from rtdmd_jax import downloads, hub
@@ -16,7 +18,6 @@ from rtdmd_jax.hub import Repository, find, find_file, local_path
 from rtdmd_jax.hub_files import patterns
 
 SD35 = "stabilityai/stable-diffusion-3.5-medium"
-COMMIT, OTHER = "a" * 40, "b" * 40
 PIPELINE = {
   "_class_name": "StableDiffusion3Pipeline",
   "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -46,25 +47,8 @@ WHOLE = {
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path, monkeypatch):
-  """An empty working directory, an empty cache, and a hub that must not be asked."""
-  (tmp_path / "here").mkdir()
-  monkeypatch.chdir(tmp_path / "here")
-  monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home/hub"))
+  hub_cache.use(monkeypatch, tmp_path)
   return tmp_path
-
-
-def cache(machine, repository, files, commit=COMMIT, revision="main"):
-  """Lays a copy out as the hub's client does: links to blobs below the commit, and a reference."""
-  folder = machine / "home/hub" / f"models--{repository.replace('/', '--')}"
-  (folder / "blobs").mkdir(parents=True, exist_ok=True)
-  (folder / "refs").mkdir(exist_ok=True)
-  (folder / "refs" / revision).write_text(commit)
-  for number, (name, text) in enumerate(files.items()):
-    blob, file = folder / f"blobs/{commit[:1]}{number}", folder / "snapshots" / commit / name
-    blob.write_text(text)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.symlink_to(os.path.relpath(blob, file.parent))
-  return folder / "snapshots" / commit
 
 
 @pytest.mark.parametrize(
@@ -275,7 +259,7 @@ def test_the_environment_of_the_hub_counts(machine):
   code = "from rtdmd_jax.hub import local_path; print(local_path('org/name/f.json'))"
   root = str(Path(hub.__file__).parents[1])
   env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-  env |= {"HF_HOME": str(machine / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
+  env |= {"HF_HOME": str(machine), "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}
   done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
   assert done.stdout.strip() == str(found / "f.json"), done.stderr
 
