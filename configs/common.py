@@ -9,8 +9,9 @@ def base() -> config_dict.ConfigDict:
   c.seed = 42
 
   c.model = config_dict.ConfigDict()
-  c.model.pretrained = ""  # a diffusers directory
-  # A role's own transformer (a diffusers directory or file); empty: that of `pretrained`.
+  # A diffusers directory, or a repository of Hugging Face's hub as org/name[@revision].
+  c.model.pretrained = ""
+  # A role's own transformer (likewise, or a file); empty: that of `pretrained`.
   c.model.generator_init = ""
   c.model.fake_score_init = ""
   c.model.teacher_init = ""

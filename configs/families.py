@@ -1,7 +1,8 @@
 """What differs between the five published backbones, and the configs of each stage.
 
-Checkpoint directories and prompt sets are looked for below `checkpoints/` and `prompts/`; override
-the paths on the command line. docs/backbones.md lists where each comes from.
+Models are repositories of Hugging Face's hub, which are looked for below `checkpoints/` and in the
+hub's cache before they are downloaded; prompt sets lie below `prompts/`. docs/backbones.md and
+docs/data.md list where each comes from.
 """
 
 from typing import NamedTuple
@@ -9,7 +10,6 @@ from typing import NamedTuple
 import common
 from ml_collections import config_dict
 
-CHECKPOINTS = "checkpoints"
 PROMPTS = "prompts"
 _KLEIN_TARGETS = (
   "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
@@ -37,19 +37,23 @@ class Family(NamedTuple):
 
 FAMILIES = {
   "sd3": Family(
-    "stable-diffusion-3-medium-diffusers", 7.0, image_size=1024, prompts=32, repeats=16,
+    "stabilityai/stable-diffusion-3-medium-diffusers", 7.0, image_size=1024, prompts=32, repeats=16,
     stage2_micro_batches=16,
   ),
-  "sd35": Family("stable-diffusion-3.5-medium", 4.5, prompts=48, stage2_micro_batches=16),
+  "sd35": Family(
+    "stabilityai/stable-diffusion-3.5-medium", 4.5, prompts=48, stage2_micro_batches=16
+  ),
   "flux1": Family(
-    "FLUX.1-dev", 3.5, stage2_fake_rate=1e-6, stage2_consistency=False, stage2_save_every=50
+    "black-forest-labs/FLUX.1-dev", 3.5, stage2_fake_rate=1e-6, stage2_consistency=False,
+    stage2_save_every=50,
   ),
   "flux2": Family(
-    "FLUX.2-klein-base-4B", 4.0, "FLUX.2-klein-4B", _KLEIN_TARGETS, 1e-6, 1e-6
+    "black-forest-labs/FLUX.2-klein-base-4B", 4.0, "black-forest-labs/FLUX.2-klein-4B",
+    _KLEIN_TARGETS, 1e-6, 1e-6,
   ),
   "flux2_9b": Family(
-    "FLUX.2-klein-base-9B", 4.0, "FLUX.2-klein-9B", _KLEIN_TARGETS, 1e-6, 1e-6,
-    stage2_consistency=False, stage2_save_every=50,
+    "black-forest-labs/FLUX.2-klein-base-9B", 4.0, "black-forest-labs/FLUX.2-klein-9B",
+    _KLEIN_TARGETS, 1e-6, 1e-6, stage2_consistency=False, stage2_save_every=50,
   ),
 }  # fmt: skip
 
@@ -95,7 +99,7 @@ def infer(name: str) -> config_dict.ConfigDict:
   """Four steps at 1024 px with the adapters of both stages."""
   family = FAMILIES[name]
   c = config_dict.ConfigDict()
-  c.pipeline = f"{CHECKPOINTS}/{family.generator_init or family.pretrained}"
+  c.pipeline = family.generator_init or family.pretrained
   c.dtype = "bfloat16"
   c.height = c.width = 1024
   c.few_step = True  # False: Euler steps, for the base with guidance
@@ -138,9 +142,8 @@ def evaluation(name: str) -> config_dict.ConfigDict:
 
 
 def _model(c: config_dict.ConfigDict, family: Family) -> config_dict.ConfigDict:
-  c.model.pretrained = f"{CHECKPOINTS}/{family.pretrained}"
-  if family.generator_init:
-    c.model.generator_init = f"{CHECKPOINTS}/{family.generator_init}"
+  c.model.pretrained = family.pretrained
+  c.model.generator_init = family.generator_init
   c.model.image_size = family.image_size
   c.model.remat = "full"
   if family.targets:
@@ -150,18 +153,19 @@ def _model(c: config_dict.ConfigDict, family: Family) -> config_dict.ConfigDict:
 
 
 def _device_reward(name: str, **options) -> config_dict.ConfigDict:
-  files = {
-    "clipscore": {"directory": "clip-vit-large-patch14"},
-    "pickscore": {"directory": "PickScore_v1", "processor": "CLIP-ViT-H-14-laion2B-s32B-b79K"},
-    "hpsv2": {
-      "weights": "HPS_v2.1_compressed.pt",
-      "directory": "CLIP-ViT-H-14-laion2B-s32B-b79K",
-    },
+  clip_l, clip_h = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+  paths = {
+    "clipscore": {"directory": clip_l},
+    "pickscore": {"directory": "yuvalkirstain/PickScore_v1", "processor": clip_h},
+    "hpsv2": {"weights": "xswu/HPSv2/HPS_v2.1_compressed.pt", "directory": clip_h},
     "aesthetic": {
-      "weights": "sac+logos+ava1-l14-linearMSE.pth",
-      "directory": "clip-vit-large-patch14",
+      # Of GitHub.
+      "weights": "christophschuhmann/improved-aesthetic-predictor/sac+logos+ava1-l14-linearMSE.pth",
+      "directory": clip_l,
     },
-    "imagereward": {"weights": "ImageReward/ImageReward.pt", "tokenizer": "bert-base-uncased"},
-  }
-  paths = {key: f"{CHECKPOINTS}/{file}" for key, file in files[name].items()}
+    "imagereward": {
+      "weights": "zai-org/ImageReward/ImageReward.pt",
+      "tokenizer": "google-bert/bert-base-uncased",
+    },
+  }[name]
   return config_dict.ConfigDict(dict(weight=1.0, dtype="bfloat16", **paths, **options))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from rtdmd_jax.data import PromptCache, encoding_chunk
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.hosts import together
+from rtdmd_jax.hub import local_path
 from rtdmd_jax.models import Transformer, build_transformer, load_base
 from rtdmd_jax.models.lora import build_adapters
 from rtdmd_jax.models.vae import decode_images
@@ -152,11 +153,14 @@ def _reward_options(config: Any) -> dict[str, dict[str, Any]]:
 
 def _bases(model: Any, pipeline: Pipeline) -> tuple[dict[str, Tree], dict[str, str]]:
   """Parameters by resolved path, and the path of each role; a path is loaded once."""
-  own = str((Path(model.pretrained) / "transformer").resolve())
-  bases, keys = {own: pipeline.params}, {}
+  own = local_path(model.pretrained) / "transformer"
+  bases, keys = {str(own.resolve()): pipeline.params}, {}
   for role in ("generator", "fake_score", "teacher"):
-    path = Path(model[f"{role}_init"] or own)
-    path = (path / "transformer" if (path / "transformer").is_dir() else path).resolve()
+    named = model[f"{role}_init"]
+    path = local_path(named, "transformer") if named else own
+    path = path / "transformer" if (path / "transformer").is_dir() else path
+    # A file of the hub's cache is a link to one without a suffix.
+    path = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
     keys[role] = str(path)
     if keys[role] not in bases:
       bases[keys[role]] = _base(path, pipeline.transformer, model, role)

@@ -22,6 +22,7 @@ from rtdmd_jax import cli
 from rtdmd_jax.build import Setup
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.hosts import is_main
+from rtdmd_jax.hub import local_path
 from rtdmd_jax.model_card import Run, find_run, read_scores, write_card
 from rtdmd_jax.models import Transformer, build_transformer
 from rtdmd_jax.models.lora import equal_ranks, fold_scale, merge, stack_adapters
@@ -105,7 +106,8 @@ def main(call: cli.Invocation) -> None:
   out = Path(values.out)
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise UserError(f"--out={out} exists and is not an empty directory; choose another.")
-  source = _transformer_directory(Path(values.pipeline))
+  kind = "transformer" if values.format == "merged" else "network"
+  source = _transformer_directory(local_path(values.pipeline, kind))
   transformer = build_transformer(read_config(source))
   adapters = load_adapters([Lora.parse(value) for value in values.lora], transformer)
   if values.format == "merged":
@@ -138,7 +140,12 @@ def _dtype(name: str | None) -> Any:
 def define_flags(values: flags.FlagValues) -> None:
   """The tool's own flags."""
   text, several = flags.DEFINE_string, flags.DEFINE_multi_string
-  text("pipeline", None, "A diffusers pipeline or transformer directory.", flag_values=values)
+  text(
+    "pipeline",
+    None,
+    "A diffusers pipeline or transformer, PATH or org/name.",
+    flag_values=values,
+  )
   several("lora", [], "A LoRA: PATH or PATH:SCALE; may be repeated.", flag_values=values)
   text("format", None, f"What to write: {', '.join(FORMATS)}.", flag_values=values)
   text("out", None, "Directory to write; must not exist or be empty.", flag_values=values)

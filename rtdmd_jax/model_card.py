@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rtdmd_jax.evaluation import score_text
+from rtdmd_jax.hub import title
 from rtdmd_jax.models import Transformer
 
 FILE_NAME = "README.md"
@@ -47,11 +48,11 @@ def write_card(
     directory: of the export, which exists.
     kind: "peft", "comfyui" or "merged".
     transformer: the network that is adapted.
-    base: directory of the base; only its name is told.
+    base: directory or repository of the base; only its name is told.
     run: where the adapter is from, if that is known.
   """
   pipeline, network = _DIFFUSERS[type(transformer.config).__name__]
-  name = Path(base).resolve().name
+  name = title(base)
   parts = [
     _front_matter(kind),
     f"# {'Merged transformer' if kind == 'merged' else 'LoRA'} for {name}",

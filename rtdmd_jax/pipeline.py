@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ from jax.sharding import Mesh
 from rtdmd_jax import sampling
 from rtdmd_jax.compilation import jit
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.hub import local_path
 from rtdmd_jax.models import Transformer, build_transformer, load_base
 from rtdmd_jax.models.encoders import load_vae
 from rtdmd_jax.models.text import TextEncoder, load_flux1_text, load_flux2_text, load_sd3_text
@@ -74,7 +74,8 @@ class Pipeline:
     """Loads a directory with `model_index.json`.
 
     Args:
-      directory: transformer/, vae/, text encoders, tokenizers and scheduler/ in diffusers' layout.
+      directory: transformer/, vae/, text encoders, tokenizers and scheduler/ in diffusers' layout,
+        or the repository `org/name[@revision]` that has them (see `hub`).
       dtype: of parameters and computation.
       mesh: splits every parameter as the sharding table says; the current mesh by default.
       remat: what a backward pass through the transformer recomputes; see `build_transformer`.
@@ -95,7 +96,7 @@ class Pipeline:
           base_storage=base_storage,
           offload=offload,
         )
-    directory = Path(directory)
+    directory = local_path(directory)
     kind = read_config(directory, "model_index.json").get("_class_name")
     if not isinstance(kind, str) or kind not in _FAMILIES:
       raise UserError(

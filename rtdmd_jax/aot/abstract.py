@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rtdmd_jax import hub
 from rtdmd_jax.aot.published import read
 from rtdmd_jax.build import Setup, new_adapters
 from rtdmd_jax.data import PromptCache
@@ -202,8 +202,9 @@ def _earlier(config: Any, path: str, pipeline: Pipeline) -> Tree:
   """Shapes of an earlier stage's adapters; empty without a path."""
   if not path:
     return {}
-  if Path(path).exists():
-    load = load_adapters([Lora.parse(path)], pipeline.transformer)
+  lora = Lora.parse(path)
+  if hub.find(lora.path, "adapter") is not None:
+    load = load_adapters([lora], pipeline.transformer)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), load)
   return jax.eval_shape(lambda: new_adapters(config, pipeline, jax.random.key(0)))
 

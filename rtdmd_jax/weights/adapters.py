@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.hub import local_path
 from rtdmd_jax.models.lora import fold_scale, stack_adapters
 from rtdmd_jax.models.transformer import Transformer
 from rtdmd_jax.roles import scale_adapters
@@ -44,7 +45,8 @@ def load_adapters(loras: Sequence[Lora], transformer: Transformer) -> dict[str, 
 
   Args:
     loras: each a PEFT or diffusers directory, a safetensors file with diffusers', PEFT's or the
-      original model's names (as ComfyUI has them), or a flat PyTorch file.
+      original model's names (as ComfyUI has them), or a flat PyTorch file; or a repository or a
+      file of one (see `hub`).
     transformer: what they adapt.
 
   Returns:
@@ -57,10 +59,11 @@ def load_adapters(loras: Sequence[Lora], transformer: Transformer) -> dict[str, 
   stacked: dict[str, Any] = {}
   abstract = transformer.init_abstract() if loras else None
   for lora in loras:
-    if is_native(lora.path):
-      adapters = load_native(lora.path, transformer)
+    path = local_path(lora.path, "adapter")
+    if is_native(path):
+      adapters = load_native(path, transformer)
     else:
-      unscaled, alpha = load_peft(lora.path, abstract, transformer.table)
+      unscaled, alpha = load_peft(path, abstract, transformer.table)
       adapters = fold_scale(unscaled, alpha)
     stacked = stack_adapters(stacked, scale_adapters(adapters, lora.scale))
   return stacked
