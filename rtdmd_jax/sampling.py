@@ -117,20 +117,23 @@ class Schedule:
     Args:
       steps: decreasing.
       image_tokens: 2 x 2 packed image tokens.
+
+    Raises:
+      UserError: a single step where the schedule is stretched to a terminal level.
     """
     if not self.dynamic:
       return few_step_sigmas(steps, shift=self.shift)
+    if self.terminal is not None and len(steps) < 2:
+      raise UserError(
+        f"the scheduler's shift_terminal = {self.terminal} cannot be reached in {len(steps)} step;"
+        " take more steps."
+      )
     sigmas = _DYNAMIC[self.family](
       list(steps),
       image_tokens=image_tokens,
       time_shift=self.time_shift,
       shift_terminal=self.terminal,
     )
-    if not np.isfinite(sigmas).all():
-      raise UserError(
-        f"the scheduler's shift_terminal = {self.terminal} cannot be reached in {len(steps)} step;"
-        " take more steps."
-      )
     return np.append(np.asarray(sigmas), 0.0).astype(np.float32)
 
   def euler_sigmas(self, num_steps: int, image_tokens: int) -> np.ndarray:
