@@ -176,9 +176,10 @@ def score(
     first = first or read[0].size
     for file, image in zip(files[rows], read, strict=True):
       if image.size != first:
+        (w, h), (width, height) = first, image.size
         raise UserError(
-          "{} is {} x {} pixels and {} is {} x {}; the images of a folder must be of one"
-          " size.".format(files[0], *first, file, *image.size)
+          f"{files[0]} is {w} x {h} pixels and {file} is {width} x {height}; the images of a folder"
+          " must be of one size."
         )
     images = np.stack([np.asarray(image) for image in read])
     texts, records = [p.text for p in prompts[rows]], [p.record for p in prompts[rows]]

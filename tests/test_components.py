@@ -5,6 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from damage import json_files
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import rtdmd_jax
 from rtdmd_jax.errors import UserError
@@ -139,3 +142,26 @@ def test_a_pipeline_without_t5_needs_none(tmp_path):
   shutil.rmtree(tmp_path / "scheduler")
   (problem,) = component_problems(tmp_path)
   assert "scheduler is not a directory" in problem
+
+
+_DAMAGED = st.sampled_from([sd3(), FLUX1, FLUX2]).flatmap(
+  lambda files: st.sampled_from(sorted(files)).flatmap(
+    lambda name: st.tuples(st.just(files), st.just(name), json_files(files[name]))
+  )
+)
+
+
+@settings(
+  max_examples=60,
+  deadline=None,
+  derandomize=True,
+  database=None,
+  suppress_health_check=list(HealthCheck),
+)
+@given(_DAMAGED)
+def test_damaged_config_files_are_sentences(tmp_path_factory, case):
+  files, name, data = case
+  directory = write(tmp_path_factory.mktemp("pipeline"), files)
+  (directory / name).write_bytes(data)
+  for problem in component_problems(directory):
+    assert problem.startswith(str(directory)) and len(problem) < 3000
