@@ -165,11 +165,23 @@ def score(
   """Every output of the rewards [N]; NaN where a sample failed.
 
   GenEval's outputs for single tags are left out: the summary has all scores by tag.
+
+  Raises:
+    UserError: images of two sizes.
   """
-  parts = []
+  parts, first = [], None
   for start in range(0, len(files), chunk):
     rows = slice(start, start + chunk)
-    images = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files[rows]])
+    read = [Image.open(file).convert("RGB") for file in files[rows]]
+    first = first or read[0].size
+    for file, image in zip(files[rows], read, strict=True):
+      if image.size != first:
+        (w, h), (width, height) = first, image.size
+        raise UserError(
+          f"{files[0]} is {w} x {h} pixels and {file} is {width} x {height}; the images of a folder"
+          " must be of one size."
+        )
+    images = np.stack([np.asarray(image) for image in read])
     texts, records = [p.text for p in prompts[rows]], [p.record for p in prompts[rows]]
     parts.append(scorer(images, texts, records))
   scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,8 @@ def sampler(pipeline: Pipeline, settings: Settings, adapters: Any) -> Sampler:
     adapters: adapter tree with its scale folded in; may be empty.
 
   Returns:
-    A function of shots, as many as the batch or fewer, to images [N, H, W, 3] uint8.
+    A function of shots, as many as the batch or fewer, to images [N, H, W, 3] uint8. It raises
+    UserError for an image with values that are not finite.
   """
   size = (settings.height, settings.width)
   steps, shape = settings.steps, pipeline.latent_shape(size)
@@ -166,15 +168,20 @@ def sampler(pipeline: Pipeline, settings: Settings, adapters: Any) -> Sampler:
     keys = jax.vmap(jax.random.key)(seeds)
     eta = settings.eta if settings.few_step else 0.0
     latents = sampling.sample(velocity, keys, index, shape, sigmas, eta=eta)
-    return jnp.round(255.0 * decode_images(pipeline.vae, vae_params, latents)).astype(jnp.uint8)
+    decode = partial(decode_images, pipeline.vae, vae_params)
+    drawn, finite = sampling.checked_images(decode, latents)
+    return jnp.round(255.0 * drawn).astype(jnp.uint8), finite
 
   def images(shots: Sequence[Shot]) -> np.ndarray:
     # A constant size compiles once; the images beyond the last are thrown away.
     padded = [*shots, *[shots[-1]] * (batch - len(shots))]
     seeds, index = (np.array([getattr(s, n) for s in padded], np.uint32) for n in ("seed", "index"))
     inputs = sharding.split_batch((cache([s.prompt for s in padded]), seeds, index))
-    drawn = run(variables, pipeline.vae_params, inputs[0], unconditional, *inputs[1:])
-    return jax.device_get(drawn)[: len(shots)]
+    outputs = run(variables, pipeline.vae_params, inputs[0], unconditional, *inputs[1:])
+    drawn, finite = jax.device_get(outputs)
+    named = [f"{s.index} ({s.prompt!r}) with seed {s.seed}" for s in shots]
+    sampling.refuse_nonfinite(finite, named)
+    return drawn[: len(shots)]
 
   return images
 

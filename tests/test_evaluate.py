@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rtdmd_jax import cli, evaluate, sample
 from rtdmd_jax.config import load_config
@@ -71,6 +72,17 @@ def test_images_of_other_prompts_are_refused(tmp_path):
     evaluate.images_of(tmp_path, PROMPTS)
   with pytest.raises(evaluate.UserError, match="00000_1.png is not an image of prompt 0, 'light'"):
     evaluate.images_of(tmp_path, PROMPTS[1::-1])
+
+
+def test_images_of_two_sizes_are_named(tmp_path):
+  drawn(tmp_path, 9, PROMPTS[:1], seeds=(1, 2, 3))
+  other = tmp_path / "00000_3.png"
+  Image.new("RGB", (16, 8)).save(other)
+  files = [tmp_path / f"00000_{i}.png" for i in (1, 2, 3)]
+  scorer = make({"test_evaluate:Brightness": 1.0})
+  for chunk in (2, 3):
+    with pytest.raises(evaluate.UserError, match="1.png is 8 x 8 ..*00000_3.png is 16 x 8"):
+      evaluate.score(scorer, files, PROMPTS[:1] * 3, chunk)
 
 
 def test_outputs_of_single_tags_are_left_to_the_summary(tmp_path):

@@ -52,6 +52,11 @@ class Array(NamedTuple):
     """Of the array."""
     return self.array.shape
 
+  @property
+  def dtype(self) -> np.dtype:
+    """Of the array."""
+    return self.array.dtype
+
   def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
     """The whole array, as the only run."""
     yield 0, self.array
