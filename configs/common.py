@@ -37,7 +37,8 @@ def base() -> config_dict.ConfigDict:
   c.lora = config_dict.ConfigDict()
   c.lora.rank = 32
   c.lora.alpha = 64.0
-  c.lora.init = "gaussian"  # a ~ N(0, 1/rank); "normal" is the published re-initialisation
+  # Deviation of `a`: 1/rank ("gaussian", PEFT's), 1 ("normal") or rank**-0.5 ("rsqrt").
+  c.lora.init = "gaussian"
   # Of the adapters in training, their gradients and their moments; "bfloat16" as published.
   c.lora.dtype = "float32"
   c.lora.targets = (

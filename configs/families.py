@@ -72,7 +72,7 @@ def stage2(name: str) -> config_dict.ConfigDict:
   """RTDMD of a family of `FAMILIES`, on top of `runs/<name>_stage1`."""
   family = FAMILIES[name]
   c = _model(common.stage2(), family)
-  c.lora.init = "normal"
+  c.lora.init = "normal"  # as published for fresh adapters on top of stage 1's
   c.load.generator = f"runs/{name}_stage1/export/generator"
   c.load.fake_score = f"runs/{name}_stage1/export/fake_score"
   c.data.prompts = f"{PROMPTS}/geneval"
