@@ -128,7 +128,7 @@ DIFFERENT = {
   "eval.prompts": ("all", "64"),
   "eval.preview": ("64; SD3-M's stage 1: 8", "12"),
 }
-# How a run is computed or watched, without a published counterpart; keys that a stage does not read.
+# How a run is computed or watched, without a published counterpart, or not read by a stage.
 # The layers that lora.targets chooses are counted below.
 OURS_ALONE = {
   *("lora.targets", "train.fake_update_ratio"),
