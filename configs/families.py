@@ -76,7 +76,7 @@ def stage2(name: str) -> config_dict.ConfigDict:
   """RTDMD of a family of `FAMILIES`, on top of `runs/<name>_stage1`."""
   family = FAMILIES[name]
   c = _model(common.stage2(), family)
-  c.lora.init = "normal"
+  c.lora.init = "normal"  # as published for fresh adapters on top of stage 1's
   c.load.generator = f"runs/{name}_stage1/export/generator"
   c.load.fake_score = f"runs/{name}_stage1/export/fake_score"
   c.data.prompts = f"{PROMPTS}/geneval"
@@ -115,7 +115,11 @@ def infer(name: str) -> config_dict.ConfigDict:
 
 
 def evaluation(name: str) -> config_dict.ConfigDict:
-  """The published suite: base, cold start and result by nine rewards, each on its prompts."""
+  """The published suite: base, cold start and result by nine rewards, each on its prompts.
+
+  Of FLUX.2-klein the base is the teacher, and the distilled network that training starts from is a
+  system of its own.
+  """
   family, drawn = FAMILIES[name], infer(name)
   c = config_dict.ConfigDict()
   for key in ("pipeline", "dtype", "height", "width", "seed", "batch"):
@@ -128,11 +132,15 @@ def evaluation(name: str) -> config_dict.ConfigDict:
   lora = lambda stage: ({"path": f"runs/{name}_{stage}/export/generator", "scale": 1.0},)  # noqa: E731
   c.systems = config_dict.ConfigDict()
   c.systems.base = dict(few_step=False, steps=50, guidance=family.guidance, loras=())
+  if family.generator_init:
+    c.systems.base.pipeline = family.pretrained
+    # As its authors draw it: four Euler steps without guidance.
+    c.systems.distilled = dict(few_step=False, steps=4, guidance=1.0, loras=())
   c.systems.cold_start = dict(**few, loras=lora("stage1"))
   c.systems.result = dict(**few, loras=lora("stage2"))
   c.rewards = config_dict.ConfigDict()
   for reward in ("pickscore", "aesthetic", "clipscore", "hpsv2", "imagereward"):
-    c.rewards[reward] = _device_reward(reward, prompts="drawbench")
+    c.rewards[reward] = _device_reward(reward, prompts="drawbench", compat=True)
     del c.rewards[reward].weight
   c.rewards.ocr = dict(prompts="ocr")
   # Served by `python -m rtdmd_jax.rewards.serve` or a compatible service.
@@ -168,4 +176,4 @@ def _device_reward(name: str, **options) -> config_dict.ConfigDict:
       "tokenizer": "google-bert/bert-base-uncased",
     },
   }[name]
-  return config_dict.ConfigDict(dict(weight=1.0, dtype="bfloat16", **paths, **options))
+  return config_dict.ConfigDict(dict(weight=1.0, dtype="float32", **paths, **options))

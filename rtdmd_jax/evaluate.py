@@ -2,8 +2,8 @@
 
 python -m rtdmd_jax.evaluate --config=configs/tiny_eval.py --workdir=DIR
 
-Reads the pipeline, adapters, prompt sets and rewards that the configuration names, and images drawn
-before (--images). Writes into the workdir images/<system>/<prompt set>/<prompt>_<seed>.png,
+Reads the pipelines, adapters, prompt sets and rewards that the configuration names, and images
+drawn before (--images). Writes into the workdir images/<system>/<prompt set>/<prompt>_<seed>.png,
 scores.jsonl (one line an image), summary.json and report.html. Started again it draws what is
 missing. A reward that cannot be built is left out with a warning.
 """
@@ -31,9 +31,10 @@ from rtdmd_jax.report import write_report
 from rtdmd_jax.rewards.geneval import TAGS
 from rtdmd_jax.rewards.multi import MEAN, MultiReward, make
 from rtdmd_jax.weights.adapters import load_adapters
+from rtdmd_jax.weights.safetensors import read_config
 
 _SHARED = ("pipeline", "dtype", "height", "width", "seed", "batch")
-_OWN = ("few_step", "steps", "guidance", "eta", "loras")
+_OWN = ("pipeline", "few_step", "steps", "guidance", "eta", "loras")
 _KEYS = (*_SHARED, "systems", "prompts", "rewards", "limit", "preview")
 
 
@@ -66,9 +67,23 @@ def check_config(config: Any) -> None:
 
 
 def settings(config: Any, name: str) -> sample.Settings:
-  """How the system `name` of the config samples."""
+  """How the system `name` of the config samples, from its own `pipeline` or else the config's."""
   values = {key: config[key] for key in _SHARED} | dict(config.systems[name]) | {"out": ""}
   return sample.Settings.from_config(values)
+
+
+def by_pipeline(config: Any, names: Sequence[str]) -> dict[str, list[str]]:
+  """The systems of each pipeline directory, in order.
+
+  Raises:
+    UserError: a system's settings, or a directory without model_index.json.
+  """
+  found: dict[str, list[str]] = {}
+  for name in names:
+    found.setdefault(settings(config, name).pipeline, []).append(name)
+  for directory in found:
+    read_config(directory, "model_index.json")
+  return found
 
 
 def prompt_sets(config: Any) -> dict[str, list[Prompt]]:
@@ -200,19 +215,18 @@ def main(call: cli.Invocation) -> None:
   names = [*own, *(system.name for system in ready)]
   if not names or len(set(names)) != len(names):
     raise UserError(f"systems are {', '.join(names) or '(none)'}; give at least one, once each.")
-  for name in own:
-    settings(config, name)
+  pipelines = by_pipeline(config, own)
   scorers = rewards_by_set(config)
   sets = {name: sets[name] for name in scorers}
   with jax.set_mesh(sharding.make_mesh()):
-    drawn = []
-    if own:
-      pipeline = Pipeline.from_pretrained(config.pipeline, dtype=jnp.dtype(config.dtype))
-      for name in own:
+    drawn = {}
+    for directory, names in pipelines.items():
+      pipeline = Pipeline.from_pretrained(directory, dtype=jnp.dtype(config.dtype))
+      for name in names:
         overwrite = call.flags.overwrite
-        drawn.append(draw(config, name, pipeline, sets, workdir / "images", overwrite=overwrite))
-      del pipeline
-    compare(config, [*drawn, *ready], sets, scorers, workdir)
+        drawn[name] = draw(config, name, pipeline, sets, workdir / "images", overwrite=overwrite)
+      del pipeline  # the next one takes its place in memory
+    compare(config, [*(drawn[name] for name in own), *ready], sets, scorers, workdir)
 
 
 def compare(

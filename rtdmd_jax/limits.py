@@ -40,6 +40,8 @@ _RULES: dict[str, Rule] = {
   "dmd.eta": _FRACTION,
   "ema.decay": _FRACTION,
   "ema.every": _COUNT,
+  "ema.warmup": _BOOL,
+  "ema.applications": _COUNT,
   "batch.prompts": _COUNT,
   "batch.repeats": _COUNT,
   "train.steps": _NATURAL,

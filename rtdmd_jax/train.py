@@ -30,7 +30,7 @@ from rtdmd_jax.held_out import evaluate, final_evaluation
 from rtdmd_jax.limits import check_limits
 from rtdmd_jax.metrics import MetricWriter, markdown
 from rtdmd_jax.numbers import checked_jit
-from rtdmd_jax.optim import ema_update, make_optimizer
+from rtdmd_jax.optim import effective_decay, ema_update, make_optimizer
 from rtdmd_jax.preemption import Preemption
 from rtdmd_jax.profile import profiled
 from rtdmd_jax.progress import Progress
@@ -119,10 +119,15 @@ def _keyed(step: Callable, seed: int, stream: int) -> Callable:
 
 def _finish(config: Any) -> Callable[[TrainState], TrainState]:
   """The end of a step: moving average and step count."""
+  average = config.ema
 
   def finish(state: TrainState) -> TrainState:
     step = state.step + 1
-    ema = ema_update(state.ema, state.generator, config.ema.decay, step % config.ema.every == 0)
+    decay = effective_decay(
+      average.decay, step, warmup=average.warmup, applications=average.applications
+    )
+    # The published loop's phase: of every 8 steps the seventh, fifteenth, ...
+    ema = ema_update(state.ema, state.generator, decay, (step + 1) % average.every == 0)
     return pin(state.replace(step=step, ema=ema))
 
   return jax.jit(finish, donate_argnums=0)
