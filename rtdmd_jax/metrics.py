@@ -1,6 +1,7 @@
 """Metrics of a run: `metrics.jsonl` and TensorBoard events."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -49,6 +50,9 @@ class MetricWriter:
     if not active:
       return
     from tensorboardX import SummaryWriter  # takes seconds to import, and readers need it not
+
+    # It repeats for every number that is not finite what `nonfinite` and warnings say with names.
+    logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 
     path = workdir / FILE_NAME
     try:
