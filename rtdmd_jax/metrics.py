@@ -1,6 +1,7 @@
 """Metrics of a run: `metrics.jsonl` and TensorBoard events."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -40,7 +41,7 @@ class MetricWriter:
       workdir: folder of the run, created if needed.
       resume_step: last step to keep; -1 for a new run.
       active: False on all hosts but one; nothing is written then.
-      mirror: also gets scalars and images, and is closed with this.
+      mirror: also gets scalars, images and warnings, and is closed with this.
 
     Raises:
       UserError: the folder cannot be written, or an earlier metrics file is broken.
@@ -49,6 +50,9 @@ class MetricWriter:
     if not active:
       return
     from tensorboardX import SummaryWriter  # takes seconds to import, and readers need it not
+
+    # It repeats for every number that is not finite what `nonfinite` and warnings say with names.
+    logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 
     path = workdir / FILE_NAME
     try:
@@ -110,13 +114,15 @@ class MetricWriter:
       self._events.add_text(name, text, int(step))
 
   def warning(self, step: int, sentence: str) -> None:
-    """Write a warning of the run to both, in TensorBoard as the text `warning`."""
+    """Write a warning of the run everywhere, in TensorBoard as the text `warning`."""
     if self._file is None:
       return
     line = {"step": int(step), "time": round(time.time(), 3), "warning": sentence}
     self._file.write(json.dumps(line) + "\n")
     self._file.flush()
     self.text(step, "warning", sentence)
+    if self._mirror:
+      self._mirror.warning(int(step), sentence)
 
   def close(self) -> None:
     """Flush and close the files."""

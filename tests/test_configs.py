@@ -8,6 +8,7 @@ import pytest
 
 from rtdmd_jax import evaluate
 from rtdmd_jax.config import flatten, load_config
+from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import build_transformer, lora
 from rtdmd_jax.rewards import device
 
@@ -165,6 +166,34 @@ def test_every_hyper_parameter_is_the_published_one_or_a_row_of_the_page(family,
   assert ours.keys() - expected.keys() - OURS_ALONE - DIFFERENT.keys() == set()
 
 
+DRAWBENCH = {"pickscore", "aesthetic", "clipscore", "hpsv2", "imagereward"}
+OWN = {"hpsv3", "geneval", "geneval2", "ocr"}
+
+
+def _held_out(config):
+  """The prompts on which a training config scores each reward."""
+  return {
+    name: options.get("held_out", config.data.held_out)
+    for section in (config.rewards, config.eval.rewards)
+    for name, options in section.items()
+  }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_reward_is_evaluated_on_its_published_prompts(family):
+  published = dict.fromkeys(DRAWBENCH, "prompts/drawbench") | {n: f"prompts/{n}" for n in OWN}
+  assert _held_out(_load(f"{family}_stage2")) == published
+  suite = _load(f"{family}_eval")
+  assert {n: suite.prompts[r.prompts] for n, r in suite.rewards.items()} == published
+  assert _held_out(_load(f"{family}_stage1")) == {}
+  scored = load_config(str(CONFIGS / f"{family}_stage1.py:scored"))
+  absent = set() if family in ("sd3", "sd35") else {"geneval", "geneval2"}
+  assert not scored.rewards
+  assert _held_out(scored) == {n: p for n, p in published.items() if n not in absent}
+  with pytest.raises(UserError, match="takes the argument 'scored', or none, but not 'score'"):
+    load_config(str(CONFIGS / f"{family}_stage1.py:score"))
+
+
 @pytest.mark.parametrize("key", DIFFERENT)
 def test_the_page_says_what_differs(key):
   published, ours = DIFFERENT[key]
@@ -178,9 +207,10 @@ def test_the_page_says_what_differs(key):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rewards_are_computed_in_float32_as_published(family):
   for kind in ("stage1", "stage2", "eval"):
-    rewards = _load(f"{family}_{kind}").rewards
-    for name in set(rewards) & set(device.NAMES):
-      assert rewards[name].dtype == "float32"
+    config = _load(f"{family}_{kind}")
+    for rewards in (config.rewards, config.get("eval", {}).get("rewards", {})):
+      for name in set(rewards) & set(device.NAMES):
+        assert rewards[name].dtype == "float32"
   rewards = _load(f"{family}_stage2").rewards
   assert {name: reward.weight for name, reward in rewards.items()} == dict.fromkeys(
     ("clipscore", "hpsv2", "pickscore", "geneval"), 1.0
