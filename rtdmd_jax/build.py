@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from rtdmd_jax.data import PromptCache
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.hosts import together
+from rtdmd_jax.limits import OBJECTIVES, check_policy_steps
 from rtdmd_jax.models import Transformer, build_transformer, load_base
 from rtdmd_jax.models.lora import build_adapters
 from rtdmd_jax.models.vae import decode_images
@@ -29,7 +30,6 @@ from rtdmd_jax.weights.adapters import Lora, load_adapters
 from rtdmd_jax.weights.safetensors import read_config
 
 Tree = Any
-OBJECTIVES = ("ac_dmd", "dmd")
 
 
 @dataclass(frozen=True)
@@ -277,13 +277,7 @@ def policy_config(config: Any) -> PolicyConfig:
     UserError: too few steps to choose from, a batch.decode_chunk that does not divide a device's
       images, or see `micro_batches`.
   """
-  policy = PolicyConfig(
+  check_policy_steps(config)
+  return PolicyConfig(
     **config.policy, micro_batches=micro_batches(config), decode_parts=_decode_parts(config)
   )
-  last = len(config.dmd.steps) - 2
-  if not 0 <= policy.range_start <= policy.range_end <= last:
-    raise UserError(
-      f"policy.range_start..range_end is {policy.range_start}..{policy.range_end}; stochastic"
-      f" steps are 0..{last}."
-    )
-  return policy

@@ -27,6 +27,7 @@ from rtdmd_jax.data import make_batch
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.export import export_adapters
 from rtdmd_jax.held_out import evaluate, final_evaluation
+from rtdmd_jax.idle import warnings
 from rtdmd_jax.limits import check_limits
 from rtdmd_jax.metrics import MetricWriter, markdown
 from rtdmd_jax.numbers import checked_jit
@@ -252,6 +253,8 @@ def _train(config: Any, settings: dict, workdir: Path, stop: Preemption, allow: 
   if config.stage not in STAGES:
     raise UserError(f"stage is {config.stage!r}; use one of {', '.join(STAGES)} or pretrain.")
   check_limits(config)
+  for sentence in warnings(config):
+    print(f"warning: {sentence}")
   keep_programs(workdir)
   if config.log.wandb:
     import_wandb()

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from rtdmd_jax import sharding as sharding_table
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.jsontext import parse_json
-from rtdmd_jax.weights import int8
+from rtdmd_jax.weights import headers, int8
 from rtdmd_jax.weights.maps import Entry, KeyTable
 from rtdmd_jax.weights.recognize import recognized
 from rtdmd_jax.weights.tensors import Array, Tensor, copy_rows
@@ -134,6 +134,10 @@ def _build(
   else:
     places = flatten_dict(sharding)
   _check_keys(path, entries, tensors, ignore)
+  if headers.wanted():
+    # Scales stay float32, as `_load` makes them.
+    own = {path: None if path[-1] == int8.SCALE else dtype for path in shapes}
+    return headers.shapes_of(shapes, lambda path, a: _leaf_dtype(a.dtype, own[path]))
   loaded = {}
   for entry in entries:
     loaded |= _load(entry, shapes, tensors, dtype, places)
