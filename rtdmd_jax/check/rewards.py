@@ -23,6 +23,8 @@ from rtdmd_jax.weights.headers import headers_only
 
 # Keys of a reward's section that are not options of the reward itself.
 _OF_THE_RUN = ("weight", "backpropagate", "held_out")
+# Options of GenEval2's rule, beside those of the model that answers.
+_RULE = ("aggregate", "questions")
 # Options of the built-in rewards that name files or directories.
 _PATHS = ("directory", "weights", "tokenizer", "processor", "clip", "questions")
 
@@ -66,7 +68,8 @@ def _reward(
   if name in device.NAMES:
     report.attempt(_device_reward, key, name, options)
   elif (local := _backend(name, options)) is not None:
-    report.attempt(_judged_unloaded, key, name, *local)
+    rule = {k: v for k, v in options.items() if k in _RULE}
+    report.attempt(_judged_unloaded, key, name, *local, rule)
   else:
     try_reward(report, key, name, options, usable, image_size)
 
@@ -148,14 +151,16 @@ def _backend(name: str, options: Mapping[str, Any]) -> tuple[type, dict[str, Any
     del rest["detector"]
     return Mask2FormerDetector, rest
   if name == "geneval2" and "directory" in rest:
-    rule = {key: rest.pop(key) for key in ("aggregate", "questions") if key in rest}
-    GenEval2(lambda images, queries: [], **rule)
-    return Qwen3VLAnswerer, rest
+    return Qwen3VLAnswerer, {k: v for k, v in rest.items() if k not in _RULE}
   return None
 
 
-def _judged_unloaded(key: str, name: str, build: type, options: dict[str, Any]) -> None:
-  """Checks what PyTorch is to load, which takes too long to try."""
+def _judged_unloaded(
+  key: str, name: str, build: type, options: dict[str, Any], rule: Mapping[str, Any]
+) -> None:
+  """Checks what PyTorch is to load, which takes too long to try; `rule` has GenEval2's options."""
+  if build is Qwen3VLAnswerer:
+    GenEval2(lambda images, queries: [], **rule)
   try:
     bound = inspect.signature(build).bind(**options)
   except TypeError as error:
