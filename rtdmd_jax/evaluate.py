@@ -5,7 +5,8 @@ python -m rtdmd_jax.evaluate --config=configs/tiny_eval.py --workdir=DIR
 Reads the pipeline, adapters, prompt sets and rewards that the configuration names, and images drawn
 before (--images). Writes into the workdir images/<system>/<prompt set>/<prompt>_<seed>.png,
 scores.jsonl (one line an image), summary.json and report.html. Started again it draws what is
-missing. A reward that cannot be built is left out with a warning.
+missing. A reward that cannot be built is left out with a warning; its scores are missing, and so
+are those that a reward fails on.
 """
 
 import json
@@ -29,11 +30,13 @@ from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.prompts import Prompt, load_prompts
 from rtdmd_jax.report import write_report
 from rtdmd_jax.rewards.geneval import TAGS
-from rtdmd_jax.rewards.multi import MEAN, MultiReward, make
+from rtdmd_jax.rewards.isolated import Scores, joined, left_out
+from rtdmd_jax.rewards.multi import MultiReward, make_for_evaluation
 from rtdmd_jax.weights.adapters import load_adapters
 
 _SHARED = ("pipeline", "dtype", "height", "width", "seed", "batch")
 _OWN = ("few_step", "steps", "guidance", "eta", "loras")
+_SCORED = 64  # images read and scored at once, at least
 _KEYS = (*_SHARED, "systems", "prompts", "rewards", "limit", "preview")
 
 
@@ -84,16 +87,12 @@ def rewards_by_set(config: Any) -> dict[str, MultiReward]:
   for name, reward in config.rewards.items():
     options = {key: value for key, value in reward.items() if key != "prompts"}
     found.setdefault(reward.prompts, {})[name] = options
-  made = {}
-  for name, rewards in found.items():
-    try:
-      made[name] = make(dict.fromkeys(rewards, 1.0), options=rewards, allow_unavailable=True)
-    except UserError as error:
-      if "no reward is left" not in str(error):
-        raise
-      print(f"prompt set {name} is left out: {error}")
-  if not made:
+  made = {name: make_for_evaluation(rewards) for name, rewards in found.items()}
+  if not any(scorer.rewards for scorer in made.values()):
     raise UserError("none of the rewards can be built; see the warnings above.")
+  for name, scorer in made.items():
+    if not scorer.rewards:
+      print(f"prompt set {name} is not drawn: none of its rewards can be built")
   return made
 
 
@@ -161,7 +160,7 @@ def images_of(folder: Path, prompts: Sequence[Prompt]) -> list[tuple[int, int, P
 
 def score(
   scorer: MultiReward, files: Sequence[Path], prompts: Sequence[Prompt], chunk: int
-) -> dict[str, np.ndarray]:
+) -> Scores:
   """Every output of the rewards [N]; NaN where a sample failed.
 
   GenEval's outputs for single tags are left out: the summary has all scores by tag.
@@ -171,10 +170,11 @@ def score(
     rows = slice(start, start + chunk)
     images = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files[rows]])
     texts, records = [p.text for p in prompts[rows]], [p.record for p in prompts[rows]]
-    parts.append(scorer(images, texts, records))
-  scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    parts.append(scorer.isolated(images, texts, records))
+  scores = joined(parts)
   single = tuple(f"{tag}_" for tag in TAGS)
-  return {n: v for n, v in scores.items() if n != MEAN and not n.startswith(single)}
+  values = {n: v for n, v in scores.values.items() if not n.startswith(single)}
+  return scores._replace(values=values)
 
 
 def main(call: cli.Invocation) -> None:
@@ -191,14 +191,14 @@ def main(call: cli.Invocation) -> None:
   for name in own:
     settings(config, name)
   scorers = rewards_by_set(config)
-  sets = {name: sets[name] for name in scorers}
+  wanted = {name: sets[name] for name, scorer in scorers.items() if scorer.rewards}
   with jax.set_mesh(sharding.make_mesh()):
     drawn = []
     if own:
       pipeline = Pipeline.from_pretrained(config.pipeline, dtype=jnp.dtype(config.dtype))
       for name in own:
         overwrite = call.flags.overwrite
-        drawn.append(draw(config, name, pipeline, sets, workdir / "images", overwrite=overwrite))
+        drawn.append(draw(config, name, pipeline, wanted, workdir / "images", overwrite=overwrite))
       del pipeline
     compare(config, [*drawn, *ready], sets, scorers, workdir)
 
@@ -212,24 +212,23 @@ def compare(
 ) -> None:
   """Scores every image; writes scores.jsonl, summary.json, previews and the report; prints it."""
   workdir.mkdir(parents=True, exist_ok=True)
-  rows, lines, first = [], [], next(iter(sets))
+  rows, lines = [], []
+  first = next(name for name in sets if scorers[name].rewards)
   for system in systems:
-    scores, per_tag = {}, {}
+    judged = []
     for name, prompts in sets.items():
+      if not scorers[name].rewards:  # nothing was drawn
+        lost = left_out(len(prompts), scorers[name].unavailable)
+        judged.append(evaluation.Judged.of(lost, prompts))
+        continue
       found = images_of(system.folders[name], prompts)
       own = [prompts[index] for index, *_ in found]
-      values = score(scorers[name], [file for *_, file in found], own, config.batch)
-      lines += _lines(system.name, name, found, own, values)
-      part = evaluation.row(system, values, own)
-      scores |= part["scores"]
-      for tag, by_reward in part["per_tag"].items():
-        per_tag.setdefault(tag, {}).update(by_reward)
+      scores = score(scorers[name], [file for *_, file in found], own, max(config.batch, _SCORED))
+      lines += _lines(system.name, name, found, own, scores.values)
+      judged.append(evaluation.Judged.of(scores, own))
       if name == first:
         _preview(found, workdir / "evaluation" / system.name, config.preview)
-    rows.append(
-      {"name": system.name, "steps": system.steps, "guidance": system.guidance}
-      | {"scores": scores, "per_tag": per_tag}
-    )
+    rows.append(evaluation.row(system, judged))
   (workdir / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   shown = [prompt.text for prompt in sets[first][: config.preview]]
   table = {"systems": rows, "prompts": shown}
@@ -237,6 +236,8 @@ def compare(
   for row in rows:
     texts = (f"{name} {evaluation.score_text(s)}" for name, s in row["scores"].items())
     print(f"{row['name']:16s} {'  '.join(texts)}")
+  for text in evaluation.failure_texts(rows):
+    print(f"warning: {text}")
   print(f"report: {write_report(workdir)}")
 
 

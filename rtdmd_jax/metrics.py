@@ -40,7 +40,7 @@ class MetricWriter:
       workdir: folder of the run, created if needed.
       resume_step: last step to keep; -1 for a new run.
       active: False on all hosts but one; nothing is written then.
-      mirror: also gets scalars and images, and is closed with this.
+      mirror: also gets scalars, images and warnings, and is closed with this.
 
     Raises:
       UserError: the folder cannot be written, or an earlier metrics file is broken.
@@ -110,13 +110,15 @@ class MetricWriter:
       self._events.add_text(name, text, int(step))
 
   def warning(self, step: int, sentence: str) -> None:
-    """Write a warning of the run to both, in TensorBoard as the text `warning`."""
+    """Write a warning of the run everywhere, in TensorBoard as the text `warning`."""
     if self._file is None:
       return
     line = {"step": int(step), "time": round(time.time(), 3), "warning": sentence}
     self._file.write(json.dumps(line) + "\n")
     self._file.flush()
     self.text(step, "warning", sentence)
+    if self._mirror:
+      self._mirror.warning(int(step), sentence)
 
   def close(self) -> None:
     """Flush and close the files."""

@@ -87,7 +87,7 @@ def _training(run: Run) -> list[str]:
     weights = (f"{name} x {reward['weight']:g}" for name, reward in c["rewards"].items())
     facts[label] = ", ".join(weights if c["stage"] == "stage2" else c["rewards"])
   parts = ["## Training", _table(("", ""), list(facts.items()))]
-  if run.evaluation is not None:
+  if run.evaluation is not None and run.evaluation["systems"][0]["scores"]:
     parts += ["## Held-out scores", *_scores(run.evaluation)]
   return parts
 

@@ -25,7 +25,14 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.metrics import FILE_NAME, read_metrics
 from rtdmd_jax.report_charts import line_chart, smooth
 from rtdmd_jax.report_images import compare, previews
-from rtdmd_jax.report_scores import Evaluation, read_evaluation, score_table, tag_tables, tiles
+from rtdmd_jax.report_scores import (
+  Evaluation,
+  failures,
+  read_evaluation,
+  score_table,
+  tag_tables,
+  tiles,
+)
 
 # A metric belongs to the first group that its name matches; _TITLES is the order of the groups.
 _PATTERNS = (
@@ -134,7 +141,7 @@ def _header(
   if evaluation is not None:
     parts.append(f"<p>{_sentence(evaluation)}</p>")
   parts.append(f'<div class="facts">{shown}</div>')
-  if evaluation is not None:
+  if evaluation is not None and evaluation.rewards:
     parts.append(tiles(evaluation))
   return "".join(parts)
 
@@ -147,6 +154,8 @@ def _sentence(evaluation: Evaluation) -> str:
     text += f" and is compared with {names}"
   count = f"{len(evaluation.prompts):,} held-out prompts"
   gains = "; in brackets, what it gains, prompt by prompt" if evaluation.differences else ""
+  if not evaluation.rewards:
+    return f"{text}, on {count}; no reward was asked."
   return f"{text}, on {count}. Large numbers: {escape(result.name)}{gains}."
 
 
@@ -155,11 +164,11 @@ def _day(seconds: float) -> str:
 
 
 def _scores(evaluation: Evaluation | None) -> str:
-  if evaluation is None:
+  if evaluation is None or not evaluation.rewards:
     return ""
   return (
     '<p class="note">Means with 95 % intervals; bold is the highest mean.</p>'
-    f"{score_table(evaluation)}{tag_tables(evaluation)}"
+    f"{score_table(evaluation)}{failures(evaluation)}{tag_tables(evaluation)}"
   )
 
 
@@ -183,7 +192,10 @@ def _warnings(lines: list[dict[str, Any]]) -> str:
 def _training(found: Curves) -> str:
   parts = []
   for title in _TITLES:
-    figures = [_curve(name, *found[name]) for name in found if group(name) == title]
+    own = {name: curve for name, curve in found.items() if group(name) == title}
+    # Counts of failed scores are worth a chart where something failed.
+    own = {n: c for n, c in own.items() if not n.endswith("_failed") or any(c[1])}
+    figures = [_curve(name, *curve) for name, curve in own.items()]
     if figures:
       note = f'<p class="note">{_NOTES[title]}</p>' if title in _NOTES else ""
       parts.append(f'<h3>{title}</h3>{note}<div class="charts">{"".join(figures)}</div>')

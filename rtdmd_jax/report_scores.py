@@ -16,11 +16,16 @@ Scores = dict[str, "Score"]
 
 @dataclass(frozen=True)
 class Score:
-  """Mean of `n` values with the half width of its 95 % interval; None when nothing was scored."""
+  """Mean of `n` values with the half width of its 95 % interval; None when nothing was scored.
+
+  `failed` images have no score; `reason` is that of the first of them.
+  """
 
   mean: float | None
   ci95: float | None
   n: int
+  failed: int = 0
+  reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,9 @@ def read_evaluation(path: Path) -> Evaluation:
 
   The file is `{"systems": [...], "prompts": [...]}`. A system is `{"name", "steps", "guidance",
   "scores", "per_tag"}` with `scores = {reward: {"mean", "ci95", "n"}}` and `per_tag = {tag:
-  scores}`; `ci95` is half the width of the 95 % interval. The systems go from the teacher to the
-  result, which is the last. `"differences": {system name: scores}` may be there.
+  scores}`; `ci95` is half the width of the 95 % interval, and `failed` and `reason` may be there,
+  of images without a score. The systems go from the teacher to the result, which is the last.
+  `"differences": {system name: scores}` may be there.
 
   Raises:
     UserError: the file is broken; the system and the key are named.
@@ -118,9 +124,23 @@ def score_table(evaluation: Evaluation) -> str:
   for reward in evaluation.rewards:
     scores = [system.scores.get(reward) for system in systems]
     count = max(score.n for score in scores if score)
-    name = f"{escape(reward)} <small>n = {count:,}</small>"
+    lost = sum(score.failed for score in scores if score)
+    failed = f', <span class="bad">{lost:,} failed</span>' if lost else ""
+    name = f"{escape(reward)} <small>n = {count:,}{failed}</small>"
     rows.append(_row(name, scores, systems, _limits(scores)))
   return _table("reward", heads, rows)
+
+
+def failures(evaluation: Evaluation) -> str:
+  """Why images have no score, a line for every reward and system; empty if all have; HTML."""
+  rows = "".join(
+    f"<li>{escape(reward)}, {escape(system.name)}: failed on {score.failed:,} of its images:"
+    f" {escape(score.reason)}</li>"
+    for system in evaluation.systems
+    for reward, score in system.scores.items()
+    if score.failed and score.reason
+  )
+  return f"<ul>{rows}</ul>" if rows else ""
 
 
 def tag_tables(evaluation: Evaluation) -> str:
@@ -166,10 +186,16 @@ def _read_scores(entry: Any, path: Path, where: str) -> Scores:
   return {
     reward: Score(
       *(_get(score, key, number, path, f"{where}, reward {reward!r}") for key in ("mean", "ci95")),
-      _get(score, "n", int, path, f"{where}, reward {reward!r}"),
+      *(_get(score, key, int, path, f"{where}, reward {reward!r}") for key in ("n", "failed")),
+      _get(score, "reason", str, path, f"{where}, reward {reward!r}"),
     )
-    for reward, score in entry.items()
+    for reward, score in ((r, _lossless(s)) for r, s in entry.items())
   }
+
+
+def _lossless(score: Any) -> Any:
+  """A score of a file that does not count failures."""
+  return {"failed": 0, "reason": ""} | score if isinstance(score, dict) else score
 
 
 def _get(entry: Any, key: str, kind: Any, path: Path, where: str) -> Any:

@@ -289,7 +289,8 @@ def _train(config: Any, settings: dict, workdir: Path, stop: Preemption, allow: 
 
 def _agree_on_files(setup: Setup, saved: Checkpoints, workdir: Path) -> None:
   """Stops processes with other prompts, or with a workdir of their own."""
-  prompts = {"data.prompts": setup.prompts, "data.held_out": setup.held_out}
+  prompts = {"data.prompts": setup.prompts}
+  prompts |= {f"held-out prompts {part.path}": part.prompts for part in setup.held_out_sets}
   hosts.agree(
     {name: hosts.digest([p.record for p in values]) for name, values in prompts.items()}
     | {"newest checkpoint": saved.latest_step}

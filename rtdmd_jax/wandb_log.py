@@ -77,6 +77,10 @@ class WandbRun:
     """Log a uint8 image `[H, W, 3]`."""
     self._run.log({"step": step, name: self._wandb.Image(image)})
 
+  def warning(self, step: int, sentence: str) -> None:
+    """Log a warning as the text `warning`; the newest one stands in the run's summary."""
+    self._run.log({"step": step, "warning": sentence})
+
   def close(self) -> None:
     """Send what is left."""
     self._run.finish()

@@ -12,9 +12,7 @@ from reward_faults import Proxy, number, running, serving
 from rtdmd_jax.check import files, rewards
 from rtdmd_jax.check.report import Report
 from rtdmd_jax.config import load_config
-from rtdmd_jax.prompts import Prompt
 from rtdmd_jax.rewards import ocr
-from rtdmd_jax.rewards.needs import unscorable
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = CONFIGS.parent / "rtdmd_jax/assets/tiny"
@@ -51,7 +49,6 @@ def written(folder, name, values):
     ("ocr", {"url": "http://127.0.0.1:9"}, "cannot be reached"),
     ("ocr", {"backpropagate": True, "workers": 0}, "only clipscore"),
     ("nowhere:Reward", {}, "cannot import 'nowhere:Reward'"),
-    ("types:SimpleNamespace", {"a": 1}, "makes a SimpleNamespace, which cannot be called"),
     ("geneval", {"detector": "shapes", "max_failed": 2}, "max_failed must be in 0..1"),
     ("hpsv3", {"directory": str(TINY)}, "HPSv3.safetensors does not exist"),
     ("geneval2", {"directory": str(TINY), "aggregate": "sum"}, "aggregate is 'sum'"),
@@ -80,6 +77,7 @@ def nothing(): return lambda images, prompts, records: None
 def unnamed(): return lambda images, prompts, records: {"a": np.zeros(len(images))}
 def nan(): return lambda images, prompts, records: np.full(len(images), np.nan)
 def good(gain=1.0): return lambda images, prompts, records: [gain] * len(images)
+def thing(): return "a reward"
 def raises(): raise KeyError("weights")
 """
 
@@ -101,6 +99,7 @@ def module(tmp_path, monkeypatch):
     ("words", "returns list, not numbers"),
     ("nothing", "returns None for 2 images"),
     ("unnamed", r"returns \['a'\], without its own name"),
+    ("thing", "makes a str, which cannot be called"),
     ("raises", "cannot be built: KeyError: 'weights'"),
   ],
 )
@@ -131,49 +130,29 @@ def test_services_are_asked_to_score():
 def test_prompts_that_a_reward_cannot_score(tmp_path):
   texts = written(tmp_path, "p.txt", ["a shop", 'a sign "Sale"', "a fox"])
   sets = [f"data.prompts={texts}", f"data.held_out={texts}"]
-  report = check({"geneval": {"detector": "shapes"}}, *sets)
-  training, held_out = report.problems
-  assert training.startswith("rewards.geneval cannot score 3 of 3 training prompts (data.prompts=")
-  assert "the first is 'a shop': no tag and no include in its record" in training
-  assert "3 of 3 held-out" in held_out and "rewards.geneval.held_out" in held_out
-  own = written(tmp_path, "own.jsonl", [RECORD])
+  training, held_out = check({"geneval": {"detector": "shapes"}}, *sets).problems
+  assert training.startswith(f"rewards.geneval cannot score 3 of the 3 prompts of {texts}")
+  assert held_out.endswith("Name other held-out prompts for it in rewards.geneval.held_out.")
+  own = written(tmp_path, "own.jsonl", [RECORD, {"prompt": "a square"}])
   report = check({"geneval": {"detector": "shapes", "held_out": str(own)}}, *sets)
-  assert len(report.problems) == 1 and "training" in report.problems[0]
+  assert report.problems == [training] and "1 of the 2 prompts of" in report.warnings[0]
+  report = check({"geneval": {"detector": "shapes"}}, *sets, "stage=stage1")
+  assert report.problems == [held_out]
   report = check(
     {"geneval": {"detector": "shapes", "held_out": "gone.jsonl"}}, *sets, evaluated=("geneval",)
   )
   assert report.problems == ["eval.rewards.geneval.held_out is gone.jsonl, which does not exist."]
 
 
-@pytest.mark.parametrize("share, warned", [(1.0, True), (0.5, False)])
-def test_prompts_without_quotes_are_counted(tmp_path, monkeypatch, share, warned):
+@pytest.mark.parametrize("share, allowed", [(1.0, True), (0.5, False)])
+def test_prompts_without_quotes_are_counted(tmp_path, monkeypatch, share, allowed):
   monkeypatch.setattr(ocr, "rapidocr_reader", lambda: lambda image: ())
   file = written(tmp_path, "p.txt", ["a shop", 'a sign "Sale"', "a fox"])
-  report = check(
-    {"ocr": {"max_failed": share}}, f"data.prompts={file}", f"data.held_out={TINY / 'prompts'}"
-  )
-  sentences = report.warnings if warned else report.problems
-  assert any("cannot score 2 of 3 training prompts" in s for s in sentences), report
-  assert any("344" not in s and "116 of 116 held-out" in s for s in report.problems) or warned
-
-
-def test_records_are_judged_as_the_rewards_do(tmp_path):
-
-  bad = [
-    RECORD,
-    RECORD | {"tag": "sizes"},
-    RECORD | {"include": 3},
-    {"prompt": "x", "tag": "colors"},
-  ]
-  found = unscorable("geneval", {}, [Prompt("x", record) for record in bad])
-  assert [lack.index for lack in found] == [1, 2, 3]
-  assert "unknown tag 'sizes'" in found[0].reason and found[2].reason.startswith("no include")
-  asked = [{"prompt": "a", "vqa_list": [["Is it?", "Yes"]]}, {"prompt": "b"}, {"prompt": "c"}]
-  prompts = [Prompt(r["prompt"], r) for r in asked]
-  assert [lack.index for lack in unscorable("geneval2", {}, prompts)] == [1, 2]
-  known = written(tmp_path, "q.jsonl", [asked[0] | {"prompt": "c"}])
-  assert [lack.index for lack in unscorable("geneval2", {"questions": known}, prompts)] == [1]
-  assert not unscorable("clipscore", {}, prompts)
+  sets = [f"data.prompts={file}", f"data.held_out={TINY / 'prompts'}"]
+  report = check({"ocr": {"max_failed": share}}, *sets)
+  sentences = report.warnings if allowed else report.problems
+  assert any("cannot score 2 of the 3 prompts" in s for s in sentences), report
+  assert any("116 of the 116 prompts" in s for s in report.problems)
 
 
 def test_local_models_of_pytorch_are_judged_unloaded(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rtdmd_jax.config import load_config
+from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import build_transformer, lora
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -50,6 +51,34 @@ def test_published_values(family, guidance, size, rates, images, saved):
   assert (two.dmd.consistency.weight == 0) == (family in ("flux1", "flux2_9b"))
   assert set(two.rewards) == {"clipscore", "hpsv2", "pickscore", "geneval"}
   assert (infer.height, infer.steps, infer.guidance, infer.few_step) == (1024, 4, 1.0, True)
+
+
+DRAWBENCH = {"pickscore", "aesthetic", "clipscore", "hpsv2", "imagereward"}
+OWN = {"hpsv3", "geneval", "geneval2", "ocr"}
+
+
+def _held_out(config):
+  """The prompts on which a training config scores each reward."""
+  return {
+    name: options.get("held_out", config.data.held_out)
+    for section in (config.rewards, config.eval.rewards)
+    for name, options in section.items()
+  }
+
+
+@pytest.mark.parametrize("family", ["sd3", "sd35", "flux1", "flux2", "flux2_9b"])
+def test_each_reward_is_evaluated_on_its_published_prompts(family):
+  published = dict.fromkeys(DRAWBENCH, "prompts/drawbench") | {n: f"prompts/{n}" for n in OWN}
+  assert _held_out(_load(f"{family}_stage2")) == published
+  suite = _load(f"{family}_eval")
+  assert {n: suite.prompts[r.prompts] for n, r in suite.rewards.items()} == published
+  assert _held_out(_load(f"{family}_stage1")) == {}
+  scored = load_config(str(CONFIGS / f"{family}_stage1.py:scored"))
+  absent = set() if family in ("sd3", "sd35") else {"geneval", "geneval2"}
+  assert not scored.rewards
+  assert _held_out(scored) == {n: p for n, p in published.items() if n not in absent}
+  with pytest.raises(UserError, match="takes the argument 'scored', or none, but not 'score'"):
+    load_config(str(CONFIGS / f"{family}_stage1.py:score"))
 
 
 @pytest.mark.parametrize("family", ["flux2", "flux2_9b"])

@@ -78,8 +78,47 @@ def test_outputs_of_single_tags_are_left_to_the_summary(tmp_path):
   scorer = make({"geneval": 1.0}, options={"geneval": {"detector": "shapes"}})
   record = {"tag": "colors", "include": [{"class": "ring", "count": 1, "color": "red"}]}
   scores = evaluate.score(scorer, [file], [Prompt("a", record)], 4)
-  assert scores.keys() == {"geneval", "strict_accuracy", "accuracy"}
-  assert scores["geneval"] == 0
+  assert scores.values.keys() == {"geneval", "strict_accuracy", "accuracy"}
+  assert scores.values["geneval"] == 0 and not scores.reasons
+
+
+class Fails:
+  """Raises where a prompt asks for it; there is no such file to build `Absent` from."""
+
+  def __call__(self, images, prompts, metadata):
+    if "broken" in prompts:
+      raise TimeoutError("no answer")
+    return images.mean((1, 2, 3)) / 255
+
+
+def Absent():
+  raise FileNotFoundError("judge.pt")
+
+
+def test_a_reward_that_fails_or_is_missing_is_counted_and_named(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(evaluate, "_SCORED", 2)
+  fails, absent = "test_evaluate:Fails", "test_evaluate:Absent"
+  with load_config(str(CONFIG)).unlocked() as config:
+    config.batch = 2
+    config.rewards = {fails: {"prompts": "set"}, absent: {"prompts": "other"}}
+  scorers = evaluate.rewards_by_set(config)
+  assert "prompt set other is not drawn" in capsys.readouterr().out
+  systems = [Drawn("low", 4, 1.0, {"set": drawn(tmp_path / "low", 50)})]
+  sets = {"other": PROMPTS[:1], "set": PROMPTS}
+  evaluate.compare(config, systems, sets, scorers, tmp_path / "work")
+  (row,) = json.loads((tmp_path / "work/summary.json").read_text())["systems"]
+  first = row["scores"][fails]  # of the first call, of two images
+  assert (first["n"], first["failed"], first["reason"]) == (2, 1, "TimeoutError: no answer")
+  assert row["scores"][absent] == {
+    "mean": None,
+    "ci95": None,
+    "n": 0,
+    "failed": 1,
+    "reason": "left out since the start: FileNotFoundError: judge.pt",
+  }
+  said = capsys.readouterr().out
+  assert f"warning: low: reward {fails} failed on 1 of its images: TimeoutError: no answer" in said
+  assert "1 failed" in (tmp_path / "work/report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,12 @@ def test_a_run_with_scores(tmp_path):
   assert "Means over 0 to 1,000 prompts" in text
 
 
+def test_a_run_without_rewards_has_no_scores_to_tell(tmp_path):
+  systems = [{**system, "scores": {}} for system in SCORES["systems"]]
+  text = card(tmp_path, run=Run(CONFIG | {"rewards": {}}, {"systems": systems}))
+  assert "## Training" in text and "## Held-out scores" not in text
+
+
 def test_an_adapter_of_unknown_origin(tmp_path):
   text = card(tmp_path)
   assert "## Training" not in text and "## Held-out scores" not in text

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from rtdmd_jax import train
 from rtdmd_jax.check.report import Report
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.held_out_sets import held_out_path, reward_sections
 from rtdmd_jax.prompts import Prompt, load_prompts
 from rtdmd_jax.resume import check_resume, read_stored_config
 
@@ -60,45 +61,38 @@ class Prompts(NamedTuple):
 
   Attributes:
     train: to train on.
-    held_out: what each reward is evaluated on, by its section's name ("rewards.clipscore"), and
-      under "data" the common set.
-    places: where each of these is from: the key, and its value.
+    held_out: what each reward is evaluated on, by its section ("rewards.clipscore").
   """
 
   train: list[Prompt]
   held_out: dict[str, list[Prompt]]
-  places: dict[str, str]
 
 
 def read_prompts(report: Report, config: Any) -> Prompts:
   """Reads every prompt set of a run; adds a line about them."""
-  read: dict[str, list[Prompt]] = {}
+  read: dict[tuple[str, str], list[Prompt]] = {}
 
   def load(key: str, value: str, split: str) -> list[Prompt]:
-    if not value:
-      report.problem(f"{key} is empty; name a file or folder of prompts.")
-      return []
-    known = f"{split} {value}"
-    if known not in read:
-      read[known] = report.attempt(_load, key, value, split) or []
-    return read[known]
+    if (split, value) not in read:
+      read[split, value] = report.attempt(_load, key, value, split) or []
+    return read[split, value]
 
   training = load("data.prompts", config.data.prompts, "train")
   common = load("data.held_out", config.data.held_out, "test")
-  held_out = {"data": common}
-  places = {"train": f"data.prompts={config.data.prompts}"}
-  for prefix, section in (("rewards", config.rewards), ("eval.rewards", config.eval.rewards)):
-    for name, options in section.items():
-      key, own = f"{prefix}.{name}", options.get("held_out")
-      held_out[key] = load(f"{key}.held_out", own, "test") if own else common
-      places[key] = f"{key}.held_out={own}" if own else f"data.held_out={config.data.held_out}"
+  held_out = {}
+  for section, name, options in reward_sections(config):
+    key = f"{section}.{name}"
+    path = report.attempt(held_out_path, config, section, name, options)
+    held_out[key] = [] if path is None else load(f"{key}.held_out", path, "test")
   if training and common:
     report.lines.append(
       f"prompts: {len(training):,} to train on ({config.data.prompts}), {len(common):,} held out"
       f" ({config.data.held_out})"
     )
-  return Prompts(training, held_out, places)
+  return Prompts(training, held_out)
 
 
 def _load(key: str, value: str, split: str) -> list[Prompt]:
+  if not value:
+    raise UserError(f"{key} is empty; name a file or folder of prompts.")
   return load_prompts(existing(key, value), split=split, metadata=True)

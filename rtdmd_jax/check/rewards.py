@@ -10,6 +10,8 @@ from rtdmd_jax.check.files import Prompts, existing
 from rtdmd_jax.check.report import Report
 from rtdmd_jax.check.trial import try_reward
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.held_out_sets import held_out_path, reward_sections
+from rtdmd_jax.limits import lookup
 from rtdmd_jax.prompts import Prompt
 from rtdmd_jax.rewards import device
 from rtdmd_jax.rewards.backends.hpsv3 import HPSv3
@@ -17,12 +19,10 @@ from rtdmd_jax.rewards.backends.mask2former import Mask2FormerDetector
 from rtdmd_jax.rewards.backends.pytorch import require_torch
 from rtdmd_jax.rewards.backends.qwen3_vl import Qwen3VLAnswerer
 from rtdmd_jax.rewards.geneval2 import GenEval2
-from rtdmd_jax.rewards.multi import MAX_FAILED
-from rtdmd_jax.rewards.needs import Lack, unscorable
+from rtdmd_jax.rewards.multi import RUN_KEYS
+from rtdmd_jax.rewards.needs import check_training_prompts, shortage, unscorable
 from rtdmd_jax.weights.headers import headers_only
 
-# Keys of a reward's section that are not options of the reward itself.
-_OF_THE_RUN = ("weight", "backpropagate", "held_out")
 # Options of GenEval2's rule, beside those of the model that answers.
 _RULE = ("aggregate", "questions")
 # Options of the built-in rewards that name files or directories.
@@ -31,19 +31,23 @@ _PATHS = ("directory", "weights", "tokenizer", "processor", "clip", "questions")
 
 def check_rewards(report: Report, config: Any, prompts: Prompts) -> None:
   """Checks every reward, trained or only evaluated, by itself and against its prompts."""
-  for prefix, section in (("rewards", config.rewards), ("eval.rewards", config.eval.rewards)):
-    for name, options in section.items():
-      if prefix == "eval.rewards" and name in config.rewards:
-        report.problem(f"eval.rewards.{name} is in rewards, too, and is evaluated as it is.")
-        continue
-      key = f"{prefix}.{name}"
-      if options.get("backpropagate", False) and name not in device.NAMES:
-        report.problem(
-          f"{key}.backpropagate is true, but only {', '.join(device.NAMES)} have gradients."
-        )
-      own = {k: v for k, v in options.to_dict().items() if k not in _OF_THE_RUN}
-      training = prompts.train if prefix == "rewards" else []
-      _reward(report, key, name, own, config.model.image_size, training, prompts)
+  for section, name, options in reward_sections(config):
+    if section == "eval.rewards" and name in config.rewards:
+      report.problem(f"eval.rewards.{name} is in rewards, too, and is evaluated as it is.")
+      continue
+    key = f"{section}.{name}"
+    if options.get("backpropagate", False) and name not in device.NAMES:
+      report.problem(
+        f"{key}.backpropagate is true, but only {', '.join(device.NAMES)} have gradients."
+      )
+    own = {k: v for k, v in options.to_dict().items() if k not in RUN_KEYS}
+    before = len(report.problems)
+    if ":" not in name:
+      own |= _paths(report, key, own)
+    if len(report.problems) > before:  # nothing can be built of missing files
+      continue
+    usable = _scorable(report, config, section, name, prompts)
+    _reward(report, key, name, own, config.model.image_size, usable)
 
 
 def _reward(
@@ -52,26 +56,16 @@ def _reward(
   name: str,
   options: dict[str, Any],
   image_size: int,
-  training: Sequence[Prompt],
-  prompts: Prompts,
+  prompts: Sequence[Prompt],
 ) -> None:
-  known, before = ":" not in name, len(report.problems)
-  if known:
-    options |= _paths(report, key, options)
-  if len(report.problems) > before:  # nothing can be built of missing files
-    return
-  held_out = prompts.held_out[key]
-  usable = [
-    *_scorable(report, key, name, options, training, "training", prompts.places["train"]),
-    *_scorable(report, key, name, options, held_out, "held-out", prompts.places[key]),
-  ]
+  """Checks one reward whose files are there."""
   if name in device.NAMES:
     report.attempt(_device_reward, key, name, options)
   elif (local := _backend(name, options)) is not None:
     rule = {k: v for k, v in options.items() if k in _RULE}
     report.attempt(_judged_unloaded, key, name, *local, rule)
   else:
-    try_reward(report, key, name, options, usable, image_size)
+    try_reward(report, key, name, options, prompts, image_size)
 
 
 def _paths(report: Report, key: str, options: Mapping[str, Any]) -> dict[str, str]:
@@ -86,47 +80,34 @@ def _paths(report: Report, key: str, options: Mapping[str, Any]) -> dict[str, st
 
 
 def _scorable(
-  report: Report,
-  key: str,
-  name: str,
-  options: Mapping[str, Any],
-  prompts: Sequence[Prompt],
-  kind: str,
-  place: str,
+  report: Report, config: Any, section: str, name: str, prompts: Prompts
 ) -> list[Prompt]:
-  """The first prompt that the reward can score, if any; says how many it cannot."""
-  lacks = report.attempt(unscorable, name, options, prompts)
-  if lacks is None or not prompts:
-    return []
-  if lacks:
-    _say(report, key, name, options, lacks, prompts, kind, place)
-  missing = {lack.index for lack in lacks}
-  return [p for i, p in enumerate(prompts) if i not in missing][:1]
+  """The first prompt to train on and the first held-out one that a reward can score, if any.
+
+  Says how many it cannot. Stage 1 does not score what it trains on.
+  """
+  options, chosen = lookup(config, section)[name], []
+  if section == "rewards" and config.stage == "stage2" and prompts.train:
+    said = report.attempt(
+      check_training_prompts, {name: options}, prompts.train, config.data.prompts
+    )
+    if said:
+      report.warning(said)
+    chosen += report.attempt(_first, name, options, prompts.train) or []
+  if held_out := prompts.held_out[f"{section}.{name}"]:
+    path = held_out_path(config, section, name, options)
+    found = report.attempt(_first, name, options, held_out) or []
+    if said := report.attempt(shortage, section, name, held_out, path, options):
+      say = report.warning if found else report.problem
+      say(f"{said} Name other held-out prompts for it in {section}.{name}.held_out.")
+    chosen += found
+  return chosen
 
 
-def _say(
-  report: Report,
-  key: str,
-  name: str,
-  options: Mapping[str, Any],
-  lacks: Sequence[Lack],
-  prompts: Sequence[Prompt],
-  kind: str,
-  place: str,
-) -> None:
-  first, count = lacks[0], len(prompts)
-  sentence = (
-    f"{key} cannot score {len(lacks):,} of {count:,} {kind} prompts ({place}); the first is"
-    f" {prompts[first.index].text!r}: {first.reason}."
-  )
-  # A reading of words leaves such samples out; the other rewards refuse the whole batch.
-  share = options.get("max_failed", MAX_FAILED)
-  if name == "ocr" and isinstance(share, int | float) and len(lacks) <= share * count:
-    report.warning(sentence)
-  elif kind == "held-out":
-    report.problem(f"{sentence} Name a set that it can score in {key}.held_out.")
-  else:
-    report.problem(f"{sentence} Give prompts that it can score, or remove the reward.")
+def _first(name: str, options: Mapping[str, Any], prompts: Sequence[Prompt]) -> list[Prompt]:
+  """The first prompt that the reward can score, if any."""
+  lacking = set(unscorable(name, prompts, options))
+  return [p for i, p in enumerate(prompts) if i not in lacking][:1]
 
 
 def _device_reward(key: str, name: str, options: Mapping[str, Any]) -> None:

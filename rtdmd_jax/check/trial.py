@@ -11,6 +11,7 @@ from rtdmd_jax.check.report import Report
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.prompts import Prompt
 from rtdmd_jax.rewards import multi
+from rtdmd_jax.rewards.isolated import MEAN, sentence
 
 # Of a service, which is asked once.
 _ASK = {"attempts": 1, "timeout": 20.0}
@@ -55,13 +56,15 @@ def try_reward(
       result = reward(images, [p.text for p in chosen], [p.record for p in chosen])
     except UserError as error:
       report.problem(f"{key}: {error}")
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # code of others may do anything
       report.problem(
-        f"{key} fails on a grey image with the prompt {chosen[0].text!r}: {type(error).__name__}:"
-        f" {error}; {_PROTOCOL}."
+        f"{key} fails on a grey image with the prompt {chosen[0].text!r}: {sentence(error)};"
+        f" {_PROTOCOL}."
       )
     else:
-      _judge(report, key, name, result, said)
+      # A service keeps the reason of its last NaN, others write it into the log.
+      reasons = [*said, getattr(reward, "last_failure", "")]
+      _judge(report, key, name, result, [reason for reason in reasons if reason])
 
 
 def _built(report: Report, key: str, name: str, options: Mapping[str, Any]) -> Any:
@@ -71,8 +74,8 @@ def _built(report: Report, key: str, name: str, options: Mapping[str, Any]) -> A
   except UserError as error:
     report.problem(f"{key}: {error}")
     return None
-  except Exception as error:
-    report.problem(f"{key} cannot be built: {type(error).__name__}: {error}.")
+  except (Exception, SystemExit) as error:
+    report.problem(f"{key} cannot be built: {sentence(error)}.")
     return None
   if not callable(reward):
     report.problem(f"{key} makes a {type(reward).__name__}, which cannot be called; {_PROTOCOL}.")
@@ -86,8 +89,8 @@ def _judge(report: Report, key: str, name: str, result: object, said: Sequence[s
   if name not in outputs:
     report.problem(f"{key} returns {sorted(map(str, outputs))}, without its own name {name!r}.")
     return
-  if multi.MEAN in outputs:
-    report.problem(f"{key} returns an output {multi.MEAN!r}, which is the weighted sum's name.")
+  if MEAN in outputs:
+    report.problem(f"{key} returns an output {MEAN!r}, which is the weighted sum's name.")
   for output, values in outputs.items():
     of = "" if output == name else f" as {output!r}"
     try:
