@@ -24,9 +24,6 @@ def main(call: cli.Invocation) -> None:
     return
   if call.workdir is None:
     raise UserError(f"--workdir is required: {call.flags['workdir'].help}")
-  from rtdmd_jax.limits import check_stage
-
-  check_stage(call.config)
   if call.config.get("stage") == "pretrain":
     distributed.check_alone()
     from rtdmd_jax.pretrain.run import run

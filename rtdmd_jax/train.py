@@ -28,7 +28,7 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.export import export_adapters
 from rtdmd_jax.held_out import evaluate, final_evaluation
 from rtdmd_jax.idle import warnings
-from rtdmd_jax.limits import check_limits
+from rtdmd_jax.limits import check_limits, check_stage
 from rtdmd_jax.metrics import MetricWriter, markdown
 from rtdmd_jax.numbers import checked_jit
 from rtdmd_jax.optim import ema_update, make_optimizer
@@ -241,6 +241,7 @@ def train(config: Any, workdir: Path, *, allow_config_change: bool = False) -> N
     UserError: a bad configuration, a missing or broken file, or a workdir of another run.
     Stopped: a signal came, or too many updates in a row were not finite.
   """
+  check_stage(config)
   with hosts.quiet():
     settings = json.loads(config.to_json_best_effort())
     hosts.agree({"config": settings, "versions": versions(), "code": hosts.code_digest()})

@@ -104,7 +104,7 @@ def test_warnings_are_no_problems(capsys):
   "config, tool", [("tiny_infer.py", "sample"), ("tiny_eval.py", "evaluate")]
 )
 def test_the_configuration_of_another_tool(tmp_path, capsys, config, tool):
-  sentence = f"error: the configuration has no stage: it is one of rtdmd_jax.{tool}; run python -m"
+  sentence = f"python -m rtdmd_jax.{tool}"
   assert run(config=config) == 2 and sentence in capsys.readouterr().err
   argv = ["main", f"--config={CONFIGS / config}", f"--workdir={tmp_path}"]
   assert cli.run(main.main, argv, define_flags=main.define_flags, requires=("config",)) == 2

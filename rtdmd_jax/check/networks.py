@@ -77,7 +77,6 @@ def _pipeline(report: Report, config: Any) -> Transformer | None:
         attention=model.attention,
         base_storage=model.base_storage,
       )
-      report.attempt(getattr(pipelines, "check_components", _nothing), directory)
       pipeline.latent_shape(model.image_size)
       return pipeline.transformer
   except UserError as error:
@@ -86,15 +85,13 @@ def _pipeline(report: Report, config: Any) -> Transformer | None:
     return None
 
 
-def _nothing(directory: Path) -> None:
-  """Stands in for a comparison of a pipeline's components."""
-
-
 def _parts(report: Report, directory: Path, config: Any) -> None:
   """Checks each part of a directory that does not load, so that all that is wrong is said."""
   index = report.attempt(read_config, directory, "model_index.json")
   if index is None:
     return
+  for sentence in getattr(pipelines, "component_problems", lambda directory: [])(directory):
+    report.problem(sentence)
   for name, made_by in sorted(index.items()):
     if isinstance(made_by, list) and len(made_by) == 2 and None not in made_by:
       with headers_only():
