@@ -13,23 +13,33 @@ from rtdmd_jax.prompts import Prompt, load_prompts
 from rtdmd_jax.resume import check_resume, read_stored_config
 
 
-def _path(value: str | Path) -> Path:
-  """Where the file or folder that a configuration names lies on this machine."""
+def _path(value: str | Path, kind: str) -> Path:
+  """Where the model of a `kind` ("pipeline", "transformer", "adapter") lies on this machine."""
+  del kind
   return Path(value)
 
 
-def existing(key: str, value: str | Path, fix: str = "") -> Path:
-  """The path of a file or folder that a configuration names.
+def existing(key: str, value: str | Path, kind: str, fix: str = "") -> Path:
+  """The path of a model that a configuration names.
 
   Args:
     key: of the configuration.
     value: of the key.
+    kind: see `_path`.
     fix: what to do about a missing one.
 
   Raises:
     UserError: it does not exist.
   """
-  path = _path(value)
+  return there(key, value, _path(value, kind), fix)
+
+
+def there(key: str, value: str | Path, path: Path, fix: str = "") -> Path:
+  """`path`, which the `value` of a key stands for, if it exists.
+
+  Raises:
+    UserError: it does not; see `existing` for the sentence's parts.
+  """
   if not path.exists():
     raise UserError(f"{key} is {value}, which does not exist{fix and '; '}{fix}.")
   return path
@@ -95,4 +105,7 @@ def read_prompts(report: Report, config: Any) -> Prompts:
 def _load(key: str, value: str, split: str) -> list[Prompt]:
   if not value:
     raise UserError(f"{key} is empty; name a file or folder of prompts.")
-  return load_prompts(existing(key, value), split=split, metadata=True)
+  try:
+    return load_prompts(value, split=split, metadata=True)
+  except UserError as error:
+    raise UserError(f"{key}: {error}") from error

@@ -61,7 +61,7 @@ def _pipeline(report: Report, config: Any) -> Transformer | None:
   if not model.pretrained:
     report.problem("model.pretrained is empty; name a diffusers directory.")
     return None
-  directory = report.attempt(existing, "model.pretrained", model.pretrained)
+  directory = report.attempt(existing, "model.pretrained", model.pretrained, "pipeline")
   if directory is None:
     published = Path(model.pretrained).name in PUBLISHED
     return abstract_pipeline(model.pretrained, dtype).transformer if published else None
@@ -118,7 +118,7 @@ def _part(directory: Path, name: str, kind: Any, model: Any) -> None:
 
 def _role(key: str, value: str, transformer: Transformer | None, model: Any) -> None:
   """A role's own transformer: a directory of diffusers, that of a pipeline, or one file."""
-  path = existing(key, value)
+  path = existing(key, value, "transformer")
   path = path / "transformer" if (path / "transformer").is_dir() else path
   own = build_transformer(read_config(path)) if path.is_dir() else None
   if own is not None and transformer is not None and own.config != transformer.config:
@@ -134,7 +134,7 @@ def _role(key: str, value: str, transformer: Transformer | None, model: Any) -> 
 def _adapter(key: str, value: str, transformer: Transformer | None) -> None:
   """An adapter of an earlier stage."""
   lora = Lora.parse(value)
-  path = existing(key, lora.path, "run the earlier stage first")
+  path = existing(key, lora.path, "adapter", "run the earlier stage first")
   if transformer is not None:
     try:
       load_adapters([lora._replace(path=path)], transformer)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rtdmd_jax.check.files import Prompts, existing
+from rtdmd_jax.check.files import Prompts, there
 from rtdmd_jax.check.report import Report
 from rtdmd_jax.check.trial import try_reward
 from rtdmd_jax.errors import UserError
@@ -43,7 +43,7 @@ def check_rewards(report: Report, config: Any, prompts: Prompts) -> None:
     own = {k: v for k, v in options.to_dict().items() if k not in RUN_KEYS}
     before = len(report.problems)
     if ":" not in name:
-      own |= _paths(report, key, own)
+      own |= _paths(report, key, name, own)
     if len(report.problems) > before:  # nothing can be built of missing files
       continue
     usable = _scorable(report, config, section, name, prompts)
@@ -68,14 +68,21 @@ def _reward(
     try_reward(report, key, name, options, prompts, image_size)
 
 
-def _paths(report: Report, key: str, options: Mapping[str, Any]) -> dict[str, str]:
+def _option_path(name: str, option: str, value: str) -> Path:
+  """Where the file or folder that an option of a reward names lies on this machine."""
+  del name, option
+  return Path(value)
+
+
+def _paths(report: Report, key: str, name: str, options: Mapping[str, Any]) -> dict[str, str]:
   """The options that name files, as paths on this machine; each missing one is a problem."""
   found = {}
   for option in _PATHS:
     value = options.get(option)
     if isinstance(value, str):
-      path = report.attempt(existing, f"{key}.{option}", value)
-      found[option] = value if path is None else str(path)
+      place = report.attempt(_option_path, name, option, value)
+      path = place and report.attempt(there, f"{key}.{option}", value, place)
+      found[option] = str(path or value)
   return found
 
 
