@@ -58,7 +58,8 @@ def check_programs(report: Report, config: Any, unreadable: Sequence[str]) -> No
     if state is None:
       return
     report.lines += hardware.memory(report, _trees(usable, setup, state), mesh)
-    if len(report.problems) == before:
+    # Without any reward that is known there is no program of a policy to build.
+    if len(report.problems) == before and (usable.rewards or config.stage == "stage1"):
       costs = report.attempt(_trace, usable, setup, optimizers, state)
       if costs is not None:
         report.lines.append(hardware.time(config, costs))
