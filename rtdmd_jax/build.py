@@ -14,6 +14,7 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.held_out_sets import HeldOut, held_out_sets, reward_sections, shortages
 from rtdmd_jax.hosts import gather, together
 from rtdmd_jax.hub import local_path
+from rtdmd_jax.limits import OBJECTIVES, check_policy_steps
 from rtdmd_jax.models import Transformer, build_transformer, load_base
 from rtdmd_jax.models.lora import build_adapters
 from rtdmd_jax.models.vae import decode_images
@@ -38,7 +39,6 @@ from rtdmd_jax.weights.adapters import Lora, load_adapters
 from rtdmd_jax.weights.safetensors import read_config
 
 Tree = Any
-OBJECTIVES = ("ac_dmd", "dmd")
 
 
 @dataclass(frozen=True)
@@ -337,17 +337,9 @@ def policy_config(config: Any) -> PolicyConfig:
     UserError: no reward, too few steps to choose from, a batch.decode_chunk that does not divide a
       device's images, or see `micro_batches`.
   """
-  if not config.rewards:
-    raise UserError("stage 2 trains on rewards, but the configuration has none below rewards.")
+  check_policy_steps(config)
   policy = PolicyConfig(
     **config.policy, micro_batches=micro_batches(config), decode_parts=_decode_parts(config)
   )
   # A group of one has no spread: its advantage is taken over the batch, as the published code does.
-  policy = policy._replace(per_prompt=policy.per_prompt and config.batch.repeats > 1)
-  last = len(config.dmd.steps) - 2
-  if not 0 <= policy.range_start <= policy.range_end <= last:
-    raise UserError(
-      f"policy.range_start..range_end is {policy.range_start}..{policy.range_end}; stochastic"
-      f" steps are 0..{last}."
-    )
-  return policy
+  return policy._replace(per_prompt=policy.per_prompt and config.batch.repeats > 1)

@@ -4,8 +4,9 @@ Reads the checkpoints, prompts and adapters that the configuration names. Writes
 metrics, previews, the exported LoRA and report.html into the workdir. Started again with the same
 workdir, a run goes on from its last checkpoint.
 
-With --check nothing is loaded or written: the run is built from shapes alone, and every problem
-with its configuration, files, rewards and devices is a line. --workdir may be left out then.
+With --check nothing is trained or written: the run is built from shapes alone, rewards of the host
+score a grey image, and every problem with its configuration, files, rewards, prompts and devices is
+a line. --workdir may be left out then.
 """
 
 import sys
@@ -13,7 +14,7 @@ import sys
 from absl import flags
 
 from rtdmd_jax import cli, distributed
-from rtdmd_jax.errors import EXIT_USER_ERROR, UserError
+from rtdmd_jax.errors import UserError
 
 
 def main(call: cli.Invocation) -> None:
@@ -36,17 +37,12 @@ def main(call: cli.Invocation) -> None:
 
 
 def _check(call: cli.Invocation) -> None:
-  """Prints what would run; every problem is a line of stderr, and makes the exit code 2."""
-  from rtdmd_jax.check import check
+  """Prints what would run, and what is wrong; a problem makes the exit code 2."""
+  from rtdmd_jax.check import check, show
 
-  allow = call.flags.allow_config_change
-  report = check(call.config, call.workdir, allow_config_change=allow)
-  print("\n".join(report.lines), flush=True)
-  for sentence in report.problems:
-    print(f"error: {sentence}", file=sys.stderr)
-  if report.problems:
-    sys.exit(EXIT_USER_ERROR)
-  print("no problem found")
+  report = check(call.config, call.workdir, allow_config_change=call.flags.allow_config_change)
+  if code := show(report):
+    sys.exit(code)
 
 
 def define_flags(values: flags.FlagValues) -> None:

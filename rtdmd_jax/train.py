@@ -27,7 +27,8 @@ from rtdmd_jax.data import make_batch
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.export import export_adapters
 from rtdmd_jax.held_out import evaluate, final_evaluation
-from rtdmd_jax.limits import check_limits
+from rtdmd_jax.idle import warnings
+from rtdmd_jax.limits import check_limits, check_stage
 from rtdmd_jax.metrics import MetricWriter, markdown
 from rtdmd_jax.numbers import checked_jit
 from rtdmd_jax.optim import effective_decay, ema_update, make_optimizer
@@ -245,6 +246,7 @@ def train(config: Any, workdir: Path, *, allow_config_change: bool = False) -> N
     UserError: a bad configuration, a missing or broken file, or a workdir of another run.
     Stopped: a signal came, or too many updates in a row were not finite.
   """
+  check_stage(config)
   with hosts.quiet():
     settings = json.loads(config.to_json_best_effort())
     hosts.agree({"config": settings, "versions": versions(), "code": hosts.code_digest()})
@@ -257,6 +259,8 @@ def _train(config: Any, settings: dict, workdir: Path, stop: Preemption, allow: 
   if config.stage not in STAGES:
     raise UserError(f"stage is {config.stage!r}; use one of {', '.join(STAGES)} or pretrain.")
   check_limits(config)
+  for sentence in warnings(config):
+    print(f"warning: {sentence}")
   keep_programs(workdir)
   if config.log.wandb:
     import_wandb()

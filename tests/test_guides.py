@@ -31,7 +31,8 @@ def test_the_reward_is_in_the_checked_run(tmp_path):
 @pytest.mark.slow
 def test_the_prompt_set_is_read(tmp_path):
   seen = run("A prompt set in ten lines", checkout(tmp_path))
-  assert "prompts: 16 to train on, 4 held out" in seen and seen.endswith("no problem found\n")
+  assert "prompts: 16 to train on (my_prompts), 4 held out" in seen
+  assert seen.endswith("no problem found\n")
   (first, *_) = load_prompts(tmp_path / "my_prompts", split="test")
   assert first.text.startswith("a photo of a pink") and first.record["tag"]
 

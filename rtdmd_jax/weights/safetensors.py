@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from rtdmd_jax import sharding as sharding_table
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.weights import int8
+from rtdmd_jax.weights import headers, int8
 from rtdmd_jax.weights.directory import read_config as read_config  # importable from here, too
 from rtdmd_jax.weights.directory import weight_files
 from rtdmd_jax.weights.maps import Entry, KeyTable
@@ -138,6 +138,10 @@ def _build(
   else:
     places = flatten_dict(sharding)
   _check_keys(path, entries, shapes, tensors, ignore)
+  if headers.wanted():
+    # Scales stay float32, as `_load` makes them.
+    own = {path: None if path[-1] == int8.SCALE else dtype for path in shapes}
+    return headers.shapes_of(shapes, lambda path, a: _leaf_dtype(a.dtype, own[path]))
   loaded = {}
   for entry in entries:
     loaded |= _load(entry, shapes, tensors, dtype, places)
