@@ -123,7 +123,7 @@ def base() -> config_dict.ConfigDict:
   c.eval.preview = 12  # prompts of the preview grid and of the report's images
 
   c.log = config_dict.ConfigDict()
-  c.log.wandb = False  # also log to Weights & Biases; pip install "rtdmd_jax[wandb]"
+  c.log.wandb = False  # also log to Weights & Biases; pip install -e ".[wandb]"
   c.log.wandb_project = "rtdmd_jax"
 
   c.rewards = config_dict.ConfigDict()

@@ -206,6 +206,7 @@ def score(
 
 def main(call: cli.Invocation) -> None:
   """Draws, scores and compares what the command line asks for."""
+  call.expect("evaluation")
   config, workdir = call.config, call.workdir
   check_config(config)
   sets = prompt_sets(config)
@@ -216,6 +217,7 @@ def main(call: cli.Invocation) -> None:
   if not names or len(set(names)) != len(names):
     raise UserError(f"systems are {', '.join(names) or '(none)'}; give at least one, once each.")
   pipelines = by_pipeline(config, own)
+  cli.make_folder(workdir, "--workdir")
   scorers = rewards_by_set(config)
   wanted = {name: sets[name] for name, scorer in scorers.items() if scorer.rewards}
   with jax.set_mesh(sharding.make_mesh()):

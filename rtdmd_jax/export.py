@@ -106,6 +106,7 @@ def main(call: cli.Invocation) -> None:
   out = Path(values.out)
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise UserError(f"--out={out} exists and is not an empty directory; choose another.")
+  cli.make_folder(out, "--out")
   kind = "transformer" if values.format == "merged" else "network"
   source = _transformer_directory(local_path(values.pipeline, kind))
   transformer = build_transformer(read_config(source))
@@ -154,4 +155,4 @@ def define_flags(values: flags.FlagValues) -> None:
 
 if __name__ == "__main__":
   required = ("pipeline", "format", "out")
-  sys.exit(cli.run(main, define_flags=define_flags, requires=required))
+  sys.exit(cli.run(main, define_flags=define_flags, requires=required, shared=()))

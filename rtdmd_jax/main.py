@@ -19,21 +19,23 @@ from rtdmd_jax.errors import UserError
 
 def main(call: cli.Invocation) -> None:
   """Dispatches on `config.stage`; jax is imported only now, so that mistakes are answered fast."""
+  call.expect("training", "pretraining")
   if call.flags.check:
     _check(call)
     return
   if call.workdir is None:
     raise UserError(f"--workdir is required: {call.flags['workdir'].help}")
+  workdir = cli.make_folder(call.workdir, "--workdir")
   if call.config.get("stage") == "pretrain":
     distributed.check_alone()
     from rtdmd_jax.pretrain.run import run
 
-    print(f"pipeline: {run(call.config, call.workdir)}")
+    print(f"pipeline: {run(call.config, workdir)}")
   else:
     distributed.initialize()
     from rtdmd_jax.train import train
 
-    train(call.config, call.workdir, allow_config_change=call.flags.allow_config_change)
+    train(call.config, workdir, allow_config_change=call.flags.allow_config_change)
 
 
 def _check(call: cli.Invocation) -> None:

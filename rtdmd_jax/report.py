@@ -64,7 +64,8 @@ def write_report(workdir: Path) -> Path:
     UserError: no such folder, neither metrics nor an evaluation in it, or a broken file.
   """
   if not workdir.is_dir():
-    raise UserError(f"folder {workdir} does not exist; give the --workdir of a run")
+    is_file = "is a file" if workdir.exists() else "does not exist"
+    raise UserError(f"folder {workdir} {is_file}; give the --workdir of a run")
   lines = read_metrics(workdir / FILE_NAME) if (workdir / FILE_NAME).exists() else []
   paths = [workdir / name for name in ("evaluation.json", "summary.json")]
   evaluation = next((read_evaluation(path) for path in paths if path.exists()), None)
@@ -253,4 +254,4 @@ def _page(title: str, header: str, sections: list[tuple[str, str, str]]) -> str:
 
 
 if __name__ == "__main__":
-  sys.exit(cli.run(main))
+  sys.exit(cli.run(main, shared=("workdir",), positional=True))

@@ -251,6 +251,7 @@ def write(image: np.ndarray, path: Path, notes: dict[str, Any]) -> None:
 
 def main(call: cli.Invocation) -> None:
   """Draws what the command line asks for."""
+  call.expect("images")
   values = call.flags
   settings = Settings.from_config(call.config)
   if values.lora is not None:
@@ -259,6 +260,7 @@ def main(call: cli.Invocation) -> None:
   shots = _shots(values, settings)
   directory = call.workdir or Path(settings.out)
   todo = pending(shots, settings, directory, overwrite=values.overwrite)
+  cli.make_folder(directory, "--workdir" if call.workdir else "out")
   if todo:
     with jax.set_mesh(sharding.make_mesh()):
       dtype = jnp.dtype(settings.dtype)

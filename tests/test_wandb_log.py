@@ -69,7 +69,7 @@ def test_mistakes_are_one_sentence(tmp_path, wandb, monkeypatch):
     WandbRun(tmp_path, project="p", config={})
   assert not (tmp_path / "wandb_id.txt").exists()
   monkeypatch.setitem(sys.modules, "wandb", None)
-  with pytest.raises(UserError, match=r"pip install \"rtdmd_jax\[wandb\]\""):
+  with pytest.raises(UserError, match=r"log\.wandb needs wandb .*pip install -e \".*\[wandb\]\""):
     WandbRun(tmp_path, project="p", config={})
 
 

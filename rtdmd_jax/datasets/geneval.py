@@ -152,11 +152,7 @@ def main(call: cli.Invocation) -> None:
     train = training_records(call.flags.count, call.flags.seed, exclude=excluded)
   except ValueError as error:
     raise UserError(f"--exclude={exclude} leaves too little: {error}.") from error
-  out = Path(call.flags.out)
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"--out={out} cannot be written ({error.strerror}).") from error
+  out = cli.make_folder(call.flags.out, "--out")
   files = {"train_metadata.jsonl": train, "test_metadata.jsonl": evaluation_records()}
   for name, records in files.items():
     text = "".join(json.dumps(record) + "\n" for record in records)
@@ -165,4 +161,4 @@ def main(call: cli.Invocation) -> None:
 
 
 if __name__ == "__main__":
-  sys.exit(cli.run(main, define_flags=define_flags, requires=("out",)))
+  sys.exit(cli.run(main, define_flags=define_flags, requires=("out",), shared=()))

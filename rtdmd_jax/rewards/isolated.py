@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.rewards.outputs import checked_outputs
+from rtdmd_jax.rewards.process import contained, undisturbed
 
 MEAN = "mean"  # the weighted sum, an output of no reward
 # Images of a call: a call that fails costs no more than these their scores.
@@ -76,22 +78,6 @@ def joined(parts: Sequence[Scores]) -> Scores:
   return Scores(values, {n: r for part in reversed(parts) for n, r in part.reasons.items()})
 
 
-def checked_outputs(name: str, result: object, count: int) -> dict[str, np.ndarray]:
-  """A reward's outputs [count] float32 by name.
-
-  Raises:
-    ValueError: its own name is not among them, or a shape is wrong.
-  """
-  outputs = dict(result) if isinstance(result, Mapping) else {name: result}
-  if name not in outputs:
-    raise ValueError(f"reward {name!r} returns {sorted(outputs)} without its own name")
-  outputs = {key: np.asarray(values, np.float32) for key, values in outputs.items()}
-  for key, values in outputs.items():
-    if values.shape != (count,):
-      raise ValueError(f"reward {name!r}: {key!r} has shape {values.shape}, not [{count}]")
-  return outputs
-
-
 def attempt(name: str, call: Callable[[], object], count: int, silent: str = _SILENT) -> Scores:
   """The checked outputs [count] of what `call` returns; NaN where it fails, however it does.
 
@@ -139,7 +125,7 @@ def score_isolated(
     return images[part], prompts[part], None if records is None else records[part]
 
   taken, parts = {MEAN, *rewards}, []
-  with ThreadPoolExecutor(max(len(rewards), 1)) as pool:
+  with undisturbed(), ThreadPoolExecutor(max(len(rewards), 1)) as pool:
     for name, scores in zip(rewards, pool.map(score, rewards), strict=True):
       others = scores.values.keys() - {name}
       if again := sorted(others & taken):
@@ -160,7 +146,7 @@ def _call(
 ) -> Scores:
   """One call of a reward; one an image where it refuses the whole."""
   try:
-    scores = attempt(name, lambda: reward(images, prompts, records), len(images))
+    scores = attempt(name, lambda: contained(reward, images, prompts, records), len(images))
   except UserError as error:
     if len(images) == 1:
       return missing(1, {name: sentence(error)})

@@ -24,11 +24,12 @@ from rtdmd_jax.rewards.isolated import (
   Reward,
   Scores,
   beside,
-  checked_outputs,
   left_out,
   score_isolated,
   sentence,
 )
+from rtdmd_jax.rewards.outputs import checked_outputs
+from rtdmd_jax.rewards.process import contained, described, undisturbed
 
 # Share of a batch that a reward may fail on before it ends a training run.
 MAX_FAILED = 0.5
@@ -72,14 +73,31 @@ def _check_share(name: str, share: object) -> float:
 
 def _build(name: str, options: Mapping) -> Reward:
   """Builds one reward; a wrong option is a UserError, a missing file whatever the reward raises."""
-  factory = _FACTORIES[name] if name in _FACTORIES else imported(name)
+  if name in _FACTORIES:
+    factory = _FACTORIES[name]
+  else:
+    with undisturbed():
+      factory = imported(name)
   try:
     inspect.signature(factory).bind(**options)
   except TypeError as error:
     raise device.OptionError(
       f"reward {name!r}: {error} in its options {dict(options)!r}"
     ) from error
-  return factory(**options)
+  if ":" not in name:
+    return factory(**options)
+  with undisturbed():
+    try:
+      reward = factory(**options)
+    except _UNAVAILABLE:
+      raise
+    except (Exception, SystemExit) as error:
+      raise UserError(described(error)) from error
+  if not callable(reward):
+    raise UserError(
+      f"{name} returns {type(reward).__name__}, not a function of images, prompts and records"
+    )
+  return reward
 
 
 class MultiReward:
@@ -124,7 +142,8 @@ class MultiReward:
 
     Raises:
       UserError: a reward's input is missing, such as records for geneval, or, in training, a reward
-        with a weight failed on a larger share of the samples than its `max_failed`.
+        with a weight failed on a larger share of the samples than its `max_failed`, or any raised
+        an error or returned what no scores are.
       ValueError: shapes or lengths do not fit.
     """
     images, usable = _as_uint8(images)
@@ -182,13 +201,28 @@ class MultiReward:
   def _strict(self, images, usable, prompts, metadata) -> dict[str, np.ndarray]:
     """The outputs of all rewards; a failure beyond `max_failed` ends a training run."""
     scores: dict[str, np.ndarray] = {}
-    with ThreadPoolExecutor(len(self.rewards)) as pool:
-      inputs = images, prompts, metadata
-      pending = [pool.submit(reward, *inputs) for reward in self.rewards.values()]
+
+    def outputs(name: str) -> dict[str, np.ndarray]:
+      try:
+        result = contained(self.rewards[name], images, prompts, metadata)
+      except UserError:
+        raise
+      except Exception as error:
+        raise UserError(f"reward {name!r} failed: {described(error)}") from error
+      try:
+        return checked_outputs(name, result, len(images))
+      except ValueError as error:
+        raise UserError(str(error)) from error
+
+    with undisturbed(), ThreadPoolExecutor(len(self.rewards)) as pool:
+      pending = [pool.submit(outputs, name) for name in self.rewards]
     for name, future in zip(self.rewards, pending, strict=True):
-      for output, values in checked_outputs(name, future.result(), len(images)).items():
+      for output, values in future.result().items():
         if output in scores or output == MEAN:
-          raise ValueError(f"two rewards return an output named {output!r}")
+          raise UserError(
+            f"reward {name!r} returns an output {output!r}, which is another reward's or the sum's"
+            " name; rename it"
+          )
         scores[output] = np.where(usable, values, np.float32(np.nan))
       self._check_failures(name, scores[name][usable])
     return scores

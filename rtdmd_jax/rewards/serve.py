@@ -128,4 +128,4 @@ def _literal(text: str) -> object:
 
 
 if __name__ == "__main__":
-  sys.exit(cli.run(main, define_flags=define_flags))
+  sys.exit(cli.run(main, define_flags=define_flags, shared=("config",)))

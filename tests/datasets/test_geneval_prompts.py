@@ -92,4 +92,4 @@ def test_the_tool_writes_what_training_reads(tmp_path, capsys):
     assert {p.text for p in quarter} == {r["prompt"] for r in geneval.test_records()}
   (tmp_path / "file").write_text("")
   assert _tool(f"--out={tmp_path / 'file'}") == 2
-  assert "cannot be written" in capsys.readouterr().err
+  assert "no folder can be made" in capsys.readouterr().err
