@@ -204,9 +204,11 @@ def test_missing_rewards_and_backbones_have_their_published_size(capsys):
   for row in (
     r"reward hpsv2 +986,109,441 +1\.972",
     r"base stable-diffusion-3.5-medium +2,469,663,936 +4\.939",
-    r"sum +21\.744",
+    r"reward imagereward, evaluated +\d{3},\d{3},\d{3} ",
   ):
     assert re.search(row, out), out
+  *parts, total = map(float, re.findall(r"^  .* (\d+\.\d{3})$", out, re.M))
+  assert total == pytest.approx(sum(parts), abs=0.01) and total > 21.7
 
 
 def test_hours_of_a_known_device(monkeypatch):
