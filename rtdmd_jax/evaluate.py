@@ -26,6 +26,7 @@ from PIL import Image
 
 from rtdmd_jax import cli, evaluation, sample, sharding
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.hub import local_path
 from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.prompts import Prompt, load_prompts
 from rtdmd_jax.report import write_report
@@ -85,7 +86,7 @@ def by_pipeline(config: Any, names: Sequence[str]) -> dict[str, list[str]]:
   for name in names:
     found.setdefault(settings(config, name).pipeline, []).append(name)
   for directory in found:
-    read_config(directory, "model_index.json")
+    read_config(local_path(directory), "model_index.json")
   return found
 
 

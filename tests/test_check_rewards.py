@@ -99,7 +99,7 @@ def module(tmp_path, monkeypatch):
     ("words", "returns list, not numbers"),
     ("nothing", "returns None for 2 images"),
     ("unnamed", r"returns \['a'\], without its own name"),
-    ("thing", "makes a str, which cannot be called"),
+    ("thing", "returns str, not a function of images"),
     ("raises", "cannot be built: KeyError: 'weights'"),
   ],
 )
@@ -107,7 +107,7 @@ def test_whatever_a_reward_of_the_user_does_is_a_sentence(module, name, message)
   for evaluated in ((), (f"{module}:{name}",)):
     report = check({f"{module}:{name}": {}}, evaluated=evaluated)
     (problem,) = report.problems
-    assert problem.startswith(f"{'eval.' * bool(evaluated)}rewards.{module}:{name} ")
+    assert problem.startswith(f"{'eval.' * bool(evaluated)}rewards.{module}:{name}")
     assert re.search(message, problem), problem
 
 

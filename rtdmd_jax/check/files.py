@@ -9,14 +9,9 @@ from rtdmd_jax import train
 from rtdmd_jax.check.report import Report
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.held_out_sets import held_out_path, reward_sections
+from rtdmd_jax.hub import local_path
 from rtdmd_jax.prompts import Prompt, load_prompts
 from rtdmd_jax.resume import check_resume, read_stored_config
-
-
-def _path(value: str | Path, kind: str) -> Path:
-  """Where the model of a `kind` ("pipeline", "transformer", "adapter") lies on this machine."""
-  del kind
-  return Path(value)
 
 
 def existing(key: str, value: str | Path, kind: str, fix: str = "") -> Path:
@@ -25,13 +20,17 @@ def existing(key: str, value: str | Path, kind: str, fix: str = "") -> Path:
   Args:
     key: of the configuration.
     value: of the key.
-    kind: see `_path`.
+    kind: of the model, a name in `hub_files.KINDS`; nothing is downloaded.
     fix: what to do about a missing one.
 
   Raises:
-    UserError: it does not exist.
+    UserError: it does not exist; for a repository of the hub with the command that fetches it.
   """
-  return there(key, value, _path(value, kind), fix)
+  try:
+    path = local_path(value, kind, download=False)
+  except UserError as error:
+    raise UserError(f"{key}: {error}") from error
+  return there(key, value, path, fix)
 
 
 def there(key: str, value: str | Path, path: Path, fix: str = "") -> Path:

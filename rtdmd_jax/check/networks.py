@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from rtdmd_jax import pipeline as pipelines
 from rtdmd_jax.aot.abstract import abstract_pipeline
 from rtdmd_jax.aot.published import PUBLISHED
 from rtdmd_jax.check.files import existing
 from rtdmd_jax.check.report import Report
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.hub import base_name
 from rtdmd_jax.models import Transformer, build_transformer, load_base
 from rtdmd_jax.models.encoders import load_clip_text, load_qwen3, load_t5, load_vae
 from rtdmd_jax.models.text import FLUX2_LAYERS, load_tokenizer
-from rtdmd_jax.pipeline import Pipeline
+from rtdmd_jax.pipeline import Pipeline, component_problems
 from rtdmd_jax.weights.adapters import Lora, load_adapters
 from rtdmd_jax.weights.headers import headers_only
 from rtdmd_jax.weights.safetensors import read_config
@@ -63,7 +63,7 @@ def _pipeline(report: Report, config: Any) -> Transformer | None:
     return None
   directory = report.attempt(existing, "model.pretrained", model.pretrained, "pipeline")
   if directory is None:
-    published = Path(model.pretrained).name in PUBLISHED
+    published = base_name(model.pretrained) in PUBLISHED
     return abstract_pipeline(model.pretrained, dtype).transformer if published else None
   if not directory.is_dir():
     report.problem(f"model.pretrained is {model.pretrained}, which is a file, not a directory.")
@@ -90,7 +90,7 @@ def _parts(report: Report, directory: Path, config: Any) -> None:
   index = report.attempt(read_config, directory, "model_index.json")
   if index is None:
     return
-  for sentence in getattr(pipelines, "component_problems", lambda directory: [])(directory):
+  for sentence in component_problems(directory):
     report.problem(sentence)
   for name, made_by in sorted(index.items()):
     if isinstance(made_by, list) and len(made_by) == 2 and None not in made_by:

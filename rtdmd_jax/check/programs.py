@@ -17,6 +17,7 @@ from rtdmd_jax.build import Setup, micro_batches, optimizer_config, policy_confi
 from rtdmd_jax.check import hardware
 from rtdmd_jax.check.report import Report
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.hub import base_name
 from rtdmd_jax.optim import make_optimizer
 from rtdmd_jax.rewards import device
 from rtdmd_jax.throughput import loop_turns
@@ -84,7 +85,7 @@ def _described(config: Any, unreadable: Sequence[str]) -> Any:
 def _published(name: str, options: Any) -> dict[str, str]:
   """The published model's directory where the reward's own is neither here nor known."""
   directory = options.get("directory", "")
-  if name not in _MODELS or Path(directory).is_dir() or Path(directory).name in PUBLISHED:
+  if name not in _MODELS or Path(directory).is_dir() or base_name(directory) in PUBLISHED:
     return {}
   return {"directory": _MODELS[name]}
 

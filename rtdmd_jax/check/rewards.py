@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rtdmd_jax.check.files import Prompts, there
+from rtdmd_jax.check.files import Prompts, existing, there
 from rtdmd_jax.check.report import Report
 from rtdmd_jax.check.trial import try_reward
 from rtdmd_jax.errors import UserError
@@ -18,6 +18,7 @@ from rtdmd_jax.rewards.backends.hpsv3 import HPSv3
 from rtdmd_jax.rewards.backends.mask2former import Mask2FormerDetector
 from rtdmd_jax.rewards.backends.pytorch import require_torch
 from rtdmd_jax.rewards.backends.qwen3_vl import Qwen3VLAnswerer
+from rtdmd_jax.rewards.files import option_kind
 from rtdmd_jax.rewards.geneval2 import GenEval2
 from rtdmd_jax.rewards.multi import RUN_KEYS
 from rtdmd_jax.rewards.needs import check_training_prompts, shortage, unscorable
@@ -68,22 +69,23 @@ def _reward(
     try_reward(report, key, name, options, prompts, image_size)
 
 
-def _option_path(name: str, option: str, value: str) -> Path:
-  """Where the file or folder that an option of a reward names lies on this machine."""
-  del name, option
-  return Path(value)
-
-
 def _paths(report: Report, key: str, name: str, options: Mapping[str, Any]) -> dict[str, str]:
   """The options that name files, as paths on this machine; each missing one is a problem."""
   found = {}
   for option in _PATHS:
     value = options.get(option)
     if isinstance(value, str):
-      place = report.attempt(_option_path, name, option, value)
-      path = place and report.attempt(there, f"{key}.{option}", value, place)
+      path = report.attempt(_option_path, key, name, option, options)
       found[option] = str(path or value)
   return found
+
+
+def _option_path(key: str, name: str, option: str, options: Mapping[str, Any]) -> Path:
+  """Where the file or folder that an option of a reward names lies on this machine."""
+  value, of = options[option], option_kind(name, option, options)
+  return (
+    existing(f"{key}.{option}", value, of) if of else there(f"{key}.{option}", value, Path(value))
+  )
 
 
 def _scorable(
