@@ -70,17 +70,12 @@ def try_reward(
 def _built(report: Report, key: str, name: str, options: Mapping[str, Any]) -> Any:
   """The reward; None if it cannot be built."""
   try:
-    reward = multi.make({name: 1.0}, options={name: options}).rewards[name]
+    return multi.make({name: 1.0}, options={name: options}).rewards[name]
   except UserError as error:
     report.problem(f"{key}: {error}")
-    return None
   except (Exception, SystemExit) as error:
     report.problem(f"{key} cannot be built: {sentence(error)}.")
-    return None
-  if not callable(reward):
-    report.problem(f"{key} makes a {type(reward).__name__}, which cannot be called; {_PROTOCOL}.")
-    return None
-  return reward
+  return None
 
 
 def _judge(report: Report, key: str, name: str, result: object, said: Sequence[str]) -> None:

@@ -105,7 +105,8 @@ class User:
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
   """A folder for all workers of the session, with the reward services up."""
-  folder = tmp_path_factory.getbasetemp().parent / "rehearsal"
+  base = tmp_path_factory.getbasetemp()
+  folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "rehearsal"
   folder.mkdir(exist_ok=True)
   with services.running(folder):
     yield folder
