@@ -119,14 +119,14 @@ def base() -> config_dict.ConfigDict:
   c.eval.teacher_guidance = 4.5
   c.eval.seed = 42
   # Rewards that are scored then and at the end, but not trained: signs of reward hacking.
-  c.eval.rewards = config_dict.ConfigDict()
+  c.eval.rewards = config_dict.ConfigDict(allow_dotted_keys=True)
   c.eval.preview = 12  # prompts of the preview grid and of the report's images
 
   c.log = config_dict.ConfigDict()
   c.log.wandb = False  # also log to Weights & Biases; pip install -e ".[wandb]"
   c.log.wandb_project = "rtdmd_jax"
 
-  c.rewards = config_dict.ConfigDict()
+  c.rewards = config_dict.ConfigDict(allow_dotted_keys=True)
   return c
 
 

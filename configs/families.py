@@ -187,7 +187,7 @@ def evaluation(name: str) -> config_dict.ConfigDict:
     c.systems.distilled = dict(few_step=False, steps=4, guidance=1.0, loras=())
   c.systems.cold_start = dict(**few, loras=lora("stage1"))
   c.systems.result = dict(**few, loras=lora("stage2"))
-  c.rewards = config_dict.ConfigDict()
+  c.rewards = config_dict.ConfigDict(allow_dotted_keys=True)
   for reward, prompts in HELD_OUT.items():
     compat = {"compat": True} if reward in _FILES else {}
     c.rewards[reward] = _reward(reward, prompts=prompts, **compat)
