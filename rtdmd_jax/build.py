@@ -184,6 +184,11 @@ def _reward_options(config: Any) -> dict[str, dict[str, Any]]:
   for name in config.eval.rewards:
     if name in config.rewards:
       raise UserError(f"eval.rewards.{name} is in rewards, too, and is evaluated as it is.")
+    if config.eval.rewards[name].get("backpropagate", False):
+      raise UserError(
+        f"eval.rewards.{name}.backpropagate is true, but eval.rewards are not trained; move it to"
+        " rewards, or drop the key."
+      )
   return {
     name: {k: v for k, v in reward.items() if k not in RUN_KEYS}
     for _, name, reward in reward_sections(config)
