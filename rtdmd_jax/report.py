@@ -25,7 +25,15 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.metrics import FILE_NAME, read_metrics
 from rtdmd_jax.report_charts import line_chart, smooth
 from rtdmd_jax.report_images import compare, previews
-from rtdmd_jax.report_scores import Evaluation, read_evaluation, score_table, tag_tables, tiles
+from rtdmd_jax.report_scores import (
+  Evaluation,
+  count_text,
+  overlap_sentences,
+  read_evaluation,
+  score_table,
+  tag_tables,
+  tiles,
+)
 
 # A metric belongs to the first group that its name matches; _TITLES is the order of the groups.
 _PATTERNS = (
@@ -141,13 +149,19 @@ def _header(
 
 def _sentence(evaluation: Evaluation) -> str:
   *others, result = evaluation.systems
-  text = f"<b>{escape(result.name)}</b> samples in {escape(result.sampling)}"
+  of_step = "" if evaluation.step is None else f" (step {evaluation.step:,})"
+  text = f"<b>{escape(result.name)}</b>{of_step} samples in {escape(result.sampling)}"
   if others:
     names = ", ".join(f"{escape(other.name)} ({escape(other.sampling)})" for other in others)
     text += f" and is compared with {names}"
-  count = f"{len(evaluation.prompts):,} held-out prompts"
+  if not evaluation.rewards:
+    return f"{text}; no reward scored them."
   gains = "; in brackets, what it gains, prompt by prompt" if evaluation.differences else ""
-  return f"{text}, on {count}. Large numbers: {escape(result.name)}{gains}."
+  compared = escape(overlap_sentences(evaluation.overlap))
+  return (
+    f"{text}, on {count_text(evaluation)} prompts. {compared} Large numbers:"
+    f" {escape(result.name)}{gains}."
+  )
 
 
 def _day(seconds: float) -> str:
@@ -155,7 +169,7 @@ def _day(seconds: float) -> str:
 
 
 def _scores(evaluation: Evaluation | None) -> str:
-  if evaluation is None:
+  if evaluation is None or not evaluation.rewards:
     return ""
   return (
     '<p class="note">Means with 95 % intervals; bold is the highest mean.</p>'
@@ -183,7 +197,9 @@ def _warnings(lines: list[dict[str, Any]]) -> str:
 def _training(found: Curves) -> str:
   parts = []
   for title in _TITLES:
-    figures = [_curve(name, *found[name]) for name in found if group(name) == title]
+    # Single points, which the table of scores has.
+    shown = [name for name in found if not name.startswith("final/")]
+    figures = [_curve(name, *found[name]) for name in shown if group(name) == title]
     if figures:
       note = f'<p class="note">{_NOTES[title]}</p>' if title in _NOTES else ""
       parts.append(f'<h3>{title}</h3>{note}<div class="charts">{"".join(figures)}</div>')
