@@ -37,7 +37,7 @@ _RULES: dict[str, Rule] = {
   "lora.targets": (len, "at least one name"),
   "dmd.steps": _LEVELS,
   "dmd.eta": _FRACTION,
-  "ema.decay": _FRACTION,
+  "ema.decay": _DECAY,
   "ema.every": _COUNT,
   "batch.prompts": _COUNT,
   "batch.repeats": _COUNT,
@@ -74,7 +74,7 @@ for _network in ("generator", "fake_score"):
 
 
 def check_limits(config: Any) -> None:
-  """Checks each value of a training configuration by itself.
+  """Checks each value of a training configuration by itself, and those that rule each other out.
 
   Args:
     config: as `load_config` returns it, so that types are right already.
@@ -100,6 +100,21 @@ def check_limits(config: Any) -> None:
       "model.offload is true and model.remat is 'none', which keeps a copy of every block on the"
       " device for the backward pass; set model.remat to 'full' or 'dots'."
     )
+  _check_steps(config)
+
+
+def _check_steps(config: Any) -> None:
+  """Whether what happens every so many steps happens in a run at all."""
+  needed = {"ema.every": "the moving average, which is exported, would stay at its start"}
+  if config.stage == "stage1":
+    needed["train.fake_update_ratio"] = "the generator would never be updated"
+  for key, words in needed.items():
+    section, name = key.split(".")
+    if 0 < config.train.steps < config[section][name]:
+      raise UserError(
+        f"{key} is {config[section][name]} and train.steps is {config.train.steps}, so {words};"
+        f" lower {key} or raise train.steps."
+      )
 
 
 def _is_float(name: str) -> bool:

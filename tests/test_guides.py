@@ -1,6 +1,9 @@
+import shutil
+
 import numpy as np
 import pytest
 from guides import ROOT, blocks, checkout, run
+from test_train import SMALL, _run
 
 from rtdmd_jax.prompts import load_prompts
 
@@ -40,6 +43,20 @@ def test_the_prompt_set_is_read(tmp_path):
 def test_the_file_for_comfyui_is_written(tmp_path):
   run("The LoRA in ComfyUI", checkout(tmp_path))
   assert (tmp_path / "comfyui_lora/comfyui_lora.safetensors").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_exported_drawn_and_evaluated(tmp_path):
+  small = [*SMALL, "--config.train.steps=1", "--config.train.fake_update_ratio=1"]
+  assert _run(tmp_path / "runs/tiny", *small, config="tiny_stage1.py") == 0
+  shutil.copytree(tmp_path / "runs/tiny", tmp_path / "runs/stage1")
+  for name, step in (("tiny", 20), ("stage1", 300)):  # as if it had trained for longer
+    (tmp_path / f"runs/{name}/checkpoints/1").rename(tmp_path / f"runs/{name}/checkpoints/{step}")
+  run("Stop earlier", checkout(tmp_path))
+  for name in ("step20", "step300_fake_score"):
+    assert (tmp_path / name / "adapter_model.safetensors").stat().st_size > 10_000
+  assert (tmp_path / "step20_images/00000_42.png").exists()
+  assert "checkpoint_20" in (tmp_path / "step20_scores/summary.json").read_text()
 
 
 def test_the_page_names_its_tests():

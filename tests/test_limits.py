@@ -31,6 +31,7 @@ def test_shipped_configurations_pass(name):
     "dmd.steps=250,1000",
     "dmd.steps=",
     "dmd.eta=1.5",
+    "ema.decay=1",
     "train.log_every=0",
     "train.grace_seconds=0",
     "generator.learning_rate=inf",
@@ -42,6 +43,25 @@ def test_a_value_that_no_run_can_use_is_named(override):
   config = load_config(str(CONFIGS / "tiny_stage2.py"), [override])
   with pytest.raises(UserError, match=override.partition("=")[0] + " is .*; it must be "):
     check_limits(config)
+
+
+@pytest.mark.parametrize(
+  "name, overrides, message",
+  [
+    ("tiny_stage2.py", ["ema.every=8", "train.steps=4"], "ema.every is 8 and train.steps is 4"),
+    ("tiny_stage1.py", ["train.steps=2"], "train.fake_update_ratio is 3 .* never be updated"),
+    ("tiny_stage2.py", ["ema.every=4", "train.steps=4"], None),
+    ("tiny_stage2.py", ["train.fake_update_ratio=9", "train.steps=4"], None),
+    ("tiny_stage1.py", ["train.steps=0"], None),
+  ],
+)
+def test_what_would_never_happen_is_refused(name, overrides, message):
+  config = load_config(str(CONFIGS / name), overrides)
+  if message is None:
+    check_limits(config)
+  else:
+    with pytest.raises(UserError, match=message):
+      check_limits(config)
 
 
 def test_a_configuration_of_something_else():
