@@ -6,7 +6,8 @@ Reads the pipelines, adapters, prompt sets and rewards that the configuration na
 drawn before (--images). Writes into the workdir images/<system>/<prompt set>/<prompt>_<seed>.png,
 scores.jsonl (one line an image), summary.json and report.html. Started again it draws what is
 missing. A reward that cannot be built is left out with a warning; its scores are missing, and so
-are those that a reward fails on.
+are those that a reward fails on. With --checkpoint a training run's generator joins as the system
+checkpoint_<step>.
 """
 
 import json
@@ -33,6 +34,7 @@ from rtdmd_jax.report import write_report
 from rtdmd_jax.rewards.geneval import TAGS
 from rtdmd_jax.rewards.isolated import Scores, joined, left_out
 from rtdmd_jax.rewards.multi import MultiReward, make_for_evaluation
+from rtdmd_jax.stored_run import FLAG_HELP, StoredRun
 from rtdmd_jax.weights.adapters import load_adapters
 from rtdmd_jax.weights.safetensors import read_config
 
@@ -124,6 +126,58 @@ def draw(
   """Draws what is missing of a system's images, one a prompt, on the current mesh."""
   how = settings(config, name)
   adapters = load_adapters(how.loras, pipeline.transformer)
+  return _draw(name, how, pipeline, adapters, sets, directory, overwrite=overwrite)
+
+
+def draw_checkpoint(
+  config: Any,
+  run: StoredRun,
+  sets: Mapping[str, Sequence[Prompt]],
+  directory: Path,
+  *,
+  overwrite: bool,
+) -> Drawn:
+  """As `draw` with the pipeline, adapters and few steps of a training run's checkpoint."""
+  how = checkpoint_settings(config, run)
+  pipeline = run.pipeline(jnp.dtype(how.dtype))
+  adapters, words = run.adapters(pipeline.transformer)
+  print(f"{run.directory}: {words}")
+  name = checkpoint_name(run)
+  return _draw(name, how, pipeline, adapters, sets, directory, overwrite=overwrite)
+
+
+def checkpoint_name(run: StoredRun) -> str:
+  """The system that a checkpoint is evaluated as."""
+  return f"checkpoint_{run.step}"
+
+
+def checkpoint_settings(config: Any, run: StoredRun) -> sample.Settings:
+  """How the generator of a training run samples, in the sizes of the config.
+
+  Raises:
+    UserError: its few steps are not those that `rtdmd_jax.sample` draws with.
+  """
+  levels, steps = list(run.config["dmd"]["steps"]), len(run.config["dmd"]["steps"])
+  if not np.allclose(levels, 1000.0 * (1.0 - np.arange(steps) / steps)):
+    raise UserError(
+      f"{run.directory} was trained with dmd.steps={levels}; only evenly spaced steps from 1000 on"
+      " can be drawn with."
+    )
+  few = {"few_step": True, "steps": steps, "guidance": 1.0, "eta": run.config["dmd"]["eta"]}
+  values = {key: config[key] for key in _SHARED} | few | {"loras": (), "out": ""}
+  return sample.of_run(sample.Settings.from_config(values), run)
+
+
+def _draw(
+  name: str,
+  how: sample.Settings,
+  pipeline: Pipeline,
+  adapters: Any,
+  sets: Mapping[str, Sequence[Prompt]],
+  directory: Path,
+  *,
+  overwrite: bool,
+) -> Drawn:
   folders = {}
   for set_name, prompts in sets.items():
     folder = folders[set_name] = directory / name / set_name
@@ -214,10 +268,13 @@ def main(call: cli.Invocation) -> None:
   ready = [given(text, sets) for text in call.flags.images]
   # Many steps first, as the report's order goes from the teacher to the result.
   own = sorted(config.systems, key=lambda name: (config.systems[name].get("few_step", True), name))
-  names = [*own, *(system.name for system in ready)]
+  run = StoredRun.parse(call.flags.checkpoint) if call.flags.checkpoint else None
+  names = [*own, *(system.name for system in ready), *([checkpoint_name(run)] if run else [])]
   if not names or len(set(names)) != len(names):
     raise UserError(f"systems are {', '.join(names) or '(none)'}; give at least one, once each.")
   pipelines = by_pipeline(config, own)
+  if run:
+    checkpoint_settings(config, run)
   cli.make_folder(workdir, "--workdir")
   scorers = rewards_by_set(config)
   wanted = {name: sets[name] for name, scorer in scorers.items() if scorer.rewards}
@@ -229,6 +286,9 @@ def main(call: cli.Invocation) -> None:
         overwrite = call.flags.overwrite
         drawn[name] = draw(config, name, pipeline, wanted, workdir / "images", overwrite=overwrite)
       del pipeline  # the next one takes its place in memory
+    if run:
+      overwrite = call.flags.overwrite
+      ready.append(draw_checkpoint(config, run, wanted, workdir / "images", overwrite=overwrite))
     compare(config, [*(drawn[name] for name in own), *ready], sets, scorers, workdir)
 
 
@@ -296,6 +356,8 @@ def define_flags(values: flags.FlagValues) -> None:
   """The tool's own flags."""
   text = "NAME=DIR, images that rtdmd_jax.sample or this tool drew; may be repeated."
   flags.DEFINE_multi_string("images", [], text, flag_values=values)
+  about = f"{FLAG_HELP} Its generator is a further system."
+  flags.DEFINE_string("checkpoint", None, about, flag_values=values)
   flags.DEFINE_bool("overwrite", False, "Replace images of other settings.", flag_values=values)
 
 

@@ -46,6 +46,7 @@ def warnings(config: Any) -> list[str]:
     for key, default, idle, reason in _IDLE
     if lookup(config, key) not in (default, ABSENT) and idle(config)
   ]
+  found += _never(config)
   found += [
     f"{network}.learning_rate is 0: the {network.replace('_', ' ')} stays as it starts."
     for network in ("generator", "fake_score")
@@ -61,4 +62,21 @@ def warnings(config: Any) -> list[str]:
     )
   if policy.policy_weight and not has_weight(config):
     found.append("every reward has weight 0, so that the policy gradient is 0.")
+  return found
+
+
+def _never(config: Any) -> list[str]:
+  """What happens every so many steps, and so not at all in a short run."""
+  steps, every, ratio = config.train.steps, config.ema.every, config.train.fake_update_ratio
+  found = []
+  if 0 < steps < every:
+    found.append(
+      f"ema.every is {every} and train.steps is {steps}: the moving average stays at its start, so"
+      " the adapters in training are exported."
+    )
+  if config.stage == "stage1" and 0 < steps < ratio:
+    found.append(
+      f"train.fake_update_ratio is {ratio} and train.steps is {steps}: the generator is never"
+      " updated, and its export is the start."
+    )
   return found

@@ -74,7 +74,7 @@ _RULES: dict[str, Rule] = {
     "a whole number from 1 to 1000",
   ),
   "dmd.consistency.moves": _COUNT,
-  "ema.decay": _FRACTION,
+  "ema.decay": _DECAY,
   "ema.every": _COUNT,
   "ema.warmup": _BOOL,
   "ema.applications": _COUNT,

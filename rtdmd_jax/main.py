@@ -2,7 +2,7 @@
 
 Reads the checkpoints, prompts and adapters that the configuration names. Writes checkpoints,
 metrics, previews, the exported LoRA and report.html into the workdir. Started again with the same
-workdir, a run goes on from its last checkpoint.
+workdir, a run goes on from its last checkpoint; of a finished one only the report is written anew.
 
 With --check nothing is trained or written: the run is built from shapes alone, rewards of the host
 score a grey image, and every problem with its configuration, files, rewards, prompts and devices is
@@ -15,6 +15,7 @@ from absl import flags
 
 from rtdmd_jax import cli, distributed
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.lock import WorkdirLock
 
 
 def main(call: cli.Invocation) -> None:
@@ -30,7 +31,8 @@ def main(call: cli.Invocation) -> None:
     distributed.check_alone()
     from rtdmd_jax.pretrain.run import run
 
-    print(f"pipeline: {run(call.config, workdir)}")
+    with WorkdirLock(workdir):
+      print(f"pipeline: {run(call.config, workdir)}")
   else:
     distributed.initialize()
     from rtdmd_jax.train import train
@@ -49,7 +51,7 @@ def _check(call: cli.Invocation) -> None:
 
 def define_flags(values: flags.FlagValues) -> None:
   """The tool's own flags."""
-  text = "Resume although the objective, the backbone or the adapters changed."
+  text = "Resume although the objective, the backbone, the adapters or files that are read changed."
   flags.DEFINE_bool("allow_config_change", False, text, flag_values=values)
   flags.DEFINE_bool("check", False, "Only say what would run, and what is wrong.", values)
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.files import replace_text
 from rtdmd_jax.wandb_log import WandbRun
 
 FILE_NAME = "metrics.jsonl"
@@ -162,9 +163,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _keep_until(path: Path, last_step: int) -> None:
   kept = [line for line in read_metrics(path) if line["step"] <= last_step]
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-  temporary.replace(path)
+  replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _number(name: str, value: Any) -> float:

@@ -35,6 +35,7 @@ def test_shipped_configurations_pass(name):
     "dmd.steps=250,1000",
     "dmd.steps=",
     "dmd.eta=1.5",
+    "ema.decay=1",
     "train.log_every=0",
     "train.grace_seconds=0",
     "generator.learning_rate=inf",
@@ -175,6 +176,23 @@ def test_the_configuration_of_another_tool_is_told():
       check_stage(load_config(str(CONFIGS / f"tiny_{kind}.py")))
   with pytest.raises(UserError, match="stage is None; use one of stage1, stage2 or pretrain"):
     check_stage(ConfigDict({"seed": 1}))
+
+
+@pytest.mark.parametrize(
+  "name, overrides, message",
+  [
+    ("tiny_stage2.py", ["ema.every=8", "train.steps=4"], "ema.every is 8 and train.steps is 4"),
+    ("tiny_stage1.py", ["train.steps=2"], "train.fake_update_ratio is 3 and .* never updated"),
+    ("tiny_stage2.py", ["ema.every=4", "train.steps=4"], None),
+    ("tiny_stage1.py", ["train.steps=0"], None),
+  ],
+)
+def test_what_never_happens_in_a_short_run_is_a_warning(name, overrides, message):
+  config = load_config(str(CONFIGS / name), overrides)
+  assert not violations(config)
+  found = [sentence for sentence in idle.warnings(config) if "train.steps" in sentence]
+  assert len(found) == (message is not None)
+  assert message is None or re.search(message, found[0])
 
 
 def test_a_configuration_of_something_else():

@@ -18,10 +18,10 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from rtdmd_jax import sharding as sharding_table
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.files import save_tensors
 from rtdmd_jax.weights import headers, int8
 from rtdmd_jax.weights.directory import read_config as read_config  # importable from here, too
 from rtdmd_jax.weights.directory import weight_files
@@ -159,7 +159,6 @@ def save_params(
     table: maps leaves to checkpoint keys.
     dtype: type of the floating-point tensors; None keeps the type of each leaf.
   """
-  path = Path(path)
   tensors = {}
   for entry, leaf in zip(table.entries(params), jax.tree.leaves(params), strict=True):
     array = np.asarray(leaf)
@@ -168,10 +167,7 @@ def save_params(
     for key, layer in zip(entry.keys, layers, strict=True):
       # safetensors writes the buffer as it lies in memory, so transposed views must be copied.
       tensors[key] = np.asarray(layer.transpose(entry.axes), order="C")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".partial")
-  save_file(tensors, partial, metadata={"format": "pt"})
-  partial.replace(path)
+  save_tensors(path, tensors)
 
 
 def save_model(
