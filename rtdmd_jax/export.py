@@ -131,7 +131,7 @@ def main(call: cli.Invocation) -> None:
   out = Path(values.out)
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise UserError(f"--out={out} exists and is not an empty directory; choose another.")
-  cli.make_folder(out, "--out")
+  dtype = _dtype(values.dtype)
   kind = "transformer" if values.format == "merged" else "network"
   source = _transformer_directory(local_path(pipeline, kind))
   if source.is_file():
@@ -148,8 +148,9 @@ def main(call: cli.Invocation) -> None:
     adapters, words = stored.adapters(transformer, role)
     run = Run(stored.config, read_scores(stored.workdir, stored.step), stored.step, words)
     notes = {"step": str(stored.step), "weights": words}
+  cli.make_folder(out, "--out")
   if values.format == "merged":
-    export_merged(source, transformer, adapters, out, dtype=_dtype(values.dtype))
+    export_merged(source, transformer, adapters, out, dtype=dtype)
   elif values.format == "comfyui":
     save_native(out / COMFYUI_NAME, adapters, transformer)
   else:
