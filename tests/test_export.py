@@ -139,7 +139,7 @@ def test_an_exported_stack_reads_back_as_the_same_change(case, tmp_path, kind):
   [
     (["--format=peft"], "--lora is required"),
     (["--lora=x", "--format=zip"], "choose one of peft, comfyui, merged"),
-    (["--lora=nowhere", "--format=peft"], "nowhere is no adapter"),
+    (["--lora=nowhere", "--format=peft"], "lora nowhere does not exist"),
     (["--lora=x", "--format=peft", "--dtype=float32"], "--dtype applies to --format=merged only"),
     (["--lora={one}", "--format=merged", "--dtype=int8"], "--dtype=int8 is unknown"),
     (["--lora=x", "--format=peft", "--pipeline=nowhere"], "nowhere is not a directory"),
