@@ -22,7 +22,7 @@ from rtdmd_jax.prompts import Prompt, load_prompts
 from rtdmd_jax.rewards import device
 from rtdmd_jax.rewards.multi import MultiReward, make
 from rtdmd_jax.scoring import Scoring
-from rtdmd_jax.sharding import batch_parts, place, replicate
+from rtdmd_jax.sharding import batch_parts, place, spread
 from rtdmd_jax.stage1 import Consistency, DMDConfig, Roles
 from rtdmd_jax.stage2 import PolicyConfig
 from rtdmd_jax.state import Conditioning, Frozen
@@ -128,7 +128,7 @@ def _load(config: Any) -> Setup:
     make(host, options=options) if host else None,
     PromptCache(
       _encoder(pipeline, models),
-      chunk=encoding_chunk(config.batch.prompts),
+      chunk=encoding_chunk(config.batch.prompts, batch_parts()),
       max_bytes=config.data.cache_gb * 1e9,
     ),
     None,
@@ -206,7 +206,7 @@ def _encoder(pipeline: Pipeline, models: dict[str, Any]):
 
   def encode(prompts: Sequence[str]) -> Tree:
     text = {
-      name: features[name](model.params, replicate(model.tokenize(prompts)))
+      name: features[name](model.params, spread(model.tokenize(prompts)))
       for name, model in models.items()
     }
     return {"conditioning": pipeline.encode(prompts), "reward_text": text}

@@ -25,6 +25,7 @@ from PIL import Image
 
 from rtdmd_jax import cli, evaluation, sample, sharding
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.models.text import cut_prompts
 from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.prompts import Prompt, load_prompts
 from rtdmd_jax.report import write_report
@@ -208,6 +209,9 @@ def main(call: cli.Invocation) -> None:
     drawn = []
     if own:
       pipeline = Pipeline.from_pretrained(config.pipeline, dtype=jnp.dtype(config.dtype))
+      for name, prompts in sets.items():
+        for line in cut_prompts(pipeline.text, [p.text for p in prompts], f"prompts of {name}"):
+          print(line)
       for name in own:
         overwrite = call.flags.overwrite
         drawn.append(draw(config, name, pipeline, sets, workdir / "images", overwrite=overwrite))

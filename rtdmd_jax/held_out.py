@@ -8,8 +8,9 @@ from PIL import Image
 
 from rtdmd_jax import evaluation, hosts
 from rtdmd_jax.build import Setup
+from rtdmd_jax.captions import labels, write_names
 from rtdmd_jax.grids import save_png, side_by_side
-from rtdmd_jax.metrics import MetricWriter
+from rtdmd_jax.metrics import MetricWriter, markdown
 from rtdmd_jax.monitors import DIVERSE_IMAGES, DIVERSE_PROMPTS, Monitor, image_values
 from rtdmd_jax.prompts import Prompt
 from rtdmd_jax.state import TrainState
@@ -44,8 +45,13 @@ def evaluate(
     print(warning)
     writer.warning(step, warning)
   (workdir / "previews").mkdir(exist_ok=True)
-  save_png(workdir / f"previews/step_{step:06d}.png", picture)
+  file = workdir / f"previews/step_{step:06d}.png"
+  save_png(file, picture)
   writer.image(step, "preview", np.asarray(picture))
+  _, names = labels([p.text for p in prompts[: config.eval.preview]])
+  write_names(file.with_suffix(".txt"), names)
+  if names:
+    writer.text(step, "preview", markdown(names))
 
 
 def _preview(

@@ -21,7 +21,7 @@ from rtdmd_jax.models.encoders import load_vae
 from rtdmd_jax.models.text import TextEncoder, load_flux1_text, load_flux2_text, load_sd3_text
 from rtdmd_jax.models.vae import AutoencoderKL, decode_images
 from rtdmd_jax.roles import role_variables, role_velocity
-from rtdmd_jax.sharding import fetch, place, replicate
+from rtdmd_jax.sharding import fetch, place, spread
 from rtdmd_jax.state import Conditioning
 from rtdmd_jax.weights.safetensors import read_config
 
@@ -210,8 +210,11 @@ class Pipeline:
     return (height // patch) * (width // patch)
 
   def encode(self, prompts: Sequence[str]) -> Conditioning:
-    """Conditioning of prompts, tokens [B, L, D] and pooled [B, P]."""
-    ids = replicate(self.text.tokenize(prompts))
+    """Conditioning of prompts, tokens [B, L, D] and pooled [B, P].
+
+    Where B divides into `sharding.batch_parts()`, every device encodes its part of the prompts.
+    """
+    ids = spread(self.text.tokenize(prompts))
     return jax.jit(self.text.encode)(self.text.params, ids)
 
   def velocity(

@@ -71,6 +71,9 @@ def previews(folder: Path) -> str:
     f"{embed(path, _SHEET // 2, f'preview at step {step}')}</figure>"
     for step, path in chosen
   )
+  names = chosen[-1][1].with_suffix(".txt") if chosen else None
+  if names is not None and names.is_file():  # of captions that could not be drawn
+    figures += f'<p class="note">{escape(names.read_text("utf-8", "replace"))}</p>'
   return f'<div class="previews">{figures}</div>' if figures else ""
 
 

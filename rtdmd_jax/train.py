@@ -29,6 +29,7 @@ from rtdmd_jax.export import export_adapters
 from rtdmd_jax.held_out import evaluate, final_evaluation
 from rtdmd_jax.limits import check_limits
 from rtdmd_jax.metrics import MetricWriter, markdown
+from rtdmd_jax.models.text import cut_prompts
 from rtdmd_jax.numbers import checked_jit
 from rtdmd_jax.optim import ema_update, make_optimizer
 from rtdmd_jax.preemption import Preemption
@@ -265,6 +266,7 @@ def _train(config: Any, settings: dict, workdir: Path, stop: Preemption, allow: 
       store_config(workdir / "config.json", settings)
       (workdir / "versions.json").write_text(json.dumps(versions(), indent=2))
     _agree_on_files(setup, saved, workdir)
+    _print_cut(setup)
     optimizers = Optimizers(
       *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
     )
@@ -293,6 +295,15 @@ def _agree_on_files(setup: Setup, saved: Checkpoints, workdir: Path) -> None:
   )
   file = workdir / "config.json"
   hosts.agree({str(file): hosts.file_digest(file)})
+
+
+def _print_cut(setup: Setup) -> None:
+  """Which prompts are too long for a text encoder."""
+  if hosts.is_main():
+    for what, prompts in (("training", setup.prompts), ("held-out", setup.held_out)):
+      texts = [prompt.text for prompt in prompts]
+      for line in cut_prompts(setup.pipeline.text, texts, f"{what} prompts"):
+        print(line)
 
 
 def _check_settings(saved: Checkpoints, workdir: Path, settings: dict, allow: bool) -> None:

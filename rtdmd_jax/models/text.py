@@ -13,7 +13,7 @@ from rtdmd_jax.models.clip import CLIPText
 from rtdmd_jax.models.encoders import load_clip_text, load_qwen3, load_t5
 from rtdmd_jax.models.sd3 import SD3Config
 from rtdmd_jax.models.t5 import T5Encoder
-from rtdmd_jax.models.tokenizer import checked_ids, load_tokenizer, tokenize
+from rtdmd_jax.models.tokenizer import Limit, checked_ids, load_tokenizer, longer, tokenize
 from rtdmd_jax.state import Conditioning
 from rtdmd_jax.weights.safetensors import read_config
 
@@ -24,18 +24,54 @@ FLUX2_LENGTH = 512
 _T5 = "text_encoder_3"
 # The hidden states of Qwen3 that FLUX.2-klein was trained on.
 FLUX2_LAYERS = (9, 18, 27)
+# Of a prompt set, those that `cut_prompts` looks at.
+_MOST_LOOKED_AT = 50_000
+_SHOWN = 80  # letters of a prompt
 
 
 class TextEncoder(NamedTuple):
   """A family's text encoders.
 
   `tokenize` maps prompts to a tree of ids [B, L] on the host; `encode` maps (params, ids) to the
-  conditioning and may be jitted.
+  conditioning and may be jitted. `limits` are the tokens that each encoder reads of a text, and
+  `text` is what of a prompt it reads, such as a turn of a conversation.
   """
 
   params: Any
   tokenize: Callable[[Sequence[str]], dict[str, np.ndarray]]
   encode: Callable[[Any, dict[str, jax.Array]], Conditioning]
+  limits: tuple[Limit, ...] = ()
+  text: Callable[[str], str] = str
+
+
+def cut_prompts(text: TextEncoder, prompts: Sequence[str], what: str = "prompts") -> list[str]:
+  """A sentence for each text encoder that reads some of the prompts in part only.
+
+  Encoders with the same name and the same prompts share one. Of more than 50,000 prompts as many
+  are looked at, evenly spread, and the sentence says so.
+
+  Args:
+    text: the encoders.
+    prompts: that a run uses.
+    what: they are called.
+  """
+  count = min(len(prompts), _MOST_LOOKED_AT)
+  looked_at = [prompts[i * len(prompts) // count] for i in range(count)]
+  texts = [text.text(prompt) for prompt in looked_at]
+  among = f"{len(prompts):,} {what}"
+  if count < len(prompts):
+    among = f"{count:,} looked at of {among}"
+  sentences = []
+  for limit in text.limits:
+    if cut := longer(limit, texts):
+      first = looked_at[cut[0]]
+      shown = first if len(first) <= _SHOWN else first[: _SHOWN - 1] + "…"
+      verb = "is" if len(cut) == 1 else "are"
+      sentences.append(
+        f"{len(cut):,} of {among} {verb} longer than {limit.encoder}'s {limit.length} tokens and"
+        f" {verb} cut there; the first: {shown!r}"
+      )
+  return list(dict.fromkeys(sentences))
 
 
 def sd3_conditioning(clip: jax.Array, pooled: jax.Array, t5_states: jax.Array) -> Conditioning:
@@ -64,17 +100,19 @@ def load_sd3_text(directory: Path, *, dtype: Any) -> TextEncoder:
   Raises:
     UserError: missing or broken files.
   """
-  towers, tokenizers, params = {}, {}, {}
+  towers, tokenizers, params, limits = {}, {}, {}, []
   for suffix in ("", "_2"):
     name = f"text_encoder{suffix}"
     towers[name], params[name] = load_clip_text(directory / name, dtype=dtype)
     tokenizers[name] = load_tokenizer(directory / f"tokenizer{suffix}")
     _check_length(tokenizers[name], towers[name])
+    limits.append(_clip_limit(tokenizers[name]))
   t5 = None
   if has_t5(read_config(directory, "model_index.json")):
     t5_tokenizer = load_tokenizer(directory / "tokenizer_3")
     t5, params[_T5] = load_t5(directory / _T5, dtype=dtype)
     t5_length = min(SD3_T5_LENGTH, t5_tokenizer.model_max_length)
+    limits.append(Limit("T5", t5_tokenizer, t5_length))
   else:
     width = SD3Config.from_dict(read_config(directory / "transformer")).joint_attention_dim
 
@@ -97,7 +135,11 @@ def load_sd3_text(directory: Path, *, dtype: Any) -> TextEncoder:
       t5_states = t5.apply({"params": params[_T5]}, ids[_T5])
     return sd3_conditioning(states, pooled, t5_states)
 
-  return TextEncoder(params, tokenize_all, encode)
+  return TextEncoder(params, tokenize_all, encode, tuple(limits))
+
+
+def _clip_limit(tokenizer: Any) -> Limit:
+  return Limit("CLIP", tokenizer, tokenizer.model_max_length)
 
 
 def _check_length(tokenizer: Any, tower: CLIPText) -> None:
@@ -143,7 +185,8 @@ def load_flux1_text(directory: Path, *, dtype: Any) -> TextEncoder:
     return Conditioning(tokens, pooled)
 
   params = {"text_encoder": clip_params, "text_encoder_2": t5_params}
-  return TextEncoder(params, tokenize_all, encode)
+  limits = (_clip_limit(clip_tokenizer), Limit("T5", t5_tokenizer, t5_length))
+  return TextEncoder(params, tokenize_all, encode, limits)
 
 
 def load_flux2_text(directory: Path, *, dtype: Any) -> TextEncoder:
@@ -162,16 +205,16 @@ def load_flux2_text(directory: Path, *, dtype: Any) -> TextEncoder:
   encoder, params = load_qwen3(directory / "text_encoder", layers=FLUX2_LAYERS, dtype=dtype)
   length = min(FLUX2_LENGTH, tokenizer.model_max_length)
 
+  def turn(prompt: str) -> str:
+    return tokenizer.apply_chat_template(
+      [{"role": "user", "content": prompt}],
+      tokenize=False,
+      add_generation_prompt=True,
+      enable_thinking=False,
+    )
+
   def tokenize_chat(prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    turns = [
-      tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,
-      )
-      for prompt in prompts
-    ]
+    turns = [turn(prompt) for prompt in prompts]
     rows = tokenizer(turns, padding="max_length", max_length=length, truncation=True)
     ids = checked_ids(tokenizer, rows.input_ids, encoder.config.vocab_size)
     return {"ids": ids, "mask": np.array(rows.attention_mask, bool)}
@@ -179,4 +222,5 @@ def load_flux2_text(directory: Path, *, dtype: Any) -> TextEncoder:
   def encode(params: Any, inputs: dict[str, jax.Array]) -> Conditioning:
     return Conditioning(encoder.apply({"params": params}, inputs["ids"], inputs["mask"]), None)
 
-  return TextEncoder(params, tokenize_chat, encode)
+  limits = (Limit("Qwen3", tokenizer, length),)
+  return TextEncoder(params, tokenize_chat, encode, limits, turn)
