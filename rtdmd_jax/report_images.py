@@ -73,7 +73,8 @@ def previews(folder: Path) -> str:
   )
   names = chosen[-1][1].with_suffix(".txt") if chosen else None
   if names is not None and names.is_file():  # of captions that could not be drawn
-    figures += f'<p class="note">{escape(names.read_text("utf-8", "replace"))}</p>'
+    lines = escape(names.read_text("utf-8", "replace").strip()).splitlines()
+    figures += f'<p class="note">{"<br>".join(lines)}</p>'
   return f'<div class="previews">{figures}</div>' if figures else ""
 
 
