@@ -210,7 +210,9 @@ def main(call: cli.Invocation) -> None:
     if own:
       pipeline = Pipeline.from_pretrained(config.pipeline, dtype=jnp.dtype(config.dtype))
       for name, prompts in sets.items():
-        for line in cut_prompts(pipeline.text, [p.text for p in prompts], f"prompts of {name}"):
+        for line in cut_prompts(
+          pipeline.text.limits, [p.text for p in prompts], f"prompts of {name}"
+        ):
           print(line)
       for name in own:
         overwrite = call.flags.overwrite

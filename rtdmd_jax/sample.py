@@ -265,7 +265,9 @@ def main(call: cli.Invocation) -> None:
     with jax.set_mesh(sharding.make_mesh()):
       dtype = jnp.dtype(settings.dtype)
       pipeline = Pipeline.from_pretrained(settings.pipeline, dtype=dtype)
-      for line in cut_prompts(pipeline.text, list(dict.fromkeys(shot.prompt for shot in todo))):
+      for line in cut_prompts(
+        pipeline.text.limits, list(dict.fromkeys(shot.prompt for shot in todo))
+      ):
         print(line)
       adapters = load_adapters(settings.loras, pipeline.transformer)
       for shot, image in draw(pipeline, settings, adapters, todo):

@@ -302,7 +302,7 @@ def _print_cut(setup: Setup) -> None:
   if hosts.is_main():
     for what, prompts in (("training", setup.prompts), ("held-out", setup.held_out)):
       texts = [prompt.text for prompt in prompts]
-      for line in cut_prompts(setup.pipeline.text, texts, f"{what} prompts"):
+      for line in cut_prompts(setup.pipeline.text.limits, texts, f"{what} prompts"):
         print(line)
 
 

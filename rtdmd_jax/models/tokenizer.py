@@ -1,7 +1,7 @@
 """Tokenizers of the text encoders: directories of transformers, and ids that the encoder has."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +15,15 @@ _AT_ONCE = 1000
 
 
 class Limit(NamedTuple):
-  """How many tokens of a text an encoder reads: its name, its tokenizer and `length`."""
+  """How many tokens an encoder reads: its kind, its tokenizer and `length`.
+
+  `text` is what it reads of a prompt, such as a turn of a conversation.
+  """
 
   encoder: str
   tokenizer: Any
   length: int
+  text: Callable[[str], str] = str
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -65,8 +69,9 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], *, length: int, vocabulary:
   return checked_ids(tokenizer, rows.input_ids, vocabulary)
 
 
-def longer(limit: Limit, texts: Sequence[str]) -> list[int]:
-  """Numbers of the texts that have more than `limit.length` tokens, special ones counted."""
+def longer(limit: Limit, prompts: Sequence[str]) -> list[int]:
+  """Numbers of the prompts that have more than `limit.length` tokens, special ones counted."""
+  texts = [limit.text(prompt) for prompt in prompts]
   # A token of plain ASCII has at least one letter, but for the space that some put in front. Most
   # prompts are too short to be cut by that alone, and tokenizing takes seconds for 25,000.
   free = limit.length - limit.tokenizer.num_special_tokens_to_add() - 1
