@@ -31,7 +31,7 @@ from rtdmd_jax.rewards.multi import (
 )
 from rtdmd_jax.rewards.needs import check_training_prompts
 from rtdmd_jax.scoring import Scoring
-from rtdmd_jax.sharding import batch_parts, place, replicate
+from rtdmd_jax.sharding import batch_parts, place, spread
 from rtdmd_jax.stage1 import Consistency, DMDConfig, Roles
 from rtdmd_jax.stage2 import PolicyConfig
 from rtdmd_jax.state import Conditioning, Frozen
@@ -90,7 +90,7 @@ def build(config: Any) -> Setup:
   unconditional = jax.tree.map(jnp.asarray, setup.pipeline.encode([""]))
   cache = PromptCache(
     _encoder(setup.pipeline, models),
-    chunk=encoding_chunk(config.batch.prompts),
+    chunk=encoding_chunk(config.batch.prompts, batch_parts()),
     max_bytes=config.data.cache_gb * 1e9,
   )
   return replace(setup, cache=cache, unconditional=unconditional)
@@ -263,7 +263,7 @@ def _encoder(pipeline: Pipeline, models: dict[str, Any]):
 
   def encode(prompts: Sequence[str]) -> Tree:
     text = {
-      name: features[name](model.params, replicate(model.tokenize(prompts)))
+      name: features[name](model.params, spread(model.tokenize(prompts)))
       for name, model in models.items()
     }
     return {"conditioning": pipeline.encode(prompts), "reward_text": text}

@@ -1,5 +1,6 @@
 """Prompts to device batches."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,10 +17,22 @@ Tree = Any
 _MOST_AT_ONCE = 32
 
 
-def encoding_chunk(prompts: int) -> int:
-  """How many prompts to encode at once, so that a batch of new ones leaves few places empty."""
-  parts = -(-prompts // _MOST_AT_ONCE)
-  return -(-prompts // parts)
+def encoding_chunk(prompts: int, parts: int = 1) -> int:
+  """How many prompts to encode at once, so that a batch of new ones leaves few places empty.
+
+  Args:
+    prompts: distinct ones of a batch.
+    parts: a divisor of the result: the devices that share the work (`sharding.batch_parts`).
+  """
+  most = max(_MOST_AT_ONCE // parts, 1) * parts
+  at_once = -(-prompts // -(-prompts // most))
+  return -(-at_once // parts) * parts
+
+
+def encoding_bytes(batch: Batch) -> int:
+  """Bytes of one prompt's encoding, as `PromptCache` keeps it, by the shapes of a batch alone."""
+  leaves = jax.tree.leaves((batch.conditioning, batch.reward_text))
+  return sum(math.prod(a.shape[1:]) * np.dtype(a.dtype).itemsize for a in leaves)
 
 
 class PromptCache:

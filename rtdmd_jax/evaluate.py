@@ -28,6 +28,7 @@ from PIL import Image
 from rtdmd_jax import cli, evaluation, sample, sharding
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.hub import local_path
+from rtdmd_jax.models.text import cut_prompts
 from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.prompts import Prompt, load_prompts
 from rtdmd_jax.report import write_report
@@ -282,6 +283,8 @@ def main(call: cli.Invocation) -> None:
     drawn = {}
     for directory, names in pipelines.items():
       pipeline = Pipeline.from_pretrained(directory, dtype=jnp.dtype(config.dtype))
+      if not drawn:
+        _print_cut(pipeline, wanted)
       for name in names:
         overwrite = call.flags.overwrite
         drawn[name] = draw(config, name, pipeline, wanted, workdir / "images", overwrite=overwrite)
@@ -290,6 +293,14 @@ def main(call: cli.Invocation) -> None:
       overwrite = call.flags.overwrite
       ready.append(draw_checkpoint(config, run, wanted, workdir / "images", overwrite=overwrite))
     compare(config, [*(drawn[name] for name in own), *ready], sets, scorers, workdir)
+
+
+def _print_cut(pipeline: Pipeline, sets: Mapping[str, Sequence[Prompt]]) -> None:
+  """Says which prompts are too long for a text encoder."""
+  for name, prompts in sets.items():
+    texts = [prompt.text for prompt in prompts]
+    for line in cut_prompts(pipeline.text.limits, texts, f"prompts of {name}"):
+      print(line)
 
 
 def compare(

@@ -18,10 +18,19 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.hub import local_path
 from rtdmd_jax.models import Transformer, build_transformer, load_base
 from rtdmd_jax.models.encoders import load_vae
-from rtdmd_jax.models.text import TextEncoder, load_flux1_text, load_flux2_text, load_sd3_text
+from rtdmd_jax.models.text import (
+  TextEncoder,
+  flux1_limits,
+  flux2_limits,
+  load_flux1_text,
+  load_flux2_text,
+  load_sd3_text,
+  sd3_limits,
+)
+from rtdmd_jax.models.tokenizer import Limit
 from rtdmd_jax.models.vae import AutoencoderKL, decode_images
 from rtdmd_jax.roles import role_variables, role_velocity
-from rtdmd_jax.sharding import fetch, place, replicate
+from rtdmd_jax.sharding import fetch, place, spread
 from rtdmd_jax.state import Conditioning
 from rtdmd_jax.weights.safetensors import read_config
 
@@ -32,12 +41,13 @@ class Family(NamedTuple):
   schedule: str
   load_text: Callable[..., TextEncoder]
   problems: Callable[[Path, Mapping[str, Any]], list[str]]
+  limits: Callable[[Path], tuple[Limit, ...]]
 
 
 _FAMILIES = {
-  "StableDiffusion3Pipeline": Family("sd3", load_sd3_text, components.sd3_problems),
-  "FluxPipeline": Family("flux1", load_flux1_text, components.flux1_problems),
-  "Flux2KleinPipeline": Family("flux2", load_flux2_text, components.flux2_problems),
+  "StableDiffusion3Pipeline": Family("sd3", load_sd3_text, components.sd3_problems, sd3_limits),
+  "FluxPipeline": Family("flux1", load_flux1_text, components.flux1_problems, flux1_limits),
+  "Flux2KleinPipeline": Family("flux2", load_flux2_text, components.flux2_problems, flux2_limits),
 }
 _INDEX = "model_index.json"
 FEW_STEPS = (1000, 750, 500, 250)
@@ -69,6 +79,16 @@ def component_problems(directory: str | os.PathLike) -> list[str]:
   except UserError as error:
     problems.append(str(error))
   return problems + family.problems(directory, index)
+
+
+def text_limits(directory: str | os.PathLike) -> tuple[Limit, ...]:
+  """What the text encoders of a pipeline's directory read of a prompt, by its tokenizers alone.
+
+  Raises:
+    UserError: a missing or broken file.
+  """
+  directory = Path(directory)
+  return _family(directory)[0].limits(directory)
 
 
 def _family(directory: Path) -> tuple[Family, dict[str, Any]]:
@@ -210,8 +230,11 @@ class Pipeline:
     return (height // patch) * (width // patch)
 
   def encode(self, prompts: Sequence[str]) -> Conditioning:
-    """Conditioning of prompts, tokens [B, L, D] and pooled [B, P]."""
-    ids = replicate(self.text.tokenize(prompts))
+    """Conditioning of prompts, tokens [B, L, D] and pooled [B, P].
+
+    Where B divides into `sharding.batch_parts()`, every device encodes its part of the prompts.
+    """
+    ids = spread(self.text.tokenize(prompts))
     return jax.jit(self.text.encode)(self.text.params, ids)
 
   def velocity(

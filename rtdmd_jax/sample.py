@@ -27,10 +27,12 @@ from absl import flags
 from PIL import Image, PngImagePlugin
 
 from rtdmd_jax import __version__, cli, sampling, sharding
+from rtdmd_jax.captions import labels, write_names
 from rtdmd_jax.compilation import jit
 from rtdmd_jax.data import PromptCache
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.grids import grid, save_png
+from rtdmd_jax.models.text import cut_prompts
 from rtdmd_jax.models.vae import decode_images
 from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.prompts import load_prompts
@@ -277,14 +279,18 @@ def main(call: cli.Invocation) -> None:
       else:
         pipeline = Pipeline.from_pretrained(settings.pipeline, dtype=dtype)
         adapters = load_adapters(settings.loras, pipeline.transformer)
+      texts = list(dict.fromkeys(shot.prompt for shot in todo))
+      for line in cut_prompts(pipeline.text.limits, texts):
+        print(line)
       for shot, image in draw(pipeline, settings, adapters, todo):
         write(image, shot.path(directory), shot.notes(settings))
   if values.grid:
     images = np.stack([np.asarray(Image.open(shot.path(directory))) for shot in shots])
-    captions = [shot.prompt for shot in shots]
+    captions, names = labels([s.prompt for s in shots], [s.index for s in shots])
     columns = len({shot.seed for shot in shots})
     columns = columns if columns > 1 else None
     save_png(directory / GRID_NAME, grid(images, captions, columns=columns))
+    write_names((directory / GRID_NAME).with_suffix(".txt"), names)
   print(f"{directory}: {len(todo)} images drawn, {len(shots) - len(todo)} were there")
 
 

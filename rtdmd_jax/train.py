@@ -33,6 +33,7 @@ from rtdmd_jax.idle import warnings
 from rtdmd_jax.limits import check_limits, check_stage
 from rtdmd_jax.lock import WorkdirLock
 from rtdmd_jax.metrics import MetricWriter, markdown
+from rtdmd_jax.models.text import cut_prompts
 from rtdmd_jax.numbers import checked_jit
 from rtdmd_jax.optim import effective_decay, ema_update, make_optimizer
 from rtdmd_jax.preemption import Preemption
@@ -276,6 +277,7 @@ def _train(config: Any, settings: dict, workdir: Path, stop: Preemption, allow: 
     if hosts.is_main():
       store_config(workdir / "config.json", settings)
       replace_text(workdir / "versions.json", json.dumps(versions(), indent=2))
+      _print_cut(setup)
     hosts.agree({"files": record["files"], "newest checkpoint": latest})
     file = workdir / "config.json"
     hosts.agree({str(file): hosts.file_digest(file)})
@@ -298,6 +300,15 @@ def _train(config: Any, settings: dict, workdir: Path, stop: Preemption, allow: 
       saved.wait()
       facts = facts_of(int(state.step), settings, record["files"], shared)
       finish(config, setup, evaluator, state, facts, writer, workdir)
+
+
+def _print_cut(setup: Setup) -> None:
+  """Says which prompts are too long for a text encoder."""
+  sets = {"training prompts": setup.prompts}
+  sets |= {f"held-out prompts of {part.path}": part.prompts for part in setup.held_out_sets}
+  for what, prompts in sets.items():
+    for line in cut_prompts(setup.pipeline.text.limits, [p.text for p in prompts], what):
+      print(line)
 
 
 def _print_placement(setup: Setup, state: TrainState) -> None:

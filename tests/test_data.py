@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax.data import PromptCache, encoding_chunk, make_batch
+from rtdmd_jax.data import PromptCache, encoding_bytes, encoding_chunk, make_batch
 from rtdmd_jax.prompts import Prompt
+from rtdmd_jax.stage1 import Batch
 from rtdmd_jax.state import Conditioning
 
 
@@ -47,8 +48,19 @@ def test_encodings_keep_their_types_and_hold_no_more_than_themselves():
   assert all(row["x"].base is None for row in cache._rows.values())
 
 
-def test_chunks_fit_the_batch():
-  assert [encoding_chunk(n) for n in (2, 32, 48, 64, 72)] == [2, 32, 24, 32, 24]
+def test_chunks_fit_the_batch_and_the_devices():
+  sizes = (2, 32, 48, 64, 72)
+  assert [encoding_chunk(n) for n in sizes] == [2, 32, 24, 32, 24]
+  assert [encoding_chunk(n, 8) for n in sizes] == [8, 32, 24, 32, 24]
+  assert [encoding_chunk(n, 12) for n in sizes] == [12, 24, 24, 24, 24]
+  assert [encoding_chunk(n, 64) for n in sizes] == [64] * 5
+
+
+def test_the_bytes_of_an_encoding_are_those_that_are_kept():
+  tokens = jax.ShapeDtypeStruct((3, 5, 4), jnp.bfloat16)
+  text = {"r": jax.ShapeDtypeStruct((3, 2), jnp.float32)}
+  batch = Batch(Conditioning(tokens, None), None, None, None, text)
+  assert encoding_bytes(batch) == 5 * 4 * 2 + 2 * 4
 
 
 def test_a_batch_is_a_function_of_seed_and_step():

@@ -1,9 +1,9 @@
 """Tokenizers of the text encoders: directories of transformers, and ids that the encoder has."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,19 @@ from rtdmd_jax.errors import UserError
 
 _SETTINGS = "tokenizer_config.json"
 _SPIECE = "spiece.model"
+_AT_ONCE = 1000
+
+
+class Limit(NamedTuple):
+  """How many tokens an encoder reads: its kind, its tokenizer and `length`.
+
+  `text` is what it reads of a prompt, such as a turn of a conversation.
+  """
+
+  encoder: str
+  tokenizer: Any
+  length: int
+  text: Callable[[str], str] = str
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -54,6 +67,21 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], *, length: int, vocabulary:
   """Ids [B, length], padded and truncated; see `checked_ids`."""
   rows = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
   return checked_ids(tokenizer, rows.input_ids, vocabulary)
+
+
+def longer(limit: Limit, prompts: Sequence[str]) -> list[int]:
+  """Numbers of the prompts that have more than `limit.length` tokens, special ones counted."""
+  texts = [limit.text(prompt) for prompt in prompts]
+  # A token of plain ASCII has at least one letter, but for the space that some put in front. Most
+  # prompts are too short to be cut by that alone, and tokenizing takes seconds for 25,000.
+  free = limit.length - limit.tokenizer.num_special_tokens_to_add() - 1
+  doubtful = [i for i, text in enumerate(texts) if len(text) > free or not text.isascii()]
+  found = []
+  for start in range(0, len(doubtful), _AT_ONCE):
+    part = doubtful[start : start + _AT_ONCE]
+    rows = limit.tokenizer([texts[i] for i in part], truncation=False, verbose=False).input_ids
+    found += [i for i, row in zip(part, rows, strict=True) if len(row) > limit.length]
+  return found
 
 
 def checked_ids(tokenizer: Any, ids: Any, vocabulary: int) -> np.ndarray:

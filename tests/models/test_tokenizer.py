@@ -10,8 +10,9 @@ import pytest
 
 import rtdmd_jax
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.models.text import load_sd3_text
-from rtdmd_jax.models.tokenizer import checked_ids, load_tokenizer, tokenize
+from rtdmd_jax.models.text import cut_prompts, load_sd3_text, sd3_limits
+from rtdmd_jax.models.tokenizer import Limit, checked_ids, load_tokenizer, longer, tokenize
+from rtdmd_jax.pipeline import text_limits
 from rtdmd_jax.rewards.clipscore import ClipScore
 
 TINY = Path(rtdmd_jax.__file__).parent / "assets/tiny"
@@ -141,3 +142,35 @@ def test_more_tokens_than_positions_are_refused(tmp_path):
     file.write_text(json.dumps(settings))
     with pytest.raises(UserError, match=rf"model_max_length is {shown}, but .* has 12 positions"):
       load_sd3_text(directory, dtype=np.float32)
+
+
+def test_prompts_that_an_encoder_cuts_are_counted_and_shown():
+  limits = text_limits(TINY)
+  kinds = [(limit.encoder, limit.length) for limit in limits]
+  assert kinds == [("CLIP", 12), ("CLIP", 12), ("T5", 12)]
+  fits, long = "a red circle", "a photo of a red circle left of a blue square and a green cross"
+  assert cut_prompts(limits, [fits] * 3) == [] == cut_prompts(limits, [])
+  clip, t5 = cut_prompts(limits, [fits, long, fits, "猫" * 40], "training prompts")
+  first = f"are cut there; the first: {long!r}"
+  assert clip == f"2 of 4 training prompts are longer than CLIP's 12 tokens and {first}"
+  # To T5's tokenizer, letters that it does not know are one token.
+  first = f"is cut there; the first: {long!r}"
+  assert t5 == f"1 of 4 training prompts is longer than T5's 12 tokens and {first}"
+  (one, _) = cut_prompts(limits, [fits, 30 * long])
+  assert one.startswith("1 of 2 prompts is longer") and len(one) < 180 and one.endswith("…'")
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_3"])
+def test_a_prompt_is_cut_where_its_ids_end_beyond_the_length(part):
+  tokenizer = load_tokenizer(TINY / part)
+  words = "a red circle, two BLUE squares & 3 crosses!? é 猫 xylophone".split()
+  texts = [" ".join(words[i : i + n]) for i in range(len(words)) for n in range(12)]
+  want = [i for i, ids in enumerate(map(tokenizer.encode, texts)) if len(ids) > 12]
+  assert longer(Limit("", tokenizer, 12), texts) == want
+  assert 10 < len(want) < len(texts) - 10
+
+
+def test_of_very_many_prompts_some_are_looked_at(monkeypatch):
+  monkeypatch.setattr("rtdmd_jax.models.text._MOST_LOOKED_AT", 4)
+  clip, _ = cut_prompts(sd3_limits(TINY), ["a red circle " * (1 + 9 * (i % 2)) for i in range(6)])
+  assert clip.startswith("2 of 4 looked at of 6 prompts are longer")
