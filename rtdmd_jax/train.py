@@ -50,6 +50,7 @@ from rtdmd_jax.skips import Skips, scalars
 from rtdmd_jax.stage1 import Batch, Metrics
 from rtdmd_jax.state import TrainState
 from rtdmd_jax.throughput import Meter, peak_tflops
+from rtdmd_jax.unused_settings import settings_without_effect
 from rtdmd_jax.wandb_log import WandbRun, import_wandb
 
 # A resumed run must agree with itself in these sections.
@@ -182,8 +183,9 @@ def stage2_programs(config: Any, setup: Setup, optimizers: Optimizers) -> dict[s
 
   def fake(state, frozen, batch, samples, key):
     return stage2.fake_score_step(
-      state, frozen, batch, samples, key, optimizer=optimizers.fake_score, **common
-    )
+      state, frozen, batch, samples, key,
+      optimizer=optimizers.fake_score, updates=config.train.fake_update_ratio, **common,
+    )  # fmt: skip
 
   def update(state, frozen, batch, samples, rewards, key):
     return stage2.policy_step(
@@ -208,7 +210,7 @@ def stage2_programs(config: Any, setup: Setup, optimizers: Optimizers) -> dict[s
 
 
 def stage2_step(config: Any, setup: Setup, optimizers: Optimizers, watch: Watch = dict) -> StepFn:
-  """Rollout, fake-score update while the host scores, policy update."""
+  """Rollout, `fake_update_ratio` fake-score updates while the host scores, policy update."""
   programs = watch(stage2_programs(config, setup, optimizers))
 
   def step(state: TrainState, batch: Batch, prompts: list[Prompt], number: int):
@@ -252,6 +254,8 @@ def _train(config: Any, settings: dict, workdir: Path, stop: Preemption, allow: 
   if config.stage not in STAGES:
     raise UserError(f"stage is {config.stage!r}; use one of {', '.join(STAGES)} or pretrain.")
   check_limits(config)
+  for sentence in settings_without_effect(config):
+    print(f"warning: {sentence}")
   keep_programs(workdir)
   if config.log.wandb:
     import_wandb()

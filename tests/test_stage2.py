@@ -277,3 +277,11 @@ def test_options_run_and_change_the_update(changes):
   assert max(jax.tree.leaves(difference)) > 0
   if "kl_weight" in changes:
     assert float(changed[3]["loss/kl"]) > 0
+
+
+@pytest.mark.slow
+def test_settings_of_the_policy_that_a_weight_of_0_leaves_out_change_nothing():
+  """Those that `unused_settings` names although the program differs."""
+  changes = dict(advantage_limit=0.1, kl_weight=0.1, subset_factor=True, gaussian_log_prob=True)
+  plain, changed = (_run(PolicyConfig(policy_weight=0.0, **c))[2].generator for c in ({}, changes))
+  _same(plain, changed, 1e-6)
