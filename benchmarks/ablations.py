@@ -98,7 +98,8 @@ def run(stage: str, variant: str, seed: int) -> dict:
     held_out = [p for p in setup.held_out for _ in range(IMAGES)]
     evaluator = evaluation.Evaluator(setup, config)
     images = evaluator.images(system, held_out)
-    scores = {k: float(v.mean()) for k, v in evaluator.scores(images, held_out).items()}
+    found = evaluator.scores(images, held_out).values
+    scores = {name: float(values.mean()) for name, values in found.items()}
     scores["distance"] = _distance(setup, config, evaluator, images)
   if times:
     scores["update_seconds"] = float(np.median(times))

@@ -76,7 +76,7 @@ def main():
         index = np.minimum(rows, len(prompts) - 1).astype(np.uint32)
         encoded = setup.cache([prompts[i].text for i in index])["conditioning"]
         parts.append(np.asarray(program(setup.frozen, encoded, index)))
-      scores = evaluator.scores(np.concatenate(parts)[: len(prompts)], prompts)
+      scores = evaluator.scores(np.concatenate(parts)[: len(prompts)], prompts).values
       cells = []
       for name in names:
         means = evaluation.prompt_means(scores[name], len(setup.held_out))

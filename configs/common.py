@@ -38,7 +38,8 @@ def base() -> config_dict.ConfigDict:
   c.lora = config_dict.ConfigDict()
   c.lora.rank = 32
   c.lora.alpha = 64.0
-  c.lora.init = "gaussian"  # a ~ N(0, 1/rank); "normal" is the published re-initialisation
+  # Deviation of `a`: 1/rank ("gaussian", PEFT's), 1 ("normal") or rank**-0.5 ("rsqrt").
+  c.lora.init = "gaussian"
   # Of the adapters in training, their gradients and their moments; "bfloat16" as published.
   c.lora.dtype = "float32"
   c.lora.targets = (
@@ -86,7 +87,9 @@ def base() -> config_dict.ConfigDict:
 
   c.ema = config_dict.ConfigDict()
   c.ema.decay = 0.99
-  c.ema.every = 1
+  c.ema.every = 1  # after the steps n with n + 1 divisible by this
+  c.ema.warmup = False  # True: the decay is (1 + n) / (10 + n) while that is less
+  c.ema.applications = 1  # of the decay, each time
 
   c.batch = config_dict.ConfigDict()
   c.batch.prompts = 72
@@ -116,14 +119,14 @@ def base() -> config_dict.ConfigDict:
   c.eval.teacher_guidance = 4.5
   c.eval.seed = 42
   # Rewards that are scored then and at the end, but not trained: signs of reward hacking.
-  c.eval.rewards = config_dict.ConfigDict()
+  c.eval.rewards = config_dict.ConfigDict(allow_dotted_keys=True)
   c.eval.preview = 12  # prompts of the preview grid and of the report's images
 
   c.log = config_dict.ConfigDict()
-  c.log.wandb = False  # also log to Weights & Biases; pip install "rtdmd_jax[wandb]"
+  c.log.wandb = False  # also log to Weights & Biases; pip install -e ".[wandb]"
   c.log.wandb_project = "rtdmd_jax"
 
-  c.rewards = config_dict.ConfigDict()
+  c.rewards = config_dict.ConfigDict(allow_dotted_keys=True)
   return c
 
 
@@ -132,9 +135,11 @@ def stage2() -> config_dict.ConfigDict:
   c.stage = "stage2"
   c.generator.learning_rate = 3e-6
   c.generator.weight_decay = 1e-4
-  # The published loop's effective rule: once per 8 optimizer steps, 0.9 applied 16 times.
-  c.ema.decay = 0.9**16
+  # The published loop averages the same parameters in 16 times, once per 8 optimizer steps.
+  c.ema.decay = 0.9
   c.ema.every = 8
+  c.ema.warmup = True
+  c.ema.applications = 16
   c.batch.prompts = 48
   c.batch.repeats = 24
   # Images that a device decodes and scores at once, for memory; 0: its part of a micro-batch.

@@ -10,12 +10,47 @@ from typing import NamedTuple
 import common
 from ml_collections import config_dict
 
+from rtdmd_jax.errors import UserError
+
 PROMPTS = "prompts"
 _KLEIN_TARGETS = (
   "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
   "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
   "attn.to_qkv_mlp_proj", "attn.to_out",
 )  # fmt: skip
+
+
+# The held-out prompts of each reward (the original's `reward_dataset_map`).
+HELD_OUT = {
+  "pickscore": "drawbench",
+  "aesthetic": "drawbench",
+  "clipscore": "drawbench",
+  "hpsv2": "drawbench",
+  "imagereward": "drawbench",
+  "hpsv3": "hpsv3",
+  "geneval": "geneval",
+  "geneval2": "geneval2",
+  "ocr": "ocr",
+}
+# Ports of the rewards served by `python -m rtdmd_jax.rewards.serve` or a compatible service.
+_PORTS = {"geneval": 18085, "geneval2": 18086, "hpsv3": 18087}
+# Files of the rewards on the device; that of aesthetic is on GitHub.
+_CLIP_L, _CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+_FILES = {
+  "clipscore": {"directory": _CLIP_L},
+  "pickscore": {"directory": "yuvalkirstain/PickScore_v1", "processor": _CLIP_H},
+  "hpsv2": {"weights": "xswu/HPSv2/HPS_v2.1_compressed.pt", "directory": _CLIP_H},
+  "aesthetic": {
+    "weights": "christophschuhmann/improved-aesthetic-predictor/sac+logos+ava1-l14-linearMSE.pth",
+    "directory": _CLIP_L,
+  },
+  "imagereward": {
+    "weights": "zai-org/ImageReward/ImageReward.pt",
+    "tokenizer": "google-bert/bert-base-uncased",
+  },
+}
+# What the cold starts of all families were evaluated by.
+_COLD_START = ("imagereward", "pickscore", "aesthetic", "clipscore", "hpsv2", "hpsv3", "ocr")
 
 
 class Family(NamedTuple):
@@ -33,15 +68,17 @@ class Family(NamedTuple):
   stage2_consistency: bool = True
   stage2_save_every: int = 100
   stage2_micro_batches: int = 48
+  cold_start: tuple[str, ...] = _COLD_START
 
 
 FAMILIES = {
   "sd3": Family(
     "stabilityai/stable-diffusion-3-medium-diffusers", 7.0, image_size=1024, prompts=32, repeats=16,
-    stage2_micro_batches=16,
+    stage2_micro_batches=16, cold_start=(*_COLD_START, "geneval", "geneval2"),
   ),
   "sd35": Family(
-    "stabilityai/stable-diffusion-3.5-medium", 4.5, prompts=48, stage2_micro_batches=16
+    "stabilityai/stable-diffusion-3.5-medium", 4.5, prompts=48, stage2_micro_batches=16,
+    cold_start=(*_COLD_START, "geneval", "geneval2"),
   ),
   "flux1": Family(
     "black-forest-labs/FLUX.1-dev", 3.5, stage2_fake_rate=1e-6, stage2_consistency=False,
@@ -58,8 +95,20 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def stage1(name: str) -> config_dict.ConfigDict:
-  """AC-DMD of a family of `FAMILIES`."""
+def stage1(name: str, which: str = "") -> config_dict.ConfigDict:
+  """AC-DMD of a family of `FAMILIES`, which needs no reward.
+
+  Args:
+    name: the family.
+    which: "scored" for the published held-out rewards, in evaluations alone; "" for none.
+
+  Raises:
+    UserError: another `which`.
+  """
+  if which not in ("", "scored"):
+    raise UserError(
+      f"configs/{name}_stage1.py takes the argument 'scored', or none, but not {which!r}."
+    )
   family = FAMILIES[name]
   c = _model(common.stage1(), family)
   c.data.prompts = f"{PROMPTS}/pickscore"
@@ -67,8 +116,8 @@ def stage1(name: str) -> config_dict.ConfigDict:
   c.generator.learning_rate = c.fake_score.learning_rate = family.stage1_rate
   c.batch.micro_batches = 9  # of 8 images
   c.train.save_every = 5000
-  for reward in ("clipscore", "pickscore", "hpsv2", "aesthetic", "imagereward"):
-    c.rewards[reward] = _device_reward(reward)
+  if which == "scored":
+    _watch(c, family.cold_start)
   return c
 
 
@@ -76,7 +125,7 @@ def stage2(name: str) -> config_dict.ConfigDict:
   """RTDMD of a family of `FAMILIES`, on top of `runs/<name>_stage1`."""
   family = FAMILIES[name]
   c = _model(common.stage2(), family)
-  c.lora.init = "normal"
+  c.lora.init = "normal"  # as published for fresh adapters on top of stage 1's
   c.load.generator = f"runs/{name}_stage1/export/generator"
   c.load.fake_score = f"runs/{name}_stage1/export/fake_score"
   c.data.prompts = f"{PROMPTS}/geneval"
@@ -89,9 +138,9 @@ def stage2(name: str) -> config_dict.ConfigDict:
   c.batch.decode_chunk = 1
   c.train.save_every = family.stage2_save_every
   for reward in ("clipscore", "hpsv2", "pickscore"):
-    c.rewards[reward] = _device_reward(reward, backpropagate=True)
-  # Served by `python -m rtdmd_jax.rewards.serve` or a compatible service.
-  c.rewards.geneval = config_dict.ConfigDict(dict(weight=1.0, url="http://127.0.0.1:18085"))
+    c.rewards[reward] = _reward(reward, weight=1.0, backpropagate=True)
+  c.rewards.geneval = _reward("geneval", weight=1.0, held_out=f"{PROMPTS}/geneval")
+  _watch(c, [reward for reward in HELD_OUT if reward not in c.rewards])
   return c
 
 
@@ -115,29 +164,33 @@ def infer(name: str) -> config_dict.ConfigDict:
 
 
 def evaluation(name: str) -> config_dict.ConfigDict:
-  """The published suite: base, cold start and result by nine rewards, each on its prompts."""
+  """The published suite: base, cold start and result by nine rewards, each on its prompts.
+
+  Of FLUX.2-klein the base is the teacher, and the distilled network that training starts from is a
+  system of its own.
+  """
   family, drawn = FAMILIES[name], infer(name)
   c = config_dict.ConfigDict()
   for key in ("pipeline", "dtype", "height", "width", "seed", "batch"):
     c[key] = drawn[key]
   c.preview = 24
   c.limit = 0  # prompts of each set; 0: all
-  sets = ("drawbench", "hpsv3", "geneval", "geneval2", "ocr")
+  sets = dict.fromkeys(HELD_OUT.values())
   c.prompts = config_dict.ConfigDict({key: f"{PROMPTS}/{key}" for key in sets})
   few = dict(few_step=True, steps=4, guidance=1.0)
   lora = lambda stage: ({"path": f"runs/{name}_{stage}/export/generator", "scale": 1.0},)  # noqa: E731
   c.systems = config_dict.ConfigDict()
   c.systems.base = dict(few_step=False, steps=50, guidance=family.guidance, loras=())
+  if family.generator_init:
+    c.systems.base.pipeline = family.pretrained
+    # As its authors draw it: four Euler steps without guidance.
+    c.systems.distilled = dict(few_step=False, steps=4, guidance=1.0, loras=())
   c.systems.cold_start = dict(**few, loras=lora("stage1"))
   c.systems.result = dict(**few, loras=lora("stage2"))
-  c.rewards = config_dict.ConfigDict()
-  for reward in ("pickscore", "aesthetic", "clipscore", "hpsv2", "imagereward"):
-    c.rewards[reward] = _device_reward(reward, prompts="drawbench")
-    del c.rewards[reward].weight
-  c.rewards.ocr = dict(prompts="ocr")
-  # Served by `python -m rtdmd_jax.rewards.serve` or a compatible service.
-  for reward, port in (("geneval", 18085), ("geneval2", 18086), ("hpsv3", 18087)):
-    c.rewards[reward] = dict(prompts=reward, url=f"http://127.0.0.1:{port}")
+  c.rewards = config_dict.ConfigDict(allow_dotted_keys=True)
+  for reward, prompts in HELD_OUT.items():
+    compat = {"compat": True} if reward in _FILES else {}
+    c.rewards[reward] = _reward(reward, prompts=prompts, **compat)
   return c
 
 
@@ -152,20 +205,19 @@ def _model(c: config_dict.ConfigDict, family: Family) -> config_dict.ConfigDict:
   return c
 
 
-def _device_reward(name: str, **options) -> config_dict.ConfigDict:
-  clip_l, clip_h = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-  paths = {
-    "clipscore": {"directory": clip_l},
-    "pickscore": {"directory": "yuvalkirstain/PickScore_v1", "processor": clip_h},
-    "hpsv2": {"weights": "xswu/HPSv2/HPS_v2.1_compressed.pt", "directory": clip_h},
-    "aesthetic": {
-      # Of GitHub.
-      "weights": "christophschuhmann/improved-aesthetic-predictor/sac+logos+ava1-l14-linearMSE.pth",
-      "directory": clip_l,
-    },
-    "imagereward": {
-      "weights": "zai-org/ImageReward/ImageReward.pt",
-      "tokenizer": "google-bert/bert-base-uncased",
-    },
-  }[name]
-  return config_dict.ConfigDict(dict(weight=1.0, dtype="bfloat16", **paths, **options))
+def _watch(c: config_dict.ConfigDict, rewards) -> None:
+  """Rewards that a run evaluates and does not train, each on its own held-out prompts."""
+  for reward in rewards:
+    path = f"{PROMPTS}/{HELD_OUT[reward]}"
+    own = {} if path == c.data.held_out else {"held_out": path}
+    c.eval.rewards[reward] = _reward(reward, **own)
+
+
+def _reward(name: str, **options) -> config_dict.ConfigDict:
+  """Section of a reward: where its files or its service are, and `options`."""
+  where = dict(_FILES.get(name, {}))
+  if name in _FILES:
+    where["dtype"] = "float32"
+  elif name in _PORTS:
+    where["url"] = f"http://127.0.0.1:{_PORTS[name]}"
+  return config_dict.ConfigDict(dict(**where, **options))

@@ -21,7 +21,7 @@ def get_config():
   c.systems.cold_start = dict(
     **few, loras=({"path": str(TINY / "stage1/generator"), "scale": 1.0},)
   )
-  c.rewards = config_dict.ConfigDict()
+  c.rewards = config_dict.ConfigDict(allow_dotted_keys=True)
   c.rewards.clipscore = dict(prompts="shapes", directory=str(TINY / "clip"))
   c.rewards.geneval = dict(prompts="shapes", detector="shapes")
   return c

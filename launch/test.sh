@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The default tests, in an environment of its own; arguments go to pytest.
+# The default tests, in an environment of its own.
+# Usage: launch/test.sh [--dry-run] [ARGUMENTS OF PYTEST]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ -d .venv ] || python3 -m venv .venv
-.venv/bin/pip install -q -e ".[test,parity]"
-exec .venv/bin/python -m pytest "$@"
+. launch/lib.sh
+environment -e ".[test,parity]"
+run .venv/bin/python -m pytest "${arguments[@]}"

@@ -5,6 +5,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/lib.sh
-environment tpu
+environment -e ".[tpu]"
 run .venv/bin/python -m rtdmd_jax.main --check "${arguments[@]}"
 run .venv/bin/python -m rtdmd_jax.main "${arguments[@]}"

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 
 from rtdmd_jax.data import PromptCache, encoding_chunk
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.hosts import together
+from rtdmd_jax.held_out_sets import HeldOut, held_out_sets, reward_sections, shortages
+from rtdmd_jax.hosts import gather, together
 from rtdmd_jax.hub import local_path
+from rtdmd_jax.limits import OBJECTIVES, check_policy_steps
 from rtdmd_jax.models import Transformer, build_transformer, load_base
 from rtdmd_jax.models.lora import build_adapters
 from rtdmd_jax.models.vae import decode_images
@@ -20,7 +22,14 @@ from rtdmd_jax.optim import OptimizerConfig
 from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.prompts import Prompt, load_prompts
 from rtdmd_jax.rewards import device
-from rtdmd_jax.rewards.multi import MultiReward, make
+from rtdmd_jax.rewards.multi import (
+  RUN_KEYS,
+  MultiReward,
+  build_available,
+  make,
+  make_for_evaluation,
+)
+from rtdmd_jax.rewards.needs import check_training_prompts
 from rtdmd_jax.scoring import Scoring
 from rtdmd_jax.sharding import batch_parts, place, replicate
 from rtdmd_jax.stage1 import Consistency, DMDConfig, Roles
@@ -30,7 +39,6 @@ from rtdmd_jax.weights.adapters import Lora, load_adapters
 from rtdmd_jax.weights.safetensors import read_config
 
 Tree = Any
-OBJECTIVES = ("ac_dmd", "dmd")
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,8 @@ class Setup:
     held_out: to evaluate on.
     watched: rewards on the device that are evaluated, but not trained (`eval.rewards`).
     watched_host: such rewards on the host; None if there are none.
+    unavailable: why a reward on the device of `eval.rewards` is left out, by name.
+    held_out_sets: `held_out` and the other prompts to evaluate on, with the rewards of each.
   """
 
   pipeline: Pipeline
@@ -62,6 +72,8 @@ class Setup:
   held_out: list[Prompt]
   watched: Mapping[str, Callable[..., jax.Array]] = field(default_factory=dict)
   watched_host: MultiReward | None = None
+  unavailable: Mapping[str, str] = field(default_factory=dict)
+  held_out_sets: Sequence[HeldOut] = ()
 
 
 def build(config: Any) -> Setup:
@@ -73,15 +85,37 @@ def build(config: Any) -> Setup:
   """
   with together():
     setup = _load(config)
+  setup = _available_everywhere(setup)
+  models = {n: score.__self__ for n, score in {**setup.scoring.device, **setup.watched}.items()}
   unconditional = jax.tree.map(jnp.asarray, setup.pipeline.encode([""]))
-  return replace(setup, unconditional=unconditional)
+  cache = PromptCache(
+    _encoder(setup.pipeline, models),
+    chunk=encoding_chunk(config.batch.prompts),
+    max_bytes=config.data.cache_gb * 1e9,
+  )
+  return replace(setup, cache=cache, unconditional=unconditional)
+
+
+def _available_everywhere(setup: Setup) -> Setup:
+  """Leaves out a watched reward on the device that any process lacks: all run its program."""
+  lacking: dict[str, str] = {}
+  for number, reasons in enumerate(gather(dict(setup.unavailable))):
+    for name, reason in reasons.items():
+      where = f"process {number}: " if jax.process_count() > 1 else ""
+      lacking.setdefault(name, f"{where}{reason}")
+  watched = {name: score for name, score in setup.watched.items() if name not in lacking}
+  rewards = {name: p for name, p in setup.frozen.rewards.items() if name not in lacking}
+  frozen = setup.frozen.replace(rewards=rewards)
+  return replace(setup, watched=watched, frozen=frozen, unavailable=lacking)
 
 
 def _load(config: Any) -> Setup:
-  """Everything but the encoding of the empty prompt, which takes all processes."""
+  """Everything but the encodings, which take all processes."""
   # What fails fast comes first.
   prompts = load_prompts(config.data.prompts, split="train", metadata=True)
-  held_out = load_prompts(config.data.held_out, split="test", metadata=True)
+  held_out = held_out_sets(config)
+  options = _reward_options(config)
+  _check_prompts(config, prompts, held_out)
   pipeline = Pipeline.from_pretrained(
     config.model.pretrained,
     dtype=jnp.dtype(config.model.dtype),
@@ -101,10 +135,9 @@ def _load(config: Any) -> Setup:
     embedded_guidance=pipeline.transformer.embedded_guidance,
   )
   weights = {name: float(reward.weight) for name, reward in config.rewards.items()}
-  options = _reward_options(config)
-  models = {name: device.load(name, options[name]) for name in options if name in device.NAMES}
-  host = {name: weight for name, weight in weights.items() if name not in models}
-  watched = {name: 1.0 for name in config.eval.rewards if name not in models}
+  models, unavailable = _device_rewards(config, options)
+  host = {name: weight for name, weight in weights.items() if name not in device.NAMES}
+  watched = {name: options[name] for name in config.eval.rewards if name not in device.NAMES}
   differentiable = _differentiable(config, models)
   scoring = Scoring(
     decode=partial(decode_images, pipeline.vae.clone(remat=config.model.remat)),
@@ -126,17 +159,24 @@ def _load(config: Any) -> Setup:
     frozen,
     scoring,
     make(host, options=options) if host else None,
-    PromptCache(
-      _encoder(pipeline, models),
-      chunk=encoding_chunk(config.batch.prompts),
-      max_bytes=config.data.cache_gb * 1e9,
-    ),
+    None,
     None,
     prompts,
-    held_out,
+    held_out[0].prompts,
     {name: models[name].score for name in models if name not in weights},
-    make(watched, options=options) if watched else None,
+    make_for_evaluation(watched) if watched else None,
+    unavailable,
+    held_out,
   )
+
+
+def _check_prompts(config: Any, prompts: list[Prompt], sets: list[HeldOut]) -> None:
+  """Refuses prompts that would end the training; a warning of those that cost scores alone."""
+  said = shortages(config, sets)
+  if config.stage == "stage2":
+    said = [check_training_prompts(config.rewards, prompts, config.data.prompts), *said]
+  for sentence in filter(None, said):
+    print(f"warning: {sentence}")
 
 
 def _reward_options(config: Any) -> dict[str, dict[str, Any]]:
@@ -144,11 +184,28 @@ def _reward_options(config: Any) -> dict[str, dict[str, Any]]:
   for name in config.eval.rewards:
     if name in config.rewards:
       raise UserError(f"eval.rewards.{name} is in rewards, too, and is evaluated as it is.")
+    if config.eval.rewards[name].get("backpropagate", False):
+      raise UserError(
+        f"eval.rewards.{name}.backpropagate is true, but eval.rewards are not trained; move it to"
+        " rewards, or drop the key."
+      )
   return {
-    name: {k: v for k, v in reward.items() if k not in ("weight", "backpropagate")}
-    for section in (config.rewards, config.eval.rewards)
-    for name, reward in section.items()
+    name: {k: v for k, v in reward.items() if k not in RUN_KEYS}
+    for _, name, reward in reward_sections(config)
   }
+
+
+def _device_rewards(
+  config: Any, options: Mapping[str, Mapping]
+) -> tuple[dict[str, device.DeviceReward], dict[str, str]]:
+  """The rewards on the device, and why one of `eval.rewards` is left out."""
+  found, left_out = {}, {}
+  for section, needed in ((config.rewards, True), (config.eval.rewards, False)):
+    own = {n: partial(device.load, n, options[n]) for n in section if n in device.NAMES}
+    made, unavailable = build_available(own, allow_unavailable=not needed)
+    found |= made
+    left_out |= unavailable
+  return found, left_out
 
 
 def _bases(model: Any, pipeline: Pipeline) -> tuple[dict[str, Tree], dict[str, str]]:
@@ -285,17 +342,9 @@ def policy_config(config: Any) -> PolicyConfig:
     UserError: no reward, too few steps to choose from, a batch.decode_chunk that does not divide a
       device's images, or see `micro_batches`.
   """
-  if not config.rewards:
-    raise UserError("stage 2 trains on rewards, but the configuration has none below rewards.")
+  check_policy_steps(config)
   policy = PolicyConfig(
     **config.policy, micro_batches=micro_batches(config), decode_parts=_decode_parts(config)
   )
   # A group of one has no spread: its advantage is taken over the batch, as the published code does.
-  policy = policy._replace(per_prompt=policy.per_prompt and config.batch.repeats > 1)
-  last = len(config.dmd.steps) - 2
-  if not 0 <= policy.range_start <= policy.range_end <= last:
-    raise UserError(
-      f"policy.range_start..range_end is {policy.range_start}..{policy.range_end}; stochastic"
-      f" steps are 0..{last}."
-    )
-  return policy
+  return policy._replace(per_prompt=policy.per_prompt and config.batch.repeats > 1)

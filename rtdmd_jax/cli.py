@@ -5,8 +5,10 @@ Nothing here imports jax, so `--help` and mistakes on the command line are answe
 
 import errno
 import inspect
+import os
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,28 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from rtdmd_jax.config import load_config
-from rtdmd_jax.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Stopped, UserError
+from rtdmd_jax.errors import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_USER_ERROR, Stopped, UserError
+from rtdmd_jax.extras import install_line
 
 _OVERRIDE = "--config."
-# A disk that takes nothing more is not a defect of the program.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# What a disk answers is not a defect of the program. What to do about it, by its answer:
+_DISK = {
+  **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room"),
+  **dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS), "give another path, or change its permissions"
+  ),
+  **dict.fromkeys(
+    (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    "give another path",
+  ),
+}
+# What configurations are for, and the tools that take them first.
+_PURPOSES = {
+  "training": "rtdmd_jax.main",
+  "pretraining": "rtdmd_jax.main",
+  "images": "rtdmd_jax.sample",
+  "evaluation": "rtdmd_jax.evaluate",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +57,22 @@ class Invocation:
   flags: flags.FlagValues
   args: tuple[str, ...]
 
+  def expect(self, *purposes: str) -> None:
+    """Refuses a configuration that is for another tool.
+
+    Args:
+      purposes: those of "training", "pretraining", "images" and "evaluation" that the tool is for.
+
+    Raises:
+      UserError: the configuration is for another purpose; names the tool that takes it.
+    """
+    found = _purpose(self.config)
+    if found is not None and found not in purposes:
+      raise UserError(
+        f"--config={self.flags.config} is for {found}: give it to python -m {_PURPOSES[found]};"
+        f" this tool takes a configuration for {' or '.join(purposes)}"
+      )
+
 
 def run(
   main: Callable[[Invocation], None],
@@ -45,6 +80,8 @@ def run(
   *,
   define_flags: Callable[[flags.FlagValues], None] | None = None,
   requires: Sequence[str] = (),
+  shared: Sequence[str] = ("config", "workdir"),
+  positional: bool = False,
 ) -> int:
   """Parse the command line, call `main` and return the exit code of the process.
 
@@ -56,34 +93,54 @@ def run(
     argv: the command line with the program's name first; `sys.argv` by default.
     define_flags: adds the tool's own flags to the flag values it is given.
     requires: names of flags that must be given.
+    shared: which of the flags `config` and `workdir` the tool heeds; others are unknown to it.
+    positional: whether the tool takes arguments without a flag.
 
   Returns:
-    0, or 2 after a `UserError` or on a full disk (printed as `error: ...`), or 130 after Ctrl-C, or
-    the code of `Stopped`. Any other exception is a defect of the program and passes through with
-    its traceback.
+    The exit code, see `guard`.
   """
   argv = list(sys.argv if argv is None else argv)
   values = flags.FlagValues()
-  flags.DEFINE_string("config", None, "Configuration: path.py or path.py:argument.", values)
-  flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, images.", values)
+  if "config" in shared:
+    text = "Configuration: path.py or path.py:argument."
+    flags.DEFINE_string("config", None, text, values)
+  if "workdir" in shared:
+    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, images.", values)
   if define_flags is not None:
     define_flags(values)
-  if {"-h", "-help", "--help"} & set(argv[1:]):
-    print(_usage(main, values))
-    return 0
+
+  def program() -> None:
+    if {"-h", "-help", "--help"} & set(argv[1:]):
+      print(_usage(main, values))
+    else:
+      main(_parse(argv, values, requires, positional))
+
+  return guard(program)
+
+
+def guard(program: Callable[[], None]) -> int:
+  """Calls `program` and returns the exit code of the process.
+
+  Returns:
+    0, or 2 after a `UserError`, for what the disk refuses, for a device that is not there and for a
+    key that the configuration lacks (each printed as `error: ...`), or 130 after Ctrl-C, 141 when
+    nobody reads the output any more, or the code of `Stopped`. Any other exception is a defect of
+    the program and passes through with its traceback.
+  """
   try:
-    main(_parse(argv, values, requires))
+    program()
+    sys.stdout.flush()
   except UserError as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return EXIT_USER_ERROR
-  except OSError as error:
-    if error.errno not in _NO_ROOM:
+    return _mistake(str(error))
+  except BrokenPipeError:
+    # Python would try once more to write what is left, and complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+    return EXIT_PIPE
+  except (OSError, RuntimeError, AssertionError, AttributeError, KeyError) as error:
+    sentence = _of_the_disk(error) or _of_the_devices(error) or _of_the_config(error)
+    if sentence is None:
       raise
-    print(
-      f"error: {error.filename or 'a file'} cannot be written: {error.strerror}; make room",
-      file=sys.stderr,
-    )
-    return EXIT_USER_ERROR
+    return _mistake(sentence)
   except Stopped as stopped:
     print(f"stopped: {stopped}", file=sys.stderr)
     return stopped.code
@@ -93,22 +150,111 @@ def run(
   return 0
 
 
-def _parse(argv: list[str], values: flags.FlagValues, requires: Sequence[str]) -> Invocation:
+def make_folder(path: str | Path, flag: str) -> Path:
+  """Makes a folder for a tool's output, with its parents, unless it is there.
+
+  Args:
+    path: of the folder.
+    flag: the flag or key that named it.
+
+  Raises:
+    UserError: no name, or it cannot be made, is a file or cannot be written to.
+  """
+  if path == "":
+    raise UserError(f"{flag} is empty; name a folder")
+  path = Path(path)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(
+      f"{flag} is {path}, where no folder can be made ({error.strerror}); give another path"
+    ) from error
+  if not os.access(path, os.W_OK | os.X_OK):
+    raise UserError(
+      f"{flag} is {path}, a folder that cannot be written to; give another one, or change its"
+      " permissions"
+    )
+  return path
+
+
+def _mistake(sentence: str) -> int:
+  print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+  return EXIT_USER_ERROR
+
+
+def _of_the_disk(error: Exception) -> str | None:
+  """What the file system says of a path."""
+  if not isinstance(error, OSError) or error.errno not in _DISK:
+    return None
+  name = error.filename2 or error.filename or "a file"
+  return f"{name} cannot be written or read: {error.strerror}; {_DISK[error.errno]}"
+
+
+def _of_the_devices(error: Exception) -> str | None:
+  """Why jax has no device at all, if that is so: it raises an error of any kind then."""
+  if not isinstance(error, RuntimeError | AssertionError) or "jax" not in sys.modules:
+    return None
+  import jax
+
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as reason:
+    asked = jax.config.jax_platforms or ""
+    why = str(reason).partition(" (set JAX_PLATFORMS")[0].partition("\n")[0]
+    extra = "tpu" if "tpu" in asked else "gpu"
+    return (
+      f"JAX_PLATFORMS is {asked!r}, and jax finds no such device{f' ({why})' if why else ''}; unset"
+      f" it, set it to cpu, or install what the device needs with {install_line(extra)}"
+    )
+  return None
+
+
+def _of_the_config(error: Exception) -> str | None:
+  """Which key was looked for in a configuration that does not have it."""
+  frames = traceback.extract_tb(error.__traceback__)
+  known = isinstance(error, AttributeError | KeyError) and frames
+  if not known or "ml_collections" not in Path(frames[-1].filename).parts:
+    return None
+  key = str(error.args[0]).strip("'\"")
+  return f"the configuration lacks the key {key!r}, which this tool reads; configs/ shows where"
+
+
+def _purpose(config: ConfigDict | None) -> str | None:
+  """What a configuration is for, a key of `_PURPOSES`; None where its keys do not tell."""
+  if config is None:
+    return None
+  if config.get("stage") == "pretrain":
+    return "pretraining"
+  if "dmd" in config or "train" in config:
+    return "training"
+  if "systems" in config:
+    return "evaluation"
+  return "images" if "pipeline" in config else None
+
+
+def _parse(
+  argv: list[str], values: flags.FlagValues, requires: Sequence[str], positional: bool
+) -> Invocation:
   overrides, rest = _split_overrides(argv)
   try:
-    positional = values(rest)[1:]
+    args = values(rest)[1:]
   except flags.Error as error:
     raise UserError(f"{error} (--help lists the flags)") from error
+  if args and not positional:
+    raise UserError(f"{args[0]!r} belongs to no flag (--help lists the flags)")
   for name in requires:
-    if values[name].value is None:
+    if values[name].value in (None, ""):
       raise UserError(f"--{name} is required: {values[name].help}")
-  if overrides and values.config is None:
+  spec, workdir = (values[n].value if n in values else None for n in ("config", "workdir"))
+  if workdir == "":
+    raise UserError("--workdir is empty; name a folder")
+  if overrides and spec is None:
     raise UserError(f"--config.{overrides[0]} needs --config=FILE.py")
   return Invocation(
-    config=None if values.config is None else load_config(values.config, overrides),
-    workdir=None if values.workdir is None else Path(values.workdir),
+    config=None if spec is None else load_config(spec, overrides),
+    workdir=None if workdir is None else Path(workdir),
     flags=values,
-    args=tuple(positional),
+    args=tuple(args),
   )
 
 

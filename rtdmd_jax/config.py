@@ -38,7 +38,10 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
   """
   path, arg = _split_spec(spec)
   get_config = _load_get_config(path)
-  takes_arg = bool(inspect.signature(get_config).parameters)
+  try:
+    takes_arg = bool(inspect.signature(get_config).parameters)
+  except ValueError:  # some callables that are not written in Python
+    takes_arg = False
   if arg is not None and not takes_arg:
     raise UserError(
       f"{path}: get_config() takes no argument, but --config={spec} gives it {arg!r}; drop ':{arg}'"
@@ -47,7 +50,7 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     config = get_config(arg) if arg is not None else get_config()
   except UserError:
     raise
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     raise _does_not_load(path, error) from error
   if not isinstance(config, ConfigDict):
     raise UserError(
@@ -145,7 +148,7 @@ def _load_get_config(path: Path):
     module_spec.loader.exec_module(module)
   except UserError:
     raise
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     raise _does_not_load(path, error) from error
   finally:
     sys.path.remove(folder)
@@ -158,7 +161,7 @@ def _load_get_config(path: Path):
   return module.get_config
 
 
-def _does_not_load(path: Path, error: Exception) -> UserError:
+def _does_not_load(path: Path, error: BaseException) -> UserError:
   """Says where in the file the user's own code went wrong."""
   frames = traceback.extract_tb(error.__traceback__)
   lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]

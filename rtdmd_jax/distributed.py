@@ -1,6 +1,7 @@
 """Joins the processes of a run on several hosts, as the environment says."""
 
 import os
+import re
 from collections.abc import Mapping
 
 from rtdmd_jax.errors import UserError
@@ -18,7 +19,7 @@ def arguments(environment: Mapping[str, str]) -> dict[str, str | int] | None:
   and this one's in `RTDMD_PROCESS`.
 
   Raises:
-    UserError: a variable is missing or no number.
+    UserError: a variable is missing, not a number or not an address.
   """
   coordinator = environment.get(COORDINATOR, "")
   if not coordinator:
@@ -30,6 +31,8 @@ def arguments(environment: Mapping[str, str]) -> dict[str, str | int] | None:
     return None
   if coordinator == AUTO:
     return {}
+  if not re.fullmatch(r".+:\d{1,5}", coordinator):
+    raise UserError(f"{COORDINATOR} is {coordinator}; write auto, or host:port of process 0.")
   count, number = _number(environment, PROCESSES), _number(environment, PROCESS)
   if not 0 <= number < count:
     raise UserError(f"{PROCESS} is {number}; it counts from 0 and is below {PROCESSES}={count}.")

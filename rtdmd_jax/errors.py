@@ -5,6 +5,7 @@ EXIT_NUMBERS = 3  # training met numbers that are not finite
 EXIT_PREEMPTED = 75  # SIGTERM; what was to be saved is saved
 EXIT_UNSAVED = 76  # SIGTERM or Ctrl-C; the time ran out before the checkpoint was complete
 EXIT_INTERRUPTED = 130  # Ctrl-C
+EXIT_PIPE = 141  # nobody reads the output any more, as other programs end by SIGPIPE
 
 
 class UserError(Exception):

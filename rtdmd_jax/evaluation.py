@@ -1,8 +1,12 @@
-"""Held-out scores of several systems on the same prompts and seeds."""
+"""Held-out scores of several systems on the same prompts and seeds.
+
+Nothing that a reward does, and in a run of one process nothing that a device does, ends an
+evaluation: what failed is NaN, counted and named.
+"""
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +20,12 @@ from rtdmd_jax.algo.subgrpo import sample_noise
 from rtdmd_jax.algo.transitions import add_noise, x0_from_v
 from rtdmd_jax.build import Setup
 from rtdmd_jax.compilation import jit
+from rtdmd_jax.errors import UserError
+from rtdmd_jax.held_out_sets import HeldOut
 from rtdmd_jax.hosts import is_main
 from rtdmd_jax.models.lora import fold_scale
 from rtdmd_jax.prompts import Prompt
+from rtdmd_jax.rewards.isolated import Scores, attempt, beside, left_out, missing, sentence
 from rtdmd_jax.rewards.spread import score_shared
 from rtdmd_jax.roles import role_variables, role_velocity
 from rtdmd_jax.sharding import fetch, replicate
@@ -28,6 +35,7 @@ from rtdmd_jax.state import Conditioning
 Tree = Any
 # Noise level of the shown predictions of the fake score: composition is settled, details are not.
 PREDICTION_SIGMA = 0.7
+_NOT_FINITE = "its score is not finite"
 
 
 class System(NamedTuple):
@@ -64,6 +72,20 @@ def generator(setup: Setup, config: Any, name: str, adapters: Tree) -> System:
   return System(name, len(sigmas) - 1, 1.0, sigmas, config.dmd.eta, base, variables)
 
 
+class Look(NamedTuple):
+  """What an evaluation sees of a system.
+
+  Attributes:
+    images: [P, H, W, 3] uint8; None if they could not be drawn.
+    scores: of each reward that was asked for.
+    problem: what is wrong with the images, or "".
+  """
+
+  images: np.ndarray | None
+  scores: Scores
+  problem: str
+
+
 class Evaluator:
   """Samples and scores; compiles one program a kind of system."""
 
@@ -74,9 +96,34 @@ class Evaluator:
     device = {**setup.scoring.device, **setup.watched}
     self._scores = {name: jax.jit(_of_bytes(score)) for name, score in device.items()}
 
+  def look(
+    self,
+    system: System,
+    prompts: Sequence[Prompt],
+    rewards: Collection[str],
+    more: Sequence[Prompt] = (),
+  ) -> Look:
+    """Draws a system's images of `prompts` and then of `more`, and scores the former by `rewards`.
+
+    Of several processes an error of the device ends all: one that left a joint program alone would
+    leave the others waiting.
+    """
+    count = len(prompts)
+    try:
+      images, finite = self._draw(self._program(system), system.adapters, [*prompts, *more])
+    except Exception as error:
+      if jax.process_count() > 1:
+        raise
+      problem = f"the images could not be drawn: {sentence(error)}"
+      return Look(None, missing(count, dict.fromkeys(rewards, problem)), problem)
+    scores = self.scores(images[:count], prompts, rewards)
+    scores = scores.where(finite[:count], "the image has pixels that are not finite")
+    bad = int((~finite).sum())
+    return Look(images, scores, f"{bad} of {len(finite)} images are not finite" if bad else "")
+
   def images(self, system: System, prompts: Sequence[Prompt]) -> np.ndarray:
     """Images [P, H, W, 3] uint8; image i depends on the evaluation seed and i alone."""
-    return self._draw(self._program(system), system.adapters, prompts)
+    return self._draw(self._program(system), system.adapters, prompts)[0]
 
   def teacher_images(self, system: System, prompts: Sequence[Prompt]) -> np.ndarray:
     """`images` of a system that training does not change: drawn once for the same prompts."""
@@ -99,9 +146,12 @@ class Evaluator:
     key = ("predictions", *system.kind())
     if key not in self._programs:
       self._programs[key] = self._compile(system, predict=True)
-    return self._draw(self._programs[key], (system.adapters, fake_score), prompts)
+    return self._draw(self._programs[key], (system.adapters, fake_score), prompts)[0]
 
-  def _draw(self, program: Callable, adapters: Tree, prompts: Sequence[Prompt]) -> np.ndarray:
+  def _draw(
+    self, program: Callable, adapters: Tree, prompts: Sequence[Prompt]
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Images [P, H, W, 3] uint8, and which of them came from finite pixels [P]."""
     chunk = min(self._config.eval.chunk, len(prompts))
     parts = []
     for start in range(0, len(prompts), chunk):
@@ -109,7 +159,8 @@ class Evaluator:
       encoded = self._setup.cache([prompts[i].text for i in index])["conditioning"]
       inputs = replicate((encoded, index))
       parts.append(fetch(program(self._setup.frozen, adapters, *inputs)))
-    return np.concatenate(parts)[: len(prompts)]
+    images, finite = map(np.concatenate, zip(*parts, strict=True))
+    return images[: len(prompts)], finite[: len(prompts)]
 
   def _program(self, system: System) -> Callable:
     key = system.kind()
@@ -124,7 +175,7 @@ class Evaluator:
     # A program may not hold arrays of several processes.
     unconditional = fetch(setup.unconditional) if guided else None
 
-    def run(frozen, adapters, conditioning: Conditioning, index: jax.Array) -> jax.Array:
+    def run(frozen, adapters, conditioning: Conditioning, index: jax.Array) -> tuple:
       adapters, fake_score = adapters if predict else (adapters, None)
       variables = role_variables(frozen.bases[system.base]) | adapters
       velocity = role_velocity(
@@ -146,49 +197,78 @@ class Evaluator:
         sigma = jnp.full(index.shape, PREDICTION_SIGMA)
         latents = x0_from_v(noisy, fake(noisy, sigma), sigma)
       images = setup.scoring.decode(frozen.vae, latents)
-      return jnp.round(255.0 * images).astype(jnp.uint8)
+      finite = jnp.isfinite(images).all((1, 2, 3)) & jnp.isfinite(latents).all((1, 2, 3))
+      return jnp.round(255.0 * images).astype(jnp.uint8), finite
 
     return jit(run)
 
-  def scores(self, images: np.ndarray, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
-    """Every configured reward [P] of uint8 images, trained or watched."""
+  def scores(
+    self, images: np.ndarray, prompts: Sequence[Prompt], rewards: Collection[str] | None = None
+  ) -> Scores:
+    """Scores [P] of uint8 images by `rewards`, or by all, trained or watched."""
+    setup, count = self._setup, len(prompts)
+    names = self.rewards if rewards is None else rewards
+    parts = [self._device_score(n, images, prompts) for n in self._scores if n in names]
+    parts.append(left_out(count, {n: r for n, r in setup.unavailable.items() if n in names}))
+    for host in (setup.host_rewards, setup.watched_host):
+      own = [] if host is None else [n for n in host.names if n in names]
+      if own:
+        parts.append(score_shared(host, images, prompts, own))
+    return beside(parts)
+
+  @property
+  def rewards(self) -> list[str]:
+    """Names of all rewards, those that could not be built among them."""
+    hosts = [h.names for h in (self._setup.host_rewards, self._setup.watched_host) if h is not None]
+    return [*self._scores, *self._setup.unavailable, *(name for own in hosts for name in own)]
+
+  def _device_score(self, name: str, images: np.ndarray, prompts: Sequence[Prompt]) -> Scores:
     setup, chunk = self._setup, self._config.eval.chunk
-    texts = [p.text for p in prompts]
-    result = {}
-    for name, program in self._scores.items():
-      features = setup.cache(texts)["reward_text"][name]
+
+    def compute() -> np.ndarray:
       parts = []
       for start in range(0, len(prompts), chunk):
         index = np.minimum(np.arange(start, start + chunk), len(prompts) - 1)
-        inputs = replicate((images[index], features[index]))
-        parts.append(fetch(program(setup.frozen.rewards[name], *inputs)))
-      result[name] = np.concatenate(parts)[: len(prompts)]
-    for host in (setup.host_rewards, setup.watched_host):
-      if host is not None:
-        result |= score_shared(host, images, prompts)
-    return result
+        features = setup.cache([prompts[i].text for i in index])["reward_text"][name]
+        inputs = replicate((images[index], features))
+        parts.append(fetch(self._scores[name](setup.frozen.rewards[name], *inputs)))
+      return np.concatenate(parts)[: len(prompts)]
+
+    if jax.process_count() > 1:  # see `look`
+      values = compute()
+      return attempt(name, lambda: values, len(prompts), _NOT_FINITE)
+    try:
+      return attempt(name, compute, len(prompts), _NOT_FINITE)
+    except UserError as error:
+      return missing(len(prompts), {name: sentence(error)})
 
   def compare(
-    self, systems: Sequence[System], prompts: Sequence[Prompt], workdir: Path, repeats: int = 1
+    self, systems: Sequence[System], sets: Sequence[HeldOut], workdir: Path, repeats: int = 1
   ) -> dict:
-    """Scores every system; writes `evaluation.json` and images, and returns the table.
+    """Scores every system on every set; writes `evaluation.json` and images of the first set.
 
     Each prompt counts once, with the mean of its `repeats` images. `differences` are those of the
     last system from each of the others, prompt by prompt.
+
+    Returns:
+      The table; what went wrong is in it.
     """
-    scores = []
-    for system in systems:
-      images = self.images(system, [*prompts] * repeats)
-      values = self.scores(images, [*prompts] * repeats)
-      scores.append({name: prompt_means(v, len(prompts)) for name, v in values.items()})
-      if is_main():
-        _save_images(images[: self._config.eval.preview], workdir / "evaluation" / system.name)
+    judged: list[list[Judged]] = [[] for _ in systems]
+    shown = self._config.eval.preview
+    for number, part in enumerate(sets):
+      for system, own in zip(systems, judged, strict=True):
+        seen = self.look(system, [*part.prompts] * repeats, part.rewards)
+        own.append(Judged.of(seen.scores, part.prompts))
+        if seen.problem:
+          print(f"warning: {system.name}, prompts of {part.path}: {seen.problem}")
+        if number == 0 and seen.images is not None and is_main():
+          _save_images(seen.images[:shown], workdir / "evaluation" / system.name)
     table = {
-      "systems": [row(s, values, prompts) for s, values in zip(systems, scores, strict=True)],
-      "prompts": [p.text for p in prompts[: self._config.eval.preview]],
+      "systems": [row(system, own) for system, own in zip(systems, judged, strict=True)],
+      "prompts": [p.text for p in sets[0].prompts[:shown]],
       "differences": {
-        system.name: {name: _summary(scores[-1][name] - v) for name, v in values.items()}
-        for system, values in zip(systems[:-1], scores[:-1], strict=True)
+        system.name: _differences(judged[-1], own)
+        for system, own in zip(systems[:-1], judged[:-1], strict=True)
       },
     }
     if is_main():
@@ -197,9 +277,12 @@ class Evaluator:
 
 
 def _save_images(images: np.ndarray, directory: Path) -> None:
-  directory.mkdir(parents=True, exist_ok=True)
-  for i, image in enumerate(images):
-    Image.fromarray(image).save(directory / f"{i}.png")
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+      Image.fromarray(image).save(directory / f"{i}.png")
+  except OSError as error:
+    print(f"warning: images cannot be written to {directory}: {error}")
 
 
 def _of_bytes(score: Callable) -> Callable:
@@ -220,26 +303,60 @@ def prompt_means(values: np.ndarray, count: int) -> np.ndarray:
   return np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
 
 
-def row(system: Any, scores: dict[str, np.ndarray], prompts: Sequence[Prompt]) -> dict:
+class Judged(NamedTuple):
+  """A system's scores on one set of prompts.
+
+  Attributes:
+    prompts: P.
+    values: of each output [P], NaN where there is no score.
+    failed: number of images without it.
+    reasons: why the first of those is without it, if there are any.
+  """
+
+  prompts: Sequence[Prompt]
+  values: dict[str, np.ndarray]
+  failed: dict[str, int]
+  reasons: Mapping[str, str]
+
+  @classmethod
+  def of(cls, scores: Scores, prompts: Sequence[Prompt]) -> "Judged":
+    """Of the scores of all prompts' images, once or several times one after the other."""
+    values = {name: prompt_means(v, len(prompts)) for name, v in scores.values.items()}
+    return cls(prompts, values, {name: scores.failed(name) for name in values}, scores.reasons)
+
+
+def row(system: Any, sets: Sequence[Judged]) -> dict:
   """A system's line of the table: name, steps, guidance, and each reward's mean, also by tag.
 
   Args:
     system: has `name`, `steps` and `guidance`.
-    scores: [P] of each reward, NaN where there is none.
-    prompts: of the images.
+    sets: what it scored.
   """
-  tags = np.array([(p.record or {}).get("tag", "") for p in prompts])
-  per_tag = {
-    str(tag): {name: _summary(values[tags == tag]) for name, values in scores.items()}
-    for tag in dict.fromkeys(tags)
-    if tag
-  }
+  scores, per_tag = {}, {}
+  for part in sets:
+    tags = np.array([(p.record or {}).get("tag", "") for p in part.prompts])
+    for name, values in part.values.items():
+      scores[name] = _summary(values) | {"failed": part.failed[name]}
+      if part.failed[name]:
+        scores[name]["reason"] = part.reasons.get(name, "")
+    for tag in filter(None, dict.fromkeys(tags)):
+      own = {name: _summary(values[tags == tag]) for name, values in part.values.items()}
+      if own:
+        per_tag.setdefault(str(tag), {}).update(own)
   return {
     "name": system.name,
     "steps": system.steps,
     "guidance": system.guidance,
-    "scores": {name: _summary(values) for name, values in scores.items()},
+    "scores": scores,
     "per_tag": per_tag,
+  }
+
+
+def _differences(result: Sequence[Judged], other: Sequence[Judged]) -> dict[str, dict]:
+  return {
+    name: _summary(one.values[name] - two.values[name])
+    for one, two in zip(result, other, strict=True)
+    for name in one.values
   }
 
 
@@ -252,9 +369,20 @@ def _summary(values: np.ndarray) -> dict:
   return {"mean": float(values.mean()), "ci95": ci, "n": len(values)}
 
 
-def score_text(score: dict[str, float | None]) -> str:
+def score_text(score: Mapping[str, Any]) -> str:
   """A row's mean with its 95 % interval, as far as enough samples could be scored."""
   if score["mean"] is None:
     return "failed"
   interval = "" if score["ci95"] is None else f" ± {score['ci95']:.4f}"
-  return f"{score['mean']:.4f}{interval}"
+  failed = f" ({score['failed']} failed)" if score.get("failed") else ""
+  return f"{score['mean']:.4f}{interval}{failed}"
+
+
+def failure_texts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  """A sentence for every score of the table's rows that images lack."""
+  return [
+    f"{row['name']}: reward {name} failed on {score['failed']:,} of its images: {score['reason']}"
+    for row in rows
+    for name, score in row["scores"].items()
+    if score.get("failed") and score["reason"]
+  ]

@@ -1,8 +1,11 @@
 """Looks at a run's generator on held-out prompts: previews, scores, signs of reward hacking."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -12,6 +15,7 @@ from rtdmd_jax.grids import save_png, side_by_side
 from rtdmd_jax.metrics import MetricWriter
 from rtdmd_jax.monitors import DIVERSE_IMAGES, DIVERSE_PROMPTS, Monitor, image_values
 from rtdmd_jax.prompts import Prompt
+from rtdmd_jax.rewards.isolated import sentence
 from rtdmd_jax.state import TrainState
 
 # Width of an image of the preview in pixels, at most.
@@ -27,25 +31,70 @@ def evaluate(
   writer: MetricWriter,
   workdir: Path,
 ) -> None:
-  """Scores the averaged generator on a few held-out prompts and writes a preview grid."""
-  prompts = _spread(setup.held_out, config.eval.prompts)
+  """Scores the averaged generator on a few held-out prompts of each set; writes a preview grid.
+
+  Nothing in it ends a run, but an error of the device one of several processes: what failed is NaN,
+  counted in `eval/<reward>_failed`, and named in a warning.
+  """
   system = evaluation.generator(setup, config, "generator", state.ema)
-  several = [p for p in prompts[:DIVERSE_PROMPTS] for _ in range(DIVERSE_IMAGES)]
-  images, groups = np.split(evaluator.images(system, prompts + several), [len(prompts)])
-  groups = groups.reshape(-1, DIVERSE_IMAGES, *groups.shape[1:])
-  values = {f"eval/{name}": v for name, v in evaluator.scores(images, prompts).items()}
-  picture = _preview(config, setup, evaluator, state, system, images, prompts)
-  if not hosts.is_main():
-    return
-  values |= image_values(images, groups)
-  writer.scalars(step, {name: _mean(v) for name, v in values.items()})
-  trained = [name for name, reward in config.rewards.items() if reward.weight]
-  if warning := Monitor(workdir / "monitor.json", trained).look(step, values):
-    print(warning)
-    writer.warning(step, warning)
-  (workdir / "previews").mkdir(exist_ok=True)
-  save_png(workdir / f"previews/step_{step:06d}.png", picture)
-  writer.image(step, "preview", np.asarray(picture))
+  values, failed, warnings, picture = {}, {}, [], None
+  for number, part in enumerate(setup.held_out_sets):
+    prompts, shown = _spread(part.prompts, config.eval.prompts), number == 0
+    several = [p for p in prompts[:DIVERSE_PROMPTS] for _ in range(DIVERSE_IMAGES)] if shown else []
+    seen = evaluator.look(system, prompts, part.rewards, several)
+    if seen.problem:
+      warnings.append(f"prompts of {part.path}: {seen.problem}")
+    values |= {f"eval/{name}": v for name, v in seen.scores.values.items()}
+    failed |= {name: seen.scores.failed(name) for name in seen.scores.values}
+    for name, reason in seen.scores.reasons.items():
+      count = f"{failed[name]:,} of {len(prompts):,} held-out images"
+      warnings.append(f"reward {name} failed on {count}: {reason}")
+    if shown and seen.images is not None:
+      with _guarded("drawing the preview", warnings, joint=jax.process_count() > 1):
+        picture = _preview(config, setup, evaluator, state, system, seen.images, prompts)
+      if not seen.problem:
+        groups = seen.images[len(prompts) :].reshape(-1, DIVERSE_IMAGES, *seen.images.shape[1:])
+        values |= image_values(seen.images[: len(prompts)], groups)
+  if hosts.is_main():
+    _report(config, step, values, failed, warnings, picture, writer, workdir)
+
+
+def _report(
+  config: Any,
+  step: int,
+  values: dict[str, np.ndarray],
+  failed: dict[str, int],
+  warnings: list[str],
+  picture: Image.Image | None,
+  writer: MetricWriter,
+  workdir: Path,
+) -> None:
+  """Writes an evaluation's metrics, warnings and preview."""
+  counts = {f"eval/{name}_failed": count for name, count in failed.items()}
+  writer.scalars(step, {name: _mean(v) for name, v in values.items()} | counts)
+  hacking = None
+  with _guarded("the comparison with the first evaluation", warnings):
+    trained = [name for name, reward in config.rewards.items() if reward.weight]
+    hacking = Monitor(workdir / "monitor.json", trained).look(step, values)
+  if picture is not None:
+    with _guarded("writing the preview", warnings):
+      (workdir / "previews").mkdir(exist_ok=True)
+      save_png(workdir / f"previews/step_{step:06d}.png", picture)
+      writer.image(step, "preview", np.asarray(picture))
+  for text in [*([hacking] if hacking else []), *(f"step {step}: {w}" for w in warnings)]:
+    print(text)
+    writer.warning(step, text)
+
+
+@contextlib.contextmanager
+def _guarded(what: str, warnings: list[str], *, joint: bool = False) -> Iterator[None]:
+  """An error inside joins the warnings; a `joint` one ends all processes, see `Evaluator.look`."""
+  try:
+    yield
+  except Exception as error:
+    if joint:
+      raise
+    warnings.append(f"{what} failed: {sentence(error)}")
 
 
 def _preview(
@@ -89,13 +138,19 @@ def final_evaluation(
   workdir: Path,
 ) -> None:
   """Scores teacher, start and result side by side; writes `evaluation.json`, prints the scores."""
-  prompts = _spread(setup.held_out, config.eval.final_prompts)
+  count = config.eval.final_prompts
+  sets = [part._replace(prompts=_spread(part.prompts, count)) for part in setup.held_out_sets]
   start = "cold start" if setup.frozen.generator else "base"
   systems = [
     evaluation.teacher(setup, config),
     evaluation.generator(setup, config, f"{start}, few steps", None),
     evaluation.generator(setup, config, "result, few steps", state.ema),
   ]
-  for row in evaluator.compare(systems, prompts, workdir, config.eval.final_images)["systems"]:
+  rows = evaluator.compare(systems, sets, workdir, config.eval.final_images)["systems"]
+  for row in rows:
     scores = "  ".join(f"{name} {evaluation.score_text(s)}" for name, s in row["scores"].items())
-    print(f"{row['name']:24s} {row['steps']:3d} steps  guidance {row['guidance']}  {scores}")
+    print(
+      f"{row['name']:24s} {row['steps']:3d} steps  guidance {row['guidance']}  {scores}".rstrip()
+    )
+  for text in evaluation.failure_texts(rows):
+    print(f"warning: {text}")

@@ -1,6 +1,7 @@
 """Metrics of a run: `metrics.jsonl` and TensorBoard events."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.files import replace_text
 from rtdmd_jax.wandb_log import WandbRun
 
 FILE_NAME = "metrics.jsonl"
@@ -40,7 +42,7 @@ class MetricWriter:
       workdir: folder of the run, created if needed.
       resume_step: last step to keep; -1 for a new run.
       active: False on all hosts but one; nothing is written then.
-      mirror: also gets scalars and images, and is closed with this.
+      mirror: also gets scalars, images and warnings, and is closed with this.
 
     Raises:
       UserError: the folder cannot be written, or an earlier metrics file is broken.
@@ -49,6 +51,9 @@ class MetricWriter:
     if not active:
       return
     from tensorboardX import SummaryWriter  # takes seconds to import, and readers need it not
+
+    # It repeats for every number that is not finite what `nonfinite` and warnings say with names.
+    logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 
     path = workdir / FILE_NAME
     try:
@@ -110,13 +115,15 @@ class MetricWriter:
       self._events.add_text(name, text, int(step))
 
   def warning(self, step: int, sentence: str) -> None:
-    """Write a warning of the run to both, in TensorBoard as the text `warning`."""
+    """Write a warning of the run everywhere, in TensorBoard as the text `warning`."""
     if self._file is None:
       return
     line = {"step": int(step), "time": round(time.time(), 3), "warning": sentence}
     self._file.write(json.dumps(line) + "\n")
     self._file.flush()
     self.text(step, "warning", sentence)
+    if self._mirror:
+      self._mirror.warning(int(step), sentence)
 
   def close(self) -> None:
     """Flush and close the files."""
@@ -156,9 +163,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _keep_until(path: Path, last_step: int) -> None:
   kept = [line for line in read_metrics(path) if line["step"] <= last_step]
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-  temporary.replace(path)
+  replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _number(name: str, value: Any) -> float:

@@ -96,7 +96,25 @@ def repeated_update(
   return end, jax.tree.map(jnp.mean, losses), info
 
 
-def ema_update(ema: Tree, params: Tree, decay: float, when: jax.Array | bool = True) -> Tree:
+def effective_decay(
+  decay: float, step: jax.Array | int, *, warmup: bool = False, applications: int = 1
+) -> jax.Array | float:
+  """The decay of one update of the moving average.
+
+  Args:
+    decay: of one application, in [0, 1].
+    step: updates of the parameters so far; for the warm-up alone.
+    warmup: not more than `(1 + step) / (10 + step)`.
+    applications: how often in a row the same parameters are averaged in.
+  """
+  if warmup:
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  return decay**applications
+
+
+def ema_update(
+  ema: Tree, params: Tree, decay: jax.Array | float, when: jax.Array | bool = True
+) -> Tree:
   """`decay * ema + (1 - decay) * params` where `when` holds, else `ema`."""
   rate = jnp.where(when, 1.0 - decay, 0.0)
   return jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)

@@ -25,7 +25,16 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.metrics import FILE_NAME, read_metrics
 from rtdmd_jax.report_charts import line_chart, smooth
 from rtdmd_jax.report_images import compare, previews
-from rtdmd_jax.report_scores import Evaluation, read_evaluation, score_table, tag_tables, tiles
+from rtdmd_jax.report_scores import (
+  Evaluation,
+  count_text,
+  failures,
+  overlap_sentences,
+  read_evaluation,
+  score_table,
+  tag_tables,
+  tiles,
+)
 
 # A metric belongs to the first group that its name matches; _TITLES is the order of the groups.
 _PATTERNS = (
@@ -57,7 +66,8 @@ def write_report(workdir: Path) -> Path:
     UserError: no such folder, neither metrics nor an evaluation in it, or a broken file.
   """
   if not workdir.is_dir():
-    raise UserError(f"folder {workdir} does not exist; give the --workdir of a run")
+    is_file = "is a file" if workdir.exists() else "does not exist"
+    raise UserError(f"folder {workdir} {is_file}; give the --workdir of a run")
   lines = read_metrics(workdir / FILE_NAME) if (workdir / FILE_NAME).exists() else []
   paths = [workdir / name for name in ("evaluation.json", "summary.json")]
   evaluation = next((read_evaluation(path) for path in paths if path.exists()), None)
@@ -134,20 +144,26 @@ def _header(
   if evaluation is not None:
     parts.append(f"<p>{_sentence(evaluation)}</p>")
   parts.append(f'<div class="facts">{shown}</div>')
-  if evaluation is not None:
+  if evaluation is not None and evaluation.rewards:
     parts.append(tiles(evaluation))
   return "".join(parts)
 
 
 def _sentence(evaluation: Evaluation) -> str:
   *others, result = evaluation.systems
-  text = f"<b>{escape(result.name)}</b> samples in {escape(result.sampling)}"
+  of_step = "" if evaluation.step is None else f" (step {evaluation.step:,})"
+  text = f"<b>{escape(result.name)}</b>{of_step} samples in {escape(result.sampling)}"
   if others:
     names = ", ".join(f"{escape(other.name)} ({escape(other.sampling)})" for other in others)
     text += f" and is compared with {names}"
-  count = f"{len(evaluation.prompts):,} held-out prompts"
+  if not evaluation.rewards:
+    return f"{text}; no reward scored them."
   gains = "; in brackets, what it gains, prompt by prompt" if evaluation.differences else ""
-  return f"{text}, on {count}. Large numbers: {escape(result.name)}{gains}."
+  compared = escape(overlap_sentences(evaluation.overlap))
+  return (
+    f"{text}, on {count_text(evaluation)} prompts. {compared} Large numbers:"
+    f" {escape(result.name)}{gains}."
+  )
 
 
 def _day(seconds: float) -> str:
@@ -155,11 +171,11 @@ def _day(seconds: float) -> str:
 
 
 def _scores(evaluation: Evaluation | None) -> str:
-  if evaluation is None:
+  if evaluation is None or not evaluation.rewards:
     return ""
   return (
     '<p class="note">Means with 95 % intervals; bold is the highest mean.</p>'
-    f"{score_table(evaluation)}{tag_tables(evaluation)}"
+    f"{score_table(evaluation)}{failures(evaluation)}{tag_tables(evaluation)}"
   )
 
 
@@ -182,8 +198,13 @@ def _warnings(lines: list[dict[str, Any]]) -> str:
 
 def _training(found: Curves) -> str:
   parts = []
+  # Single points, which the table of scores has.
+  found = {name: curve for name, curve in found.items() if not name.startswith("final/")}
   for title in _TITLES:
-    figures = [_curve(name, *found[name]) for name in found if group(name) == title]
+    own = {name: curve for name, curve in found.items() if group(name) == title}
+    # Counts of failed scores are worth a chart where something failed.
+    own = {n: c for n, c in own.items() if not n.endswith("_failed") or any(c[1])}
+    figures = [_curve(name, *curve) for name, curve in own.items()]
     if figures:
       note = f'<p class="note">{_NOTES[title]}</p>' if title in _NOTES else ""
       parts.append(f'<h3>{title}</h3>{note}<div class="charts">{"".join(figures)}</div>')
@@ -241,4 +262,4 @@ def _page(title: str, header: str, sections: list[tuple[str, str, str]]) -> str:
 
 
 if __name__ == "__main__":
-  sys.exit(cli.run(main))
+  sys.exit(cli.run(main, shared=("workdir",), positional=True))

@@ -2,8 +2,8 @@
 
 python -m rtdmd_jax.sample --config=configs/tiny_infer.py --prompt "a photo of a red circle"
 
-Reads the pipeline and the LoRAs of the configuration, and prompts of --prompt or a file. Writes
-into --workdir, or else config.out.
+Reads the pipeline and the LoRAs of the configuration, or of a training run's --checkpoint, and
+prompts of --prompt or a file. Writes into --workdir, or else config.out.
 
 An image is a function of the settings, its seed and the number of its prompt: neither the other
 prompts nor the batch size nor the number of devices change it. Its file is
@@ -35,6 +35,7 @@ from rtdmd_jax.models.vae import decode_images
 from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.prompts import load_prompts
 from rtdmd_jax.roles import role_variables, role_velocity
+from rtdmd_jax.stored_run import FLAG_HELP, StoredRun
 from rtdmd_jax.weights.adapters import Lora, load_adapters
 
 METADATA_KEY = "rtdmd_jax"
@@ -251,19 +252,31 @@ def write(image: np.ndarray, path: Path, notes: dict[str, Any]) -> None:
 
 def main(call: cli.Invocation) -> None:
   """Draws what the command line asks for."""
+  call.expect("images")
   values = call.flags
   settings = Settings.from_config(call.config)
+  run = StoredRun.parse(values.checkpoint) if values.checkpoint else None
+  if run is not None:
+    if values.lora is not None:
+      raise UserError("--checkpoint stands in place of --lora; give one of them.")
+    settings = of_run(settings, run)
   if values.lora is not None:
     chosen = tuple(Lora.parse(value) for value in values.lora if value)
     settings = replace(settings, loras=chosen)
   shots = _shots(values, settings)
   directory = call.workdir or Path(settings.out)
   todo = pending(shots, settings, directory, overwrite=values.overwrite)
+  cli.make_folder(directory, "--workdir" if call.workdir else "out")
   if todo:
     with jax.set_mesh(sharding.make_mesh()):
       dtype = jnp.dtype(settings.dtype)
-      pipeline = Pipeline.from_pretrained(settings.pipeline, dtype=dtype)
-      adapters = load_adapters(settings.loras, pipeline.transformer)
+      if run is not None:
+        pipeline = run.pipeline(dtype)
+        adapters, words = run.adapters(pipeline.transformer)
+        print(f"{run.directory}: {words}")
+      else:
+        pipeline = Pipeline.from_pretrained(settings.pipeline, dtype=dtype)
+        adapters = load_adapters(settings.loras, pipeline.transformer)
       for shot, image in draw(pipeline, settings, adapters, todo):
         write(image, shot.path(directory), shot.notes(settings))
   if values.grid:
@@ -273,6 +286,11 @@ def main(call: cli.Invocation) -> None:
     columns = columns if columns > 1 else None
     save_png(directory / GRID_NAME, grid(images, captions, columns=columns))
   print(f"{directory}: {len(todo)} images drawn, {len(shots) - len(todo)} were there")
+
+
+def of_run(settings: Settings, run: StoredRun) -> Settings:
+  """The settings with the pipeline and the adapters of a run's checkpoint, as images note them."""
+  return replace(settings, pipeline=run.base(), loras=(Lora(run.directory),))
 
 
 def _shots(values: flags.FlagValues, settings: Settings) -> list[Shot]:
@@ -300,6 +318,8 @@ def define_flags(values: flags.FlagValues) -> None:
   several(
     "lora", None, "PATH or PATH:SCALE instead of config.loras; empty for none.", flag_values=values
   )
+  about = f"{FLAG_HELP} Its pipeline and adapters are drawn with instead of the config's."
+  flags.DEFINE_string("checkpoint", None, about, flag_values=values)
   flags.DEFINE_list("seeds", [], "Seeds, a,b,c; config.seed by default.", flag_values=values)
   flag("grid", False, f"Also write {GRID_NAME} of all images, captioned.", flag_values=values)
   flag("overwrite", False, "Replace files of other settings.", flag_values=values)

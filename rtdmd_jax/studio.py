@@ -2,12 +2,13 @@
 
 python -m rtdmd_jax.studio --config=configs/tiny_eval.py --lora=result=runs/tiny/export/generator
 
-Reads the pipeline, systems and adapters of an evaluation's configuration; writes nothing. An image
+Reads the pipelines, systems and adapters of an evaluation's configuration; writes nothing. An image
 is the one that rtdmd_jax.sample draws of the same prompt, seed and settings. The page is at
 http://127.0.0.1:7860 and for this machine alone; from another one, forward the port with ssh.
-Needs gradio: pip install "rtdmd_jax[studio]".
+Needs gradio: pip install -e ".[studio]" in the clone.
 """
 
+import importlib
 import sys
 import threading
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from absl import flags
 
 from rtdmd_jax import cli, evaluate, sample, sharding
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.extras import missing
 from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.weights.adapters import Lora, load_adapters
 
@@ -29,17 +31,19 @@ class Studio:
   """Systems that draw the same prompt and seed."""
 
   def __init__(self, settings: dict[str, sample.Settings]):
-    """Loads one pipeline for all; `settings` by name, of the same pipeline and dtype."""
+    """Loads every pipeline of `settings` (by name of a system, of the same dtype) once."""
     self.settings = {name: replace(how, batch=1) for name, how in settings.items()}
-    first = next(iter(self.settings.values()))
     self._mesh = sharding.make_mesh()
     self._turn = threading.Lock()
+    pipelines, self._samplers = {}, {}
     with jax.set_mesh(self._mesh):
-      pipeline = Pipeline.from_pretrained(first.pipeline, dtype=jnp.dtype(first.dtype))
-      self._samplers = {
-        name: sample.sampler(pipeline, how, load_adapters(how.loras, pipeline.transformer))
-        for name, how in self.settings.items()
-      }
+      for name, how in self.settings.items():
+        if how.pipeline not in pipelines:
+          dtype = jnp.dtype(how.dtype)
+          pipelines[how.pipeline] = Pipeline.from_pretrained(how.pipeline, dtype=dtype)
+        pipeline = pipelines[how.pipeline]
+        adapters = load_adapters(how.loras, pipeline.transformer)
+        self._samplers[name] = sample.sampler(pipeline, how, adapters)
 
   def draw(self, prompt: str, seed: int) -> dict[str, np.ndarray]:
     """An image [H, W, 3] uint8 by every system, in the order of `settings`.
@@ -82,18 +86,25 @@ def systems(config: Any, loras: Sequence[str]) -> dict[str, sample.Settings]:
   return found
 
 
+def import_gradio() -> Any:
+  """The module gradio.
+
+  Raises:
+    UserError: it is not installed.
+  """
+  try:
+    return importlib.import_module("gradio")
+  except ImportError as error:
+    raise missing("rtdmd_jax.studio", error, "studio") from error
+
+
 def page(studio: Studio) -> Any:
   """The page as a gradio `Blocks`.
 
   Raises:
     UserError: gradio is not installed.
   """
-  try:
-    import gradio as gr
-  except ModuleNotFoundError as error:
-    raise UserError(
-      f'rtdmd_jax.studio needs {error.name}; pip install "rtdmd_jax[studio]".'
-    ) from error
+  gr = import_gradio()
 
   def draw(prompt: str, seed: float) -> list[np.ndarray]:
     try:
@@ -124,6 +135,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(call: cli.Invocation) -> None:
   """Serves the page until Ctrl-C."""
+  call.expect("evaluation")
+  import_gradio()  # before what takes long
   blocks = page(Studio(systems(call.config, call.flags.lora)))
   try:
     blocks.launch(server_name="127.0.0.1", server_port=call.flags.port, share=False)
@@ -134,4 +147,4 @@ def main(call: cli.Invocation) -> None:
 
 
 if __name__ == "__main__":
-  sys.exit(cli.run(main, define_flags=define_flags, requires=("config",)))
+  sys.exit(cli.run(main, define_flags=define_flags, requires=("config",), shared=("config",)))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rtdmd_jax.config import flatten
+from rtdmd_jax.limits import has_slope
 from rtdmd_jax.optim import OptimizerConfig
 from rtdmd_jax.stage1 import Consistency, DMDConfig
 from rtdmd_jax.stage2 import PolicyConfig
@@ -58,10 +59,6 @@ def _in_stage2(when: Callable[[Any], bool]) -> Callable[[Any], bool]:
   return lambda config: config.stage == "stage2" and when(config)
 
 
-def _has_slope(config: Any) -> bool:
-  return any(r.get("weight") and r.get("backpropagate", False) for r in config.rewards.values())
-
-
 _RULES = (
   Rule(
     (*_MATCHING, "fake_score", "train.fake_update_ratio"),
@@ -103,9 +100,13 @@ _RULES = (
   ),
   Rule(
     ("policy.reward_margin", "policy.reward_weight"),
-    _in_stage2(lambda c: not (c.policy.reward_weight and _has_slope(c))),
-    "nothing is back-propagated, which takes policy.reward_weight and a reward with a weight and"
-    " backpropagate=true",
+    _in_stage2(lambda c: not has_slope(c)),
+    "no reward with a weight is back-propagated",
+  ),
+  Rule(
+    ("policy.reward_margin",),
+    _in_stage2(lambda c: has_slope(c) and not c.policy.reward_weight),
+    "no reward is back-propagated, as policy.reward_weight is 0",
   ),
   Rule(
     ("policy.per_prompt", "policy.global_std"),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.extras import missing
 
 ID_FILE = "wandb_id.txt"
 
@@ -23,10 +24,7 @@ def import_wandb() -> ModuleType:
   try:
     return importlib.import_module("wandb")
   except ImportError as error:
-    raise UserError(
-      f"log.wandb is true, but wandb cannot be imported ({error}); install it with"
-      ' pip install "rtdmd_jax[wandb]", or leave log.wandb false.'
-    ) from error
+    raise missing("log.wandb", error, "wandb", "leave log.wandb false") from error
 
 
 class WandbRun:
@@ -76,6 +74,10 @@ class WandbRun:
   def image(self, step: int, name: str, image: np.ndarray) -> None:
     """Log a uint8 image `[H, W, 3]`."""
     self._run.log({"step": step, name: self._wandb.Image(image)})
+
+  def warning(self, step: int, sentence: str) -> None:
+    """Log a warning as the text `warning`; the newest one stands in the run's summary."""
+    self._run.log({"step": step, "warning": sentence})
 
   def close(self) -> None:
     """Send what is left."""

@@ -29,12 +29,11 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.limits import check_limits
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.prompts import load_prompts
-from rtdmd_jax.resume import check_resume, read_stored_config
+from rtdmd_jax.resume import FIXED, check_resume, read_stored_config
 from rtdmd_jax.rewards import protocol
 from rtdmd_jax.rewards.server import RewardServer
 from rtdmd_jax.rewards.service import Limits, Service, TooMany
 from rtdmd_jax.sharding import make_mesh
-from rtdmd_jax.train import FIXED
 from rtdmd_jax.weights.maps import KeyTable, Stack
 from rtdmd_jax.weights.peft import CONFIG_NAME, PEFT_NAME, load_peft
 from rtdmd_jax.weights.safetensors import load_params, read_config

@@ -84,22 +84,95 @@ def brightness():
   return lambda images, prompts, metadata: images.mean((1, 2, 3)) / 255.0
 
 
-def test_watched_rewards_are_evaluated_and_not_trained():
+def _watching(**rewards):
+  """The tiny stage 2 that trains GenEval and watches these rewards."""
   config = load_config(str(CONFIGS / "tiny_stage2.py"))
   with config.unlocked():
     del config.rewards["clipscore"]
-    config.eval.rewards["test_build:brightness"] = {}
-    clip = {"directory": str(Path(config.model.pretrained) / "clip")}
-    config.eval.rewards["clipscore"] = clip
+    for name, options in rewards.items():
+      config.eval.rewards[name.replace("__", ":")] = options
+  return config
+
+
+def _clip():
+  return {"directory": str(Path(_model().pretrained) / "clip")}
+
+
+def test_watched_rewards_are_evaluated_and_not_trained(tmp_path):
+  (tmp_path / "own.txt").write_text("a photo of a cat\n")
+  own = {"held_out": str(tmp_path / "own.txt")}
+  config = _watching(
+    test_build__brightness=own,
+    clipscore=_clip(),
+    aesthetic={"directory": "nowhere", "weights": "nowhere.pth"},
+    test_build__nothing=own,
+  )
   setup = build.build(config)
   assert set(setup.scoring.weights) == {"geneval"} and not setup.scoring.device
-  prompts = setup.held_out[:3]
+  assert [part.rewards for part in setup.held_out_sets] == [
+    ("geneval", "aesthetic", "clipscore"),
+    ("test_build:brightness", "test_build:nothing"),
+  ]
+  assert setup.held_out is setup.held_out_sets[0].prompts
+  assert [p.text for p in setup.held_out_sets[1].prompts] == ["a photo of a cat"]
+  assert set(setup.watched) == {"clipscore"} == set(setup.frozen.rewards)
+  evaluator, prompts = Evaluator(setup, config), setup.held_out[:3]
   images = np.full((3, 64, 64, 3), 51, np.uint8)
-  scores = Evaluator(setup, config).scores(images, prompts)
-  assert set(scores) == {"geneval", "clipscore", "test_build:brightness"}
-  np.testing.assert_allclose(scores["test_build:brightness"], 0.2)
-  assert np.isfinite(scores["clipscore"]).all()
+  scores = evaluator.scores(images, prompts)
+  assert set(scores.values) == {name for part in setup.held_out_sets for name in part.rewards}
+  assert set(scores.reasons) == {"aesthetic", "test_build:nothing"}
+  assert scores.failed("aesthetic") == 3 and "nowhere" in scores.reasons["aesthetic"]
+  np.testing.assert_allclose(scores.values["test_build:brightness"], 0.2)
+  assert np.isfinite(scores.values["clipscore"]).all()
+  assert set(evaluator.scores(images, prompts, ["clipscore"]).values) == {"clipscore"}
+  # What a device does wrong costs its scores alone.
+  failing = [
+    (lambda params, images, text: np.full(len(images), np.nan), "its score is not finite"),
+    (lambda params, images, text: np.zeros((len(images), 2)), "has shape (3, 2), not [3]"),
+    (lambda params, images, text: 1 / 0, "ZeroDivisionError: division by zero"),
+  ]
+  for score, reason in failing:
+    evaluator._scores["clipscore"] = score
+    assert reason in evaluator.scores(images, prompts).reasons["clipscore"]
+
+
+def test_a_reward_is_either_trained_or_watched():
+  config = _watching(clipscore=_clip())
   with config.unlocked():
-    config.rewards["clipscore"] = {"weight": 1.0, **clip}
+    config.rewards["clipscore"] = {"weight": 1.0, **_clip()}
   with pytest.raises(UserError, match="eval.rewards.clipscore"):
     build.build(config)
+
+
+@pytest.mark.parametrize(
+  ("rewards", "message"),
+  [
+    ({"genevl": {}}, "did you mean 'geneval'"),
+    ({"aesthetic": {"directry": "x"}}, "aesthetic"),
+    ({"hpsv3": {}}, "needs one of the options url, directory"),
+    ({"aesthetic": {"backpropagate": True}}, "eval.rewards.aesthetic.backpropagate is true"),
+  ],
+)
+def test_a_wrong_option_of_a_watched_reward_is_an_error_at_the_start(rewards, message):
+  with pytest.raises(UserError, match=message):
+    build.build(_watching(**rewards))
+
+
+def test_prompts_without_records_are_refused_before_anything_is_loaded(tmp_path, capsys):
+  (tmp_path / "plain.txt").write_text("a photo of a cat\na photo of a dog\n")
+  config = _watching()
+  with config.unlocked():
+    config.model.pretrained = "nowhere"
+    config.data.held_out = str(tmp_path / "plain.txt")
+  with pytest.raises(UserError, match="nowhere"):
+    build.build(config)
+  assert "warning: rewards.geneval cannot score 2 of the 2 prompts" in capsys.readouterr().out
+  with config.unlocked():
+    config.data.prompts = str(tmp_path / "plain.txt")
+  with pytest.raises(UserError, match="rewards.geneval cannot score 2 of the 2 prompts"):
+    build.build(config)
+
+
+def nothing():
+  """A reward of the host that cannot be built."""
+  raise FileNotFoundError("judge.pt")

@@ -1,5 +1,6 @@
 """A tool for the tests."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -27,23 +28,25 @@ def define(values):
   flags.DEFINE_integer("count", 3, "How many.", flag_values=values)
 
 
-def call(*argv, requires=(), main=None):
+def call(*argv, requires=(), main=None, **how):
   seen = []
-  code = cli.run(main or seen.append, ["tool", *argv], define_flags=define, requires=requires)
+  argv = ["tool", *argv]
+  code = cli.run(main or seen.append, argv, define_flags=define, requires=requires, **how)
   return code, seen
 
 
 def test_everything_reaches_main(config_file, tmp_path):
   code, (got,) = call(
-    f"--config={config_file}", "--config.a.b=5", f"--workdir={tmp_path}", "--count=4", "x", "y"
-  )
+    f"--config={config_file}", "--config.a.b=5", f"--workdir={tmp_path}", "--count=4", "x", "y",
+    positional=True,
+  )  # fmt: skip
   assert code == 0
   assert (got.config.a.b, got.workdir, got.flags.count, got.args) == (5, tmp_path, 4, ("x", "y"))
 
 
 def test_override_with_a_space_and_double_dash(config_file):
-  _, (got,) = call("--config", config_file, "--config.a.b", "9", "--", "--config.a.b=1")
-  assert got.config.a.b == 9 and got.args == ("--config.a.b=1",)
+  _, (got,) = call("--config", config_file, "--config.a.b", "9", "--", "-x", positional=True)
+  assert got.config.a.b == 9 and got.args == ("-x",)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,9 @@ def test_override_with_a_space_and_double_dash(config_file):
     (["--cuont=1"], (), "Unknown command line flag 'cuont'. Did you mean: count"),
     (["--count=x"], (), "flag --count=x"),
     ([], ("workdir",), "--workdir is required: Folder of the run"),
+    (["--workdir="], ("workdir",), "--workdir is required: Folder of the run"),
+    (["--workdir="], (), "--workdir is empty"),
+    (["x"], (), "'x' belongs to no flag"),
     (["--config=missing.py"], (), "missing.py does not exist"),
     (["--config.a.b=1"], (), "--config.a.b=1 needs --config=FILE.py"),
   ],
@@ -73,6 +79,18 @@ def test_errors_of_main(capsys):
   def defect(_):
     raise ValueError("a defect")
 
+  def disk(number):
+    def refuse(_):
+      raise OSError(number, os.strerror(number), "some/file")
+
+    return refuse
+
+  for number, said in ((errno.ENOSPC, "make room"), (errno.EACCES, "permissions")):
+    assert call(main=disk(number))[0] == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: some/file cannot be written") and said in err
+  with pytest.raises(OSError, match="No child"):
+    call(main=disk(errno.ECHILD))
   assert call(main=user_error)[0] == 2
   assert capsys.readouterr().err == "error: two lines\n"
   assert call(main=interrupt)[0] == 130

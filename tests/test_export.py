@@ -57,7 +57,7 @@ def case(tmp_path_factory):
 
 def run(root, *flags):
   argv = ["export", f"--pipeline={root / 'pipeline'}", *flags]
-  required = ("pipeline", "format", "out")
+  required = ("format", "out")
   return cli.run(export.main, argv, define_flags=export.define_flags, requires=required)
 
 
@@ -143,6 +143,9 @@ def test_an_exported_stack_reads_back_as_the_same_change(case, tmp_path, kind):
     (["--lora=x", "--format=peft", "--dtype=float32"], "--dtype applies to --format=merged only"),
     (["--lora={one}", "--format=merged", "--dtype=int8"], "--dtype=int8 is unknown"),
     (["--lora=x", "--format=peft", "--pipeline=nowhere"], "nowhere is not a directory"),
+    (["--lora=x", "--format=peft", "--pipeline="], "--pipeline is required with --lora"),
+    (["--lora=x", "--format=peft", "--role=fake_score"], "goes with --checkpoint"),
+    (["--lora=x", "--checkpoint=y", "--format=peft"], "in its place --checkpoint"),
   ],
 )
 def test_mistakes_are_one_sentence(case, tmp_path, capsys, flags, message):

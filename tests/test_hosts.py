@@ -67,16 +67,33 @@ def test_rows_and_scores_of_one_process(monkeypatch):
   rewards = MultiReward({"r": reward}, {"r": 1.0}, {}, {"r": 1.0}, isolate_failures=False)
   want = np.array([0, 1, 2, np.nan, 4], np.float32) / np.float32(7)
   np.testing.assert_allclose(score_held(rewards, jax.numpy.asarray(images), prompts)["r"], want)
-  np.testing.assert_allclose(score_shared(rewards, images, prompts)["r"], want)
+  shared = score_shared(rewards, images, prompts, ["r"])
+  np.testing.assert_allclose(shared.values["r"], want)
+  assert shared.reasons == {"r": "it gave no score and no reason"}
   rows, held = sharding.held_rows(jax.numpy.asarray(images))
   np.testing.assert_array_equal(rows, np.arange(5))
   np.testing.assert_array_equal(held, images)
   # Two processes take turns; what the other one scores arrives by `gather`.
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  other = [[1, 3], {"r": [1 / 7, float("nan")]}]
+  other = [[1, 3], {"r": [1 / 7, float("nan")]}, {"r": "no memory"}]
   monkeypatch.setattr(hosts, "gather", lambda own: [own, None if own is None else other])
-  monkeypatch.setattr("rtdmd_jax.rewards.spread.hosts.gather", hosts.gather)
-  np.testing.assert_allclose(score_shared(rewards, images, prompts)["r"], want)
+  shared = score_shared(rewards, images, prompts, ["r"])
+  np.testing.assert_allclose(shared.values["r"], want)
+  assert shared.reasons == {"r": "process 1: no memory"}
+
+
+def test_a_reward_that_fails_in_one_process_of_an_evaluation_costs_its_rows_alone(monkeypatch):
+  def broken(images, texts, records):
+    raise UserError("no such service")
+
+  rewards = MultiReward({"r": broken}, {"r": 1.0}, {}, {"r": 0.0}, isolate_failures=False)
+  images, prompts = np.zeros((4, 2, 2, 3), np.uint8), [Prompt(str(i), {}) for i in range(4)]
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  other = [[1, 3], {"r": [0.5, 0.5]}, {}]
+  monkeypatch.setattr(hosts, "gather", lambda own: [json.loads(json.dumps(own)), other])
+  shared = score_shared(rewards, images, prompts, ["r"])
+  np.testing.assert_array_equal(shared.values["r"], np.float32([np.nan, 0.5, np.nan, 0.5]))
+  assert shared.reasons == {"r": "process 0: no such service"}
 
 
 @pytest.mark.slow

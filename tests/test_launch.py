@@ -39,6 +39,54 @@ def test_shellcheck():
   assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
+def test_help_prints_the_usage_and_does_nothing_else(script, tmp_path):
+  if script.name == "lib.sh":
+    return
+  shutil.copytree(LAUNCH, tmp_path / "launch")
+  for flags in (["--help"], ["-h", *FLAGS], ["--dry-run", *FLAGS, "--help"]):
+    done = subprocess.run(
+      ["bash", "-x", tmp_path / "launch" / script.name, *flags],
+      cwd=tmp_path / "launch",
+      env={"PATH": os.environ["PATH"], "PS4": "ran: "},
+      capture_output=True,
+      text=True,
+    )
+    ran = {line.split()[1] for line in done.stderr.splitlines() if line.startswith("ran: ")}
+    assert done.returncode == 0 and not ran & {"python3", "run", "environment", "exec", "mkdir"}
+    assert f"launch/{script.name}" in done.stdout and "#" not in done.stdout.splitlines()[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["launch"]
+
+
+def test_the_demo_takes_one_folder():
+  for words, code in (([], 0), (["runs/a b"], 0), (["--workdir=x"], 2), (["a", "b"], 2)):
+    done = subprocess.run(
+      ["bash", LAUNCH / "demo.sh", "--dry-run", *words], capture_output=True, text=True
+    )
+    assert done.returncode == code
+    if code:
+      assert done.stdout == "" and done.stderr.count("\n") == 1 and words[0] in done.stderr
+    else:
+      last = shlex.split(done.stdout.splitlines()[-1])
+      assert last[-1] == f"--workdir={words[0] if words else 'runs/tiny'}"
+
+
+def test_too_old_a_python_is_a_sentence(tmp_path):
+  shutil.copytree(LAUNCH, tmp_path / "launch")
+  old = tmp_path / "bin/python3"
+  old.parent.mkdir()
+  old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.1\nexit 1\n')
+  old.chmod(0o755)
+  done = subprocess.run(
+    ["bash", tmp_path / "launch/demo.sh"],
+    env={"PATH": f"{old.parent}:{os.environ['PATH']}"},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2 and "this is Python 3.9.1" in done.stderr
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "launch"]
+
+
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "gpus.sh"])
 def test_one_machine(script):
   code, commands, _ = dry_run(script)

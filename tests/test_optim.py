@@ -1,8 +1,12 @@
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rtdmd_jax import train
+from rtdmd_jax.config import load_config
 from rtdmd_jax.optim import (
   OptimizerConfig,
   ema_update,
@@ -10,6 +14,9 @@ from rtdmd_jax.optim import (
   make_optimizer,
   repeated_update,
 )
+from rtdmd_jax.state import TrainState
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def test_the_first_adam_step_is_the_learning_rate_in_the_gradient_s_direction():
@@ -50,6 +57,47 @@ def test_moving_average_moves_only_when_told():
   ema, params = {"b": jnp.zeros(2)}, {"b": jnp.ones(2)}
   np.testing.assert_allclose(ema_update(ema, params, 0.9)["b"], 0.1, rtol=1e-6)
   np.testing.assert_array_equal(ema_update(ema, params, 0.9, jnp.array(False))["b"], 0.0)
+
+
+def _our_averages(config, weights):
+  """The moving average after each step, of parameters that are `weights[n]` after n steps."""
+  finish, start = train._finish(load_config(str(CONFIGS / config))), jnp.float32(weights[0])
+  state = TrainState(jnp.int32(0), {"b": start}, {}, {"b": start}, {}, {})
+  found = []
+  for value in weights[1:]:
+    state = finish(state.replace(generator={"b": jnp.float32(value)}))
+    found.append(float(state.ema["b"]))
+  return found
+
+
+def test_stage_2_averages_as_the_published_loop():
+  weights = np.random.default_rng(0).normal(size=121).cumsum()
+  average, step, published = weights[0], 0, []
+  for _ in range(120):  # epochs of 16 parts, with the one optimizer step in the last
+    for part in range(16):
+      step += part == 15
+      if (step + 1) % 8 == 0:
+        decay = min((1 + step) / (10 + step), 0.9)
+        average += (1 - decay) * (weights[step] - average)
+    published.append(average)
+  ours = _our_averages("sd35_stage2.py", weights)
+  # Its 16 applications begin in the part that ends step 7 and end in the epoch of step 8.
+  begun = np.arange(1, 121) % 8 == 7
+  np.testing.assert_allclose(np.array(ours)[~begun], np.array(published)[~begun], rtol=1e-5)
+  np.testing.assert_allclose(np.array(ours)[begun], published[7::8], rtol=1e-5)
+  # Warm: 0.9 to the 16th. After the first eight steps next to nothing of the start is left.
+  assert ours[6] == pytest.approx(weights[7], abs=1e-4 * abs(weights[7] - weights[0]))
+  kept = (ours[110] - weights[111]) / (ours[109] - weights[111])
+  assert kept == pytest.approx(0.9**16, rel=1e-3)
+
+
+def test_stage_1_averages_at_every_step_without_warm_up():
+  weights = np.random.default_rng(1).normal(size=41).cumsum()
+  average, published = weights[0], []
+  for value in weights[1:]:
+    average = 0.99 * average + 0.01 * value
+    published.append(average)
+  np.testing.assert_allclose(_our_averages("sd35_stage1.py", weights), published, rtol=1e-5)
 
 
 def test_small_updates_round_away_in_bfloat16_but_not_in_the_moving_average():

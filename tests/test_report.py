@@ -235,7 +235,7 @@ def test_broken_files(workdir, name, text, message):
 
 
 def test_command_line(workdir, capsys):
-  assert cli.run(report.main, ["report", str(workdir)]) == 0
+  assert cli.run(report.main, ["report", str(workdir)], positional=True) == 0
   assert capsys.readouterr().out.strip() == str(workdir / "report.html")
   assert cli.run(report.main, ["report"]) == 2
   assert "give one folder" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import pytest
 import toy
 import toy_run
 
-from rtdmd_jax import held_out, train
+from rtdmd_jax import evaluation, finish, held_out, train
 from rtdmd_jax.config import flatten, load_config
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.sharding import make_mesh
@@ -288,12 +288,14 @@ class _Evaluator:
     self.asked["eval.preview"] = len(prompts)
     return self.images(system, prompts)
 
-  def scores(self, images, prompts):
+  def look(self, system, prompts, rewards, more=()):
     self.asked["eval.prompts"] = len(prompts)
-    return {}
+    return evaluation.Look(
+      self.images(system, [*prompts, *more]), evaluation.missing(len(prompts), {}), ""
+    )
 
-  def compare(self, systems, prompts, workdir, repeats):
-    self.asked |= {"eval.final_prompts": len(prompts), "eval.final_images": repeats}
+  def compare(self, systems, sets, workdir, repeats):
+    self.asked |= {"eval.final_prompts": len(sets[0].prompts), "eval.final_images": repeats}
     raise _End
 
 
@@ -340,7 +342,8 @@ def test_a_run_does_what_its_settings_say(tmp_path, monkeypatch, capsys):
   original, wandb, saved = train.stage1_programs, MagicMock(), []
   monkeypatch.setattr(train, "stage1_programs", programs)
   monkeypatch.setattr(train, "new_adapters", lambda config, pipeline, key: toy.adapters(1))
-  monkeypatch.setattr(train, "export_adapters", lambda *args: None)
+  for module in (train, finish):
+    monkeypatch.setattr(module, "export_adapters", lambda *args: None)
   monkeypatch.setattr(train, "import_wandb", wandb.imported)
   monkeypatch.setattr(train, "WandbRun", wandb.run)
   monkeypatch.setattr(train.evaluation, "Evaluator", _Evaluator)

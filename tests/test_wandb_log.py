@@ -35,12 +35,15 @@ def test_the_same_names_and_steps_as_in_the_metrics_file(tmp_path, wandb):
   with MetricWriter(tmp_path, resume_step=-1, mirror=run) as writer:
     writer.scalars(3, {"loss/policy": np.float32(0.5), "reward/ocr": 2})
     writer.image(3, "preview", np.zeros((4, 6, 3), np.uint8))
+    writer.warning(3, "reward ocr failed")
     assert not wandb.finished
   assert wandb.logged == [
     {"step": 3, "loss/policy": 0.5, "reward/ocr": 2.0},
     {"step": 3, "preview": ("image", (4, 6, 3))},
+    {"step": 3, "warning": "reward ocr failed"},
   ]
-  (line,) = read_metrics(tmp_path / "metrics.jsonl")
+  line, warning = read_metrics(tmp_path / "metrics.jsonl")
+  assert warning["warning"] == "reward ocr failed"
   assert line["scalars"].keys() == wandb.logged[0].keys() - {"step"}
   assert ("*", {"step_metric": "step"}) in wandb.defined and wandb.finished == [True]
 
@@ -66,7 +69,7 @@ def test_mistakes_are_one_sentence(tmp_path, wandb, monkeypatch):
     WandbRun(tmp_path, project="p", config={})
   assert not (tmp_path / "wandb_id.txt").exists()
   monkeypatch.setitem(sys.modules, "wandb", None)
-  with pytest.raises(UserError, match=r"pip install \"rtdmd_jax\[wandb\]\""):
+  with pytest.raises(UserError, match=r"log\.wandb needs wandb .*pip install -e \".*\[wandb\]\""):
     WandbRun(tmp_path, project="p", config={})
 
 

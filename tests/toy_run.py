@@ -12,13 +12,23 @@ import toy
 from jax.interpreters import partial_eval
 
 import rtdmd_jax
-from rtdmd_jax import build, evaluation, prompts, train
+from rtdmd_jax import build, evaluation, held_out_sets, prompts, train
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.optim import make_optimizer
 from rtdmd_jax.state import Conditioning
 from rtdmd_jax.weights.safetensors import read_config
 
 PROMPTS = [prompts.Prompt(f"prompt {i}", {}) for i in range(40)]
+
+
+class Bright:
+  """A reward on the device."""
+
+  params = jnp.float32(1)
+  transform = gradient_transform = 0
+
+  def score(self, params, images, text):
+    return images.mean((1, 2, 3)) * text[:, 0]
 
 
 class Toy:
@@ -42,19 +52,17 @@ class Toy:
 
       return load
 
-    reward = SimpleNamespace(
-      score=lambda params, images, text: images.mean((1, 2, 3)) * text[:, 0],
-      params=jnp.float32(1), transform=0, gradient_transform=0,
-    )  # fmt: skip
     patch.setattr(build.Pipeline, "from_pretrained", loads("pipeline", lambda *_: self.pipeline()))
-    patch.setattr(build, "load_prompts", loads("prompts", lambda *_: PROMPTS))
+    for module in (build, held_out_sets):
+      patch.setattr(module, "load_prompts", loads("prompts", lambda *_: PROMPTS))
+    patch.setattr(build, "_check_prompts", lambda *_: None)
     patch.setattr(build, "load_base", loads("base", lambda *_: toy.frozen().bases["base"]))
     patch.setattr(build, "local_path", lambda name, *parts: Path(name))
     patch.setattr(build, "build_transformer", lambda config: SimpleNamespace(config=None))
     patch.setattr(build, "read_config", lambda path: None)
     patch.setattr(build, "_stage_one", loads("adapters", lambda *_: {}))
     patch.setattr(build, "make", loads("host rewards", lambda *_: None))
-    patch.setattr(build.device, "load", loads("device reward", lambda *_: reward))
+    patch.setattr(build.device, "load", loads("device reward", lambda *_: Bright()))
     patch.setattr(build, "decode_images", lambda vae, params, x: jax.nn.sigmoid(x))
     patch.setattr(build, "_encoder", lambda pipeline, models: lambda texts: _encoded(texts, models))
     return self
@@ -147,7 +155,7 @@ class Described:
       def draw(*args):
         traced = jax.jit(run).trace(*args)
         texts.append(text(traced))
-        return np.zeros(traced.out_info.shape, np.uint8)
+        return jax.tree.map(lambda s: np.ones(s.shape, s.dtype), traced.out_info)
 
       return draw
 

@@ -37,6 +37,10 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(call: cli.Invocation) -> None:
   """Exits with `DOES_NOT_FIT` if a program does not fit."""
+  call.expect("training")
+  out = None if call.flags.json is None else Path(call.flags.json)
+  if out is not None:
+    _check_writable(out)
   os.environ.setdefault("JAX_PLATFORMS", "cpu")  # jax would look for a device
   import jax
 
@@ -46,15 +50,23 @@ def main(call: cli.Invocation) -> None:
   if found := gpus(call.flags.topology):
     jax.config.update("jax_num_cpu_devices", found[1])
   jax.config.update("jax_disable_most_optimizations", False)
-  out = None if call.flags.json is None else Path(call.flags.json)
-  if out is not None and not out.parent.is_dir():
-    raise UserError(f"--json is {out}, but {out.parent} is no directory; make it first.")
   report = measure(call.config, call.flags.topology, call.flags.only, done=_announce)
   print("\n".join(lines(report)))
   if out is not None:
     out.write_text(json.dumps(report, indent=2))
   if not report["fits"]:
     sys.exit(DOES_NOT_FIT)
+
+
+def _check_writable(file: Path) -> None:
+  """Before minutes of work; leaves what is there, or is not, as it is."""
+  there = file.exists()
+  try:
+    file.open("a").close()
+  except OSError as error:
+    raise UserError(f"--json is {file}, which cannot be written ({error.strerror}).") from error
+  if not there:
+    file.unlink()
 
 
 def _announce(cost: Any) -> None:
@@ -111,4 +123,6 @@ def _program(p: dict[str, Any], chip: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-  sys.exit(cli.run(main, define_flags=define_flags, requires=("config", "topology")))
+  sys.exit(
+    cli.run(main, define_flags=define_flags, requires=("config", "topology"), shared=("config",))
+  )

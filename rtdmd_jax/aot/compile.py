@@ -1,5 +1,6 @@
 """Compiles every program of a run's step for a mesh of absent devices and measures the result."""
 
+import importlib.util
 import math
 import os
 import re
@@ -25,6 +26,7 @@ from rtdmd_jax.aot.flops import count_flops
 from rtdmd_jax.aot.hlo import traffic
 from rtdmd_jax.build import Setup, optimizer_config
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.extras import missing
 from rtdmd_jax.optim import make_optimizer
 from rtdmd_jax.throughput import loop_turns
 
@@ -92,7 +94,10 @@ def get_devices(topology: str) -> tuple[Chip, list[Any]]:
     os.environ.setdefault(name, value)
   try:
     devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-  except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+  except (RuntimeError, NotImplementedError, ValueError) as error:
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+      absent = ModuleNotFoundError("it compiles for TPUs that are not there", name="libtpu")
+      raise missing(f"--topology={topology}", absent, "tpu") from error
     reason = str(error).splitlines()[0]
     raise UserError(
       f"--topology is {topology!r}: {reason} (examples: v5e:8x8, v5p:2x2x2, v6e:4x4, h100:8)."

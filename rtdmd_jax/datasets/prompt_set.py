@@ -37,6 +37,7 @@ def main(call: cli.Invocation) -> None:
   from rtdmd_jax.datasets.prompt_builder import PromptSet, PromptSetConfig  # takes seconds
 
   config = PromptSetConfig(name=given.name, train=given.train, test=given.test)
+  cli.make_folder(given.out, "--out")
   builder = PromptSet(data_dir=given.out, config=config)
   folder = Path(builder.data_path)
   if folder.exists():
@@ -47,4 +48,4 @@ def main(call: cli.Invocation) -> None:
 
 
 if __name__ == "__main__":
-  sys.exit(cli.run(main, define_flags=define_flags, requires=("out",)))
+  sys.exit(cli.run(main, define_flags=define_flags, requires=("out",), shared=()))

@@ -17,8 +17,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.weights.maps import Entry, KeyTable
 
-# Standard deviation of `a` at the start, given the rank; `b` starts at 0.
-INITS = {"gaussian": lambda rank: rank**-0.5, "normal": lambda rank: 1.0}
+# Standard deviation of `a` at the start, given the rank; `b` starts at 0. "gaussian" is PEFT's,
+# "normal" RTDMD's after a merge; with "rsqrt" a first update of `b` moves the layer's output as far
+# at every rank.
+INITS = {
+  "gaussian": lambda rank: 1.0 / rank,
+  "normal": lambda rank: 1.0,
+  "rsqrt": lambda rank: rank**-0.5,
+}
 # What adapters in training may be stored in.
 DTYPES = ("float32", "bfloat16")
 
@@ -89,7 +95,8 @@ def build_adapters(
       `attn.to_out.0`.
     rank: r, at least 1.
     key: each layer's draw depends on it and on the layer's path only.
-    init: "gaussian" draws `a` from N(0, 1/r) as PEFT does, "normal" from N(0, 1).
+    init: of `a`: normal with standard deviation 1/r ("gaussian", as PEFT), 1 ("normal") or r**-0.5
+      ("rsqrt").
     dtype: of the leaves; draws are float32, rounded at the end.
 
   Returns:

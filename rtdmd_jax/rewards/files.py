@@ -29,11 +29,17 @@ def local_options(
     download: see `hub.local_path`, as for what is raised.
   """
   found = dict(options)
-  for key, kind in _KINDS.get(reward, {}).items():
+  for key in _KINDS.get(reward, {}):
     if isinstance(found.get(key), str):
-      whole = reward == "pickscore" and key == "directory" and found.get("processor") is None
-      found[key] = str(local_path(found[key], "model" if whole else kind, download=download))
+      found[key] = str(local_path(found[key], option_kind(reward, key, options), download=download))
   return found
+
+
+def option_kind(reward: str, option: str, options: Mapping[str, Any]) -> str | None:
+  """What an option takes of a repository, a name in `hub_files.KINDS`; None if none is meant."""
+  if (reward, option) == ("pickscore", "directory") and options.get("processor") is None:
+    return "model"
+  return _KINDS.get(reward, {}).get(option)
 
 
 def local_option(reward: str, key: str, value: str) -> str:

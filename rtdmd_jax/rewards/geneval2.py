@@ -93,7 +93,7 @@ class GenEval2:
     if aggregate not in AGGREGATES:
       raise UserError(f"geneval2: aggregate is {aggregate!r}; use one of {', '.join(AGGREGATES)}")
     self._answerer, self._aggregate = answerer, aggregate
-    self._questions = {} if questions is None else _read_questions(questions)
+    self._questions = {} if questions is None else read_questions(questions)
 
   def __call__(
     self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping] | None
@@ -104,7 +104,9 @@ class GenEval2:
       UserError: a prompt without a list of questions, or a malformed one.
     """
     records = [{}] * len(prompts) if metadata is None else metadata
-    pairs = [self._pairs(p, r or {}) for p, r in zip(prompts, records, strict=True)]
+    pairs = [
+      check_questions(p, r or {}, self._questions) for p, r in zip(prompts, records, strict=True)
+    ]
     queries = [
       Query(i, question, variants(question, answer))
       for i, of_image in enumerate(pairs)
@@ -116,15 +118,24 @@ class GenEval2:
       values[query.image].append(answer_probability(probabilities))
     return np.array([aggregate(v, self._aggregate) for v in values], np.float32)
 
-  def _pairs(self, prompt: str, record: Mapping) -> list[tuple[str, str]]:
-    if "vqa_list" in record:
-      return _check_pairs(record["vqa_list"], repr(prompt))
-    if prompt not in self._questions:
-      raise UserError(
-        f"geneval2 has no questions for the prompt {prompt!r}; use prompts with a vqa_list, or name"
-        " a file of them with the option questions"
-      )
-    return self._questions[prompt]
+
+Questions = Mapping[str, list[tuple[str, str]]]
+
+
+def check_questions(prompt: str, record: Mapping, known: Questions) -> list[tuple[str, str]]:
+  """The questions of a prompt and their answers: its record's `vqa_list`, or else those `known`.
+
+  Raises:
+    UserError: there are none, or they are malformed.
+  """
+  if "vqa_list" in record:
+    return _check_pairs(record["vqa_list"], repr(prompt))
+  if prompt not in known:
+    raise UserError(
+      f"geneval2 has no questions for the prompt {prompt!r}; use prompts with a vqa_list, or name"
+      " a file of them with the option questions"
+    )
+  return known[prompt]
 
 
 def _check_pairs(value: object, where: str) -> list[tuple[str, str]]:
@@ -137,7 +148,12 @@ def _check_pairs(value: object, where: str) -> list[tuple[str, str]]:
   return [(question, answer) for question, answer in pairs]
 
 
-def _read_questions(path: str) -> dict[str, list[tuple[str, str]]]:
+def read_questions(path: str) -> dict[str, list[tuple[str, str]]]:
+  """Questions and answers by prompt, from a prompt file whose records hold `vqa_list`.
+
+  Raises:
+    UserError: a missing or broken file, or one prompt with two lists of questions.
+  """
   found: dict[str, list[tuple[str, str]]] = {}
   for number, prompt in enumerate(load_prompts(path, split="test"), start=1):
     where = f"{path}, prompt {number}"

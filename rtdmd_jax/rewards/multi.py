@@ -10,20 +10,34 @@ import functools
 import inspect
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards import device, hosted
 from rtdmd_jax.rewards.imports import imported
+from rtdmd_jax.rewards.isolated import (
+  MEAN,
+  Reward,
+  Scores,
+  beside,
+  left_out,
+  score_isolated,
+  sentence,
+)
+from rtdmd_jax.rewards.outputs import checked_outputs
+from rtdmd_jax.rewards.process import contained, described, undisturbed
 
-MEAN = "mean"
 # Share of a batch that a reward may fail on before it ends a training run.
 MAX_FAILED = 0.5
-Reward = Callable[[np.ndarray, Sequence[str], Sequence[Mapping] | None], object]
+# Keys of a reward's section in a training configuration that are not options of the reward.
+RUN_KEYS = ("weight", "backpropagate", "held_out")
+_UNAVAILABLE = (UserError, ImportError, OSError, ValueError, RuntimeError)
 _logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def _on_device(name: str, **options: object) -> Reward:
@@ -59,14 +73,31 @@ def _check_share(name: str, share: object) -> float:
 
 def _build(name: str, options: Mapping) -> Reward:
   """Builds one reward; a wrong option is a UserError, a missing file whatever the reward raises."""
-  factory = _FACTORIES[name] if name in _FACTORIES else imported(name)
+  if name in _FACTORIES:
+    factory = _FACTORIES[name]
+  else:
+    with undisturbed():
+      factory = imported(name)
   try:
     inspect.signature(factory).bind(**options)
   except TypeError as error:
     raise device.OptionError(
       f"reward {name!r}: {error} in its options {dict(options)!r}"
     ) from error
-  return factory(**options)
+  if ":" not in name:
+    return factory(**options)
+  with undisturbed():
+    try:
+      reward = factory(**options)
+    except _UNAVAILABLE:
+      raise
+    except (Exception, SystemExit) as error:
+      raise UserError(described(error)) from error
+  if not callable(reward):
+    raise UserError(
+      f"{name} returns {type(reward).__name__}, not a function of images, prompts and records"
+    )
+  return reward
 
 
 class MultiReward:
@@ -111,25 +142,89 @@ class MultiReward:
 
     Raises:
       UserError: a reward's input is missing, such as records for geneval, or, in training, a reward
-        with a weight failed on a larger share of the samples than its `max_failed`.
+        with a weight failed on a larger share of the samples than its `max_failed`, or any raised
+        an error or returned what no scores are.
       ValueError: shapes or lengths do not fit.
     """
     images, usable = _as_uint8(images)
-    if len(images) != len(prompts) or (metadata is not None and len(metadata) != len(images)):
-      records = "no" if metadata is None else len(metadata)
-      raise ValueError(f"{len(images)} images, {len(prompts)} prompts, {records} records")
+    _check_lengths(images, prompts, metadata)
+    if self._isolate_failures:
+      found = self._isolated(self.rewards, images, usable, prompts, metadata)
+      for name, reason in found.reasons.items():
+        self._warn(name, found.failed(name), len(images), reason)
+      scores = found.values
+    else:
+      scores = self._strict(images, usable, prompts, metadata)
+    total = sum(self.weights[n] * scores[n] for n in self.rewards if self.weights[n])
+    scores[MEAN] = np.broadcast_to(np.asarray(total, np.float32), usable.shape).copy()
+    return scores
+
+  @property
+  def names(self) -> list[str]:
+    """The rewards in use and, after them, those that could not be built."""
+    return [*self.rewards, *self.unavailable]
+
+  def isolated(
+    self,
+    images: object,
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping] | None = None,
+    *,
+    names: Collection[str] | None = None,
+  ) -> Scores:
+    """Scores a batch for an evaluation: no reward ends it, `max_failed` or not.
+
+    Args:
+      images: as in a call.
+      prompts: as in a call.
+      metadata: as in a call.
+      names: the rewards to score by; all by default, those that could not be built among them.
+
+    Returns:
+      The outputs of each reward, NaN where it failed, and the reasons of failures.
+
+    Raises:
+      ValueError: shapes or lengths do not fit.
+    """
+    images, usable = _as_uint8(images)
+    _check_lengths(images, prompts, metadata)
+    names = self.names if names is None else names
+    chosen = {name: self.rewards[name] for name in names if name in self.rewards}
+    found = self._isolated(chosen, images, usable, prompts, metadata)
+    without = {name: self.unavailable[name] for name in names if name not in chosen}
+    return beside([found, left_out(len(images), without)])
+
+  def _isolated(self, rewards, images, usable, prompts, metadata) -> Scores:
+    scores = score_isolated(rewards, images, prompts, metadata)
+    return scores.where(usable, "the image has pixels that are not finite")
+
+  def _strict(self, images, usable, prompts, metadata) -> dict[str, np.ndarray]:
+    """The outputs of all rewards; a failure beyond `max_failed` ends a training run."""
     scores: dict[str, np.ndarray] = {}
-    with ThreadPoolExecutor(len(self.rewards)) as pool:
-      inputs = images, prompts, metadata
-      pending = [pool.submit(self._outputs, n, r, *inputs) for n, r in self.rewards.items()]
+
+    def outputs(name: str) -> dict[str, np.ndarray]:
+      try:
+        result = contained(self.rewards[name], images, prompts, metadata)
+      except UserError:
+        raise
+      except Exception as error:
+        raise UserError(f"reward {name!r} failed: {described(error)}") from error
+      try:
+        return checked_outputs(name, result, len(images))
+      except ValueError as error:
+        raise UserError(str(error)) from error
+
+    with undisturbed(), ThreadPoolExecutor(len(self.rewards)) as pool:
+      pending = [pool.submit(outputs, name) for name in self.rewards]
     for name, future in zip(self.rewards, pending, strict=True):
       for output, values in future.result().items():
         if output in scores or output == MEAN:
-          raise ValueError(f"two rewards return an output named {output!r}")
+          raise UserError(
+            f"reward {name!r} returns an output {output!r}, which is another reward's or the sum's"
+            " name; rename it"
+          )
         scores[output] = np.where(usable, values, np.float32(np.nan))
       self._check_failures(name, scores[name][usable])
-    total = sum(self.weights[n] * scores[n] for n in self.rewards if self.weights[n])
-    scores[MEAN] = np.broadcast_to(np.asarray(total, np.float32), usable.shape).copy()
     return scores
 
   def _check_failures(self, name: str, scores: np.ndarray) -> None:
@@ -138,32 +233,22 @@ class MultiReward:
     if not failed:
       return
     share = self._max_failed[name]
-    if not self._isolate_failures and self.weights[name] and failed > share * len(scores):
+    if self.weights[name] and failed > share * len(scores):
       raise UserError(
         f"reward {name!r} failed on {failed} of {len(scores)} samples, more than its max_failed of"
         f" {share:g} allows; see the warnings above, repair it and start again"
       )
-    _logger.warning("reward %s failed on %d of %d samples", name, failed, len(scores))
+    self._warn(name, failed, len(scores))
 
-  def _outputs(self, name, reward, images, prompts, metadata) -> dict[str, np.ndarray]:
-    """The checked outputs of one reward; after a failure, if isolated, its score as NaN."""
-    try:
-      result = reward(images, prompts, metadata)
-    except UserError:
-      raise
-    except Exception as error:
-      if not self._isolate_failures:
-        raise
-      _logger.warning("reward %s failed on a batch: %s: %s", name, type(error).__name__, error)
-      return {name: np.full(len(images), np.nan, np.float32)}
-    outputs = dict(result) if isinstance(result, Mapping) else {name: result}
-    if name not in outputs:
-      raise ValueError(f"reward {name!r} returns {sorted(outputs)} without its own name")
-    outputs = {key: np.asarray(values, np.float32) for key, values in outputs.items()}
-    for key, values in outputs.items():
-      if values.shape != (len(images),):
-        raise ValueError(f"reward {name!r}: {key!r} has shape {values.shape}, not [{len(images)}]")
-    return outputs
+  def _warn(self, name: str, failed: int, count: int, reason: str = "") -> None:
+    because = f": {reason}" if reason else ""
+    _logger.warning("reward %s failed on %d of %d samples%s", name, failed, count, because)
+
+
+def _check_lengths(images: np.ndarray, prompts: Sequence, metadata: Sequence | None) -> None:
+  if len(images) != len(prompts) or (metadata is not None and len(metadata) != len(images)):
+    records = "no" if metadata is None else len(metadata)
+    raise ValueError(f"{len(images)} images, {len(prompts)} prompts, {records} records")
 
 
 def _as_uint8(images: object) -> tuple[np.ndarray, np.ndarray]:
@@ -203,7 +288,25 @@ def make(
     UserError: an unknown reward or option, a weight that is no finite number, a reward that cannot
       be built, or none left.
   """
-  options = options or {}
+  scorer = _make(names_and_weights, options or {}, allow_unavailable)
+  if not scorer.rewards:
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in scorer.unavailable.items())
+    raise UserError(f"no reward is left to score with ({reasons or 'none is configured'})")
+  return scorer
+
+
+def make_for_evaluation(options: Mapping[str, Mapping]) -> MultiReward:
+  """`make` with `allow_unavailable` of rewards with these options; also if none of them is left.
+
+  Raises:
+    UserError: an unknown reward or option.
+  """
+  return _make(dict.fromkeys(options, 1.0), options, True)
+
+
+def _make(
+  names_and_weights: Mapping[str, float], options: Mapping[str, Mapping], allow_unavailable: bool
+) -> MultiReward:
   for name in names_and_weights:
     _check_known(name, "rewards")
   for name in options:
@@ -211,21 +314,31 @@ def make(
   weights = {name: _check_weight(name, weight) for name, weight in names_and_weights.items()}
   own = {name: dict(options.get(name, {})) for name in weights}
   max_failed = {n: _check_share(n, own[n].pop("max_failed", MAX_FAILED)) for n in weights}
-  rewards: dict[str, Reward] = {}
-  unavailable: dict[str, str] = {}
-  for name in weights:
+  builders = {name: functools.partial(_build, name, own[name]) for name in weights}
+  rewards, unavailable = build_available(builders, allow_unavailable=allow_unavailable)
+  active = {name: weights[name] for name in rewards}
+  return MultiReward(rewards, active, unavailable, max_failed, isolate_failures=allow_unavailable)
+
+
+def build_available(
+  builders: Mapping[str, Callable[[], T]], *, allow_unavailable: bool
+) -> tuple[dict[str, T], dict[str, str]]:
+  """What `builders` make by name, and why a reward of those that cannot be built is left out.
+
+  Raises:
+    UserError: a wrong option, or, without `allow_unavailable`, a reward that cannot be built.
+  """
+  made, unavailable = {}, {}
+  kinds = Exception if allow_unavailable else _UNAVAILABLE
+  for name, build in builders.items():
     try:
-      rewards[name] = _build(name, own[name])
+      made[name] = build()
     except device.OptionError:
       raise
-    except (UserError, ImportError, OSError, ValueError, RuntimeError) as error:
-      reason = f"{type(error).__name__}: {error}"
+    except kinds as error:
+      reason = sentence(error)
       if not allow_unavailable:
         raise UserError(f"reward {name!r} cannot be built: {reason}") from error
       _logger.warning("reward %s is left out: %s", name, reason)
       unavailable[name] = reason
-  if not rewards:
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in unavailable.items())
-    raise UserError(f"no reward is left to score with ({reasons or 'none is configured'})")
-  active = {name: weights[name] for name in rewards}
-  return MultiReward(rewards, active, unavailable, max_failed, isolate_failures=allow_unavailable)
+  return made, unavailable

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.extras import missing
 
 # uint8 image [H, W, 3] -> the pieces of text found in it, in reading order.
 Reader = Callable[[np.ndarray], Sequence[str]]
@@ -64,9 +65,7 @@ def rapidocr_reader() -> Reader:
   try:
     from rapidocr import RapidOCR
   except ImportError as error:
-    raise UserError(
-      f"reward 'ocr' needs RapidOCR ({error}); install it with pip install 'rtdmd_jax[ocr]'"
-    ) from error
+    raise missing("reward 'ocr'", error, "ocr") from error
   engine = RapidOCR(
     params={
       "Global.use_cls": False,

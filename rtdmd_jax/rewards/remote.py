@@ -63,6 +63,7 @@ class RemoteReward:
     self.name, self.reward, self.metric = name, reward or name, metric
     self._extra = tuple(extra_metrics)
     self._chunk, self._concurrency, self._format = chunk, concurrency, image_format
+    self.last_failure = ""  # why the newest score that is missing is missing
     self._client = JsonClient(url, Retry(timeout, attempts, backoff), token_env=token_env)
     try:
       offered = self._client.ask("/rewards", None, _read_offer)
@@ -81,6 +82,7 @@ class RemoteReward:
     Raises:
       UserError: the service refuses the requests for good, for example for a wrong token.
     """
+    self.last_failure = ""
     records = [None] * len(images) if metadata is None else metadata
     starts = range(0, len(images), self._chunk)
 
@@ -115,6 +117,7 @@ class RemoteReward:
       missing = [i for i in missing if np.isnan(self._main(found[i]))]
       if not missing:
         return found
+    self.last_failure = reason
     _logger.warning("reward %s: %d images failed: %s", self.name, len(missing), reason)
     return found
 

@@ -20,6 +20,7 @@ from absl import flags
 
 from rtdmd_jax import cli
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.rewards.multi import RUN_KEYS
 
 _SHORTEST_TOKEN = 16
 
@@ -112,8 +113,8 @@ def _options(call: cli.Invocation) -> dict[str, dict]:
       )
     options[name][key] = _literal(value)
   for name in options:
-    # What concerns the training alone.
-    for key in ("weight", "backpropagate", "max_failed"):
+    # What concerns a run alone: its training, or the prompts of its evaluations.
+    for key in (*RUN_KEYS, "max_failed", "prompts"):
       options[name].pop(key, None)
   return options
 
@@ -127,4 +128,4 @@ def _literal(text: str) -> object:
 
 
 if __name__ == "__main__":
-  sys.exit(cli.run(main, define_flags=define_flags))
+  sys.exit(cli.run(main, define_flags=define_flags, shared=("config",)))

@@ -12,6 +12,7 @@ import numpy as np
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards import protocol
 from rtdmd_jax.rewards.multi import Reward
+from rtdmd_jax.rewards.process import contained
 
 _logger = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ class Service:
     start = time.monotonic()
     try:
       with self._locks[name]:
-        result = self._rewards[name](np.stack(images), [item.text for item in items], records)
+        prompts = [item.text for item in items]
+        result = contained(self._rewards[name], np.stack(images), prompts, records)
       return _metrics(name, result, len(images))
     except UserError as error:
       if len(images) == 1:

@@ -1,12 +1,13 @@
 """Rewards on the host in a run of several processes: each image is scored by one of them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
 
 from rtdmd_jax import hosts
 from rtdmd_jax.prompts import Prompt
+from rtdmd_jax.rewards.isolated import Scores
 from rtdmd_jax.rewards.multi import MultiReward
 from rtdmd_jax.sharding import held_rows, split_batch
 
@@ -22,28 +23,40 @@ def score_held(
   Raises:
     UserError: in all processes, where one of them cannot score.
   """
-  return _score(rewards, *held_rows(split_batch(images)), prompts)
-
-
-def score_shared(
-  rewards: MultiReward, images: np.ndarray, prompts: Sequence[Prompt]
-) -> dict[str, np.ndarray]:
-  """As `score_held`, of images that all processes have; they take turns."""
-  rows = np.arange(jax.process_index(), len(images), jax.process_count())
-  return _score(rewards, rows, images[rows], prompts)
-
-
-def _score(
-  rewards: MultiReward, rows: np.ndarray, images: np.ndarray, prompts: Sequence[Prompt]
-) -> dict[str, np.ndarray]:
-  own: dict[str, list[float]] = {}
+  rows, held = held_rows(split_batch(images))
+  own: dict[str, np.ndarray] = {}
   with hosts.together():
     if len(rows):
       mine = [prompts[i] for i in rows]
-      scores = rewards(images, [p.text for p in mine], [p.record for p in mine])
-      own = {name: scores[name].tolist() for name in rewards.weights}
-  result = {name: np.full(len(prompts), np.nan, np.float32) for name in rewards.weights}
-  for indices, scores in hosts.gather([rows.tolist(), own]):
-    for name, values in scores.items():
-      result[name][indices] = values
+      own = rewards(held, [p.text for p in mine], [p.record for p in mine])
+  return _gathered(rows, Scores(own, {}), rewards.weights, len(prompts)).values
+
+
+def score_shared(
+  rewards: MultiReward, images: np.ndarray, prompts: Sequence[Prompt], names: Collection[str]
+) -> Scores:
+  """Rewards [N] of images [N, H, W, 3] that all processes have, for an evaluation; they take turns.
+
+  All must call it, and all get all scores of `names`. No reward's failure ends it, in whichever
+  process: it costs that process's images their scores.
+  """
+  rows = np.arange(jax.process_index(), len(images), jax.process_count())
+  mine = [prompts[i] for i in rows]
+  texts, records = [p.text for p in mine], [p.record for p in mine]
+  own = rewards.isolated(images[rows], texts, records, names=names)
+  return _gathered(rows, own, names, len(prompts))
+
+
+def _gathered(rows: np.ndarray, own: Scores, names: Collection[str], count: int) -> Scores:
+  """The scores [count] of `names` from every process, each of its own rows."""
+  result = Scores({name: np.full(count, np.nan, np.float32) for name in names}, {})
+  values = {name: own.values[name].tolist() for name in names if len(rows)}
+  for number, (indices, scores, reasons) in enumerate(
+    hosts.gather([rows.tolist(), values, own.reasons])
+  ):
+    for name, found in scores.items():
+      result.values[name][indices] = found
+    for name, reason in reasons.items():
+      where = f"process {number}: " if jax.process_count() > 1 else ""
+      result.reasons.setdefault(name, f"{where}{reason}")
   return result

@@ -54,12 +54,14 @@ def load_adapters(loras: Sequence[Lora], transformer: Transformer) -> dict[str, 
     adapters. Where several adapt a layer, ranks add up.
 
   Raises:
-    UserError: see `load_peft` and `load_native`.
+    UserError: no such path; see `load_peft` and `load_native`.
   """
   stacked: dict[str, Any] = {}
   abstract = transformer.init_abstract() if loras else None
   for lora in loras:
     path = local_path(lora.path, "adapter")
+    if not path.exists():
+      raise UserError(f"lora {path} does not exist; name an adapter's file or directory.")
     if is_native(path):
       adapters = load_native(path, transformer)
     else:

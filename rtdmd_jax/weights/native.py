@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.files import save_tensors
 from rtdmd_jax.models.flux1 import Flux1Config
 from rtdmd_jax.models.flux2 import Flux2Config
 from rtdmd_jax.models.lora import dense_entries, module_names
@@ -179,11 +180,7 @@ def save_native(
       up = _swap_halves(up)
     tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(down)
     tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(up)
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".partial")
-  save_file(tensors, partial, metadata={"format": "pt"})
-  partial.replace(path)
+  save_tensors(path, tensors)
 
 
 def _swap_halves(rows: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which bfloat16 fi
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.files import replace_text, save_tensors
 from rtdmd_jax.jsontext import parse_json
 from rtdmd_jax.models.lora import dense_entries, module_names
 from rtdmd_jax.weights.maps import Entry, KeyTable
@@ -63,6 +63,7 @@ def save_peft(
   rank: int,
   alpha: float,
   targets: Sequence[str],
+  notes: Mapping[str, str] | None = None,
 ) -> None:
   """Writes adapters for PEFT and for diffusers.
 
@@ -76,6 +77,7 @@ def save_peft(
     rank: r of every adapter.
     alpha: the scale is alpha / r.
     targets: the target names, for PEFT's `target_modules`.
+    notes: join the headers' metadata.
 
   Raises:
     ValueError: an adapter of another rank.
@@ -103,11 +105,18 @@ def save_peft(
     "init_lora_weights": True,
     "use_rslora": False,
   }
-  _write(directory / PEFT_NAME, lambda path: save_file(peft, path, metadata={"format": "pt"}))
-  _write(
-    directory / DIFFUSERS_NAME, lambda path: save_file(pipeline, path, metadata={"format": "pt"})
-  )
-  _write(directory / CONFIG_NAME, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+  save_tensors(directory / PEFT_NAME, peft, notes)
+  save_tensors(directory / DIFFUSERS_NAME, pipeline, notes)
+  replace_text(directory / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+
+
+def read_notes(path: str | os.PathLike) -> dict[str, str]:
+  """What `save_peft` was given as `notes`; empty where there is no such file or none were."""
+  try:
+    with safe_open(Path(path) / PEFT_NAME, framework="numpy") as handle:
+      return dict(handle.metadata() or {})
+  except (SafetensorError, OSError):
+    return {}
 
 
 def adapter_layers(
@@ -134,13 +143,6 @@ def _tensors(adapters: dict[str, Any], table: KeyTable, rank: int) -> dict[str, 
       # safetensors writes the buffer as it lies in memory, so the transposed view is copied.
       tensors[f"{name}.lora_{part}.weight"] = np.ascontiguousarray(array.T)
   return tensors
-
-
-def _write(path: Path, write: Any) -> None:
-  """Lets a file appear whole or not at all."""
-  partial = path.with_name(path.name + ".partial")
-  write(partial)
-  partial.replace(path)
 
 
 def load_peft(

@@ -18,11 +18,11 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from rtdmd_jax import sharding as sharding_table
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.weights import int8
+from rtdmd_jax.files import save_tensors
+from rtdmd_jax.weights import headers, int8
 from rtdmd_jax.weights.directory import read_config as read_config  # importable from here, too
 from rtdmd_jax.weights.directory import weight_files
 from rtdmd_jax.weights.maps import Entry, KeyTable
@@ -138,6 +138,10 @@ def _build(
   else:
     places = flatten_dict(sharding)
   _check_keys(path, entries, shapes, tensors, ignore)
+  if headers.wanted():
+    # Scales stay float32, as `_load` makes them.
+    own = {path: None if path[-1] == int8.SCALE else dtype for path in shapes}
+    return headers.shapes_of(shapes, lambda path, a: _leaf_dtype(a.dtype, own[path]))
   loaded = {}
   for entry in entries:
     loaded |= _load(entry, shapes, tensors, dtype, places)
@@ -155,7 +159,6 @@ def save_params(
     table: maps leaves to checkpoint keys.
     dtype: type of the floating-point tensors; None keeps the type of each leaf.
   """
-  path = Path(path)
   tensors = {}
   for entry, leaf in zip(table.entries(params), jax.tree.leaves(params), strict=True):
     array = np.asarray(leaf)
@@ -164,10 +167,7 @@ def save_params(
     for key, layer in zip(entry.keys, layers, strict=True):
       # safetensors writes the buffer as it lies in memory, so transposed views must be copied.
       tensors[key] = np.asarray(layer.transpose(entry.axes), order="C")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".partial")
-  save_file(tensors, partial, metadata={"format": "pt"})
-  partial.replace(path)
+  save_tensors(path, tensors)
 
 
 def save_model(

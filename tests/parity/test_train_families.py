@@ -25,6 +25,7 @@ COMMON = [
   "--config.train.steps=2",
   "--config.train.log_every=1",
   "--config.train.fake_update_ratio=2",
+  "--config.ema.every=1",
   "--config.eval.prompts=2",
   "--config.eval.final_prompts=2",
   "--config.eval.chunk=2",
@@ -47,8 +48,9 @@ def family(request, tmp_path_factory):
       "import families\n"
       "def get_config():\n"
       f"  c = families.{stage}({request.param!r})\n"
-      "  for name in list(c.rewards):\n"
-      "    del c.rewards[name]\n"
+      "  for section in (c.rewards, c.eval.rewards):\n"
+      "    for name in list(section):\n"
+      "      del section[name]\n"
       f"  c.rewards.clipscore = dict(weight=1.0, directory={str(TINY / 'clip')!r},"
       " backpropagate=True)\n"
       "  c.rewards.geneval = dict(weight=1.0, detector='shapes')\n"

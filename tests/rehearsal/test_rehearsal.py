@@ -105,7 +105,8 @@ class User:
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
   """A folder for all workers of the session, with the reward services up."""
-  folder = tmp_path_factory.getbasetemp().parent / "rehearsal"
+  base = tmp_path_factory.getbasetemp()
+  folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "rehearsal"
   folder.mkdir(exist_ok=True)
   with services.running(folder):
     yield folder
@@ -165,7 +166,7 @@ def train(user, family):
     user.run("main", config, workdir, sizes=sizes)
     assert_trained(user, f"runs/{family}_{stage}")
   table = user.json(f"runs/{family}_stage2/evaluation.json")
-  rewards = layout.families().PUBLISHED_SETS
+  rewards = layout.families().HELD_OUT
   for system in table["systems"]:
     assert set(rewards) <= set(system["scores"])
     assert {name: s["n"] for name, s in system["scores"].items()} == dict.fromkeys(rewards, 3)
@@ -198,7 +199,7 @@ def use(user, family):
   out = f"--workdir=runs/{family}_eval"
   user.run("evaluate", f"--config=configs/{family}_eval.py", out, sizes=EVAL)
   for system in user.json(f"runs/{family}_eval/summary.json")["systems"]:
-    published = {name: system["scores"][name]["n"] for name in layout.families().PUBLISHED_SETS}
+    published = {name: system["scores"][name]["n"] for name in layout.families().HELD_OUT}
     assert set(published.values()) == {2}, (system["name"], published)
   base = Path(layout.families().infer(family).pipeline).name
   for form in ("peft", "comfyui", "merged"):

@@ -1,4 +1,5 @@
 import logging
+import re
 import sys
 import types
 
@@ -9,6 +10,7 @@ from rtdmd_jax import rewards
 from rtdmd_jax.datasets.shapes.draw import draw
 from rtdmd_jax.datasets.shapes.grammar import all_records
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.rewards import isolated, multi
 
 HERE = __name__
 BRIGHT, LENGTH, BROKEN = (f"{HERE}:{name}" for name in ("Brightness", "Length", "Broken"))
@@ -179,7 +181,7 @@ def test_unavailable_reward_ends_training_and_is_skipped_in_evaluation(
 
 def test_a_failing_call_ends_training_and_is_nan_in_evaluation(caplog):
   weights = {BROKEN: 1.0, LENGTH: 1.0}
-  with pytest.raises(RuntimeError, match="no memory"):
+  with pytest.raises(UserError, match=r"Broken' failed: RuntimeError: no memory \(.*test_multi.py"):
     rewards.make(weights)(grey(1.0), ["ab"])
   with caplog.at_level(logging.WARNING):
     scores = rewards.make(weights, allow_unavailable=True)(grey(1.0), ["ab"])
@@ -187,11 +189,102 @@ def test_a_failing_call_ends_training_and_is_nan_in_evaluation(caplog):
   assert "no memory" in caplog.text
 
 
+def Leaves():
+  return lambda images, prompts, metadata: sys.exit("no display")
+
+
+def TakesOneArgument():
+  return lambda images: np.ones(len(images))
+
+
+def Infinite():
+  return lambda images, prompts, metadata: [np.inf if p == "ab" else 2.0 for p in prompts]
+
+
+def Picky():
+  """Refuses the batch for one prompt of it."""
+
+  def score(images, prompts, metadata):
+    if any(record is None for record in metadata):
+      raise UserError("a prompt has no record")
+    return np.ones(len(images))
+
+  return score
+
+
+def Words():
+  return lambda images, prompts, metadata: {
+    f"{HERE}:Words": np.ones(len(images)),
+    "words": np.zeros(len(images)),
+  }
+
+
+def Service():
+  """Keeps why it has no scores, as a remote reward does."""
+
+  def score(images, prompts, metadata):
+    return np.full(len(images), np.nan)
+
+  score.last_failure = "nobody answers"
+  return score
+
+
+@pytest.mark.parametrize(
+  ("name", "scores", "reason"),
+  [
+    ("Broken", [np.nan, np.nan], "RuntimeError: no memory"),
+    ("Leaves", [np.nan, np.nan], "SystemExit: no display"),
+    ("TakesOneArgument", [np.nan, np.nan], "TypeError: .* takes 1 positional argument but 3"),
+    ("Unnamed", [np.nan, np.nan], "ValueError: .*without its own name"),
+    ("WrongShape", [np.nan, np.nan], r"ValueError: .*has shape \(2, 2\), not \[2\]"),
+    ("Infinite", [np.nan, 2.0], "it gave no score and no reason"),
+    ("Service", [np.nan, np.nan], "nobody answers"),
+    ("Picky", [1.0, np.nan], "a prompt has no record"),
+    ("Missing", [np.nan, np.nan], "left out since the start: FileNotFoundError: weights"),
+    ("Words", [np.nan, np.nan], "it returns 'words', which is taken by another reward"),
+  ],
+)
+def test_in_an_evaluation_a_reward_fails_alone_and_says_why(name, scores, reason):
+  scorer = multi.make_for_evaluation({LENGTH: {}, f"{HERE}:{name}": {}})
+  images = np.zeros((2, 4, 4, 3), np.uint8)
+  found = scorer.isolated(images, ["ab", "c"], [{}, None])
+  np.testing.assert_array_equal(found.values[f"{HERE}:{name}"], np.float32(scores))
+  np.testing.assert_array_equal(found.values[LENGTH], [2.0, 1.0])
+  assert found.failed(f"{HERE}:{name}") == np.isnan(scores).sum()
+  assert list(found.reasons) == [f"{HERE}:{name}"]
+  assert re.search(reason, found.reasons[f"{HERE}:{name}"])
+  alone = scorer.isolated(images, ["ab", "c"], names=[LENGTH])
+  assert set(alone.values) == {LENGTH, "words"} and not alone.reasons
+
+
+def test_a_trained_reward_is_isolated_in_evaluations_too():
+  scorer = rewards.make({BROKEN: 1.0, LENGTH: 1.0}, options={BROKEN: {"max_failed": 0.0}})
+  found = scorer.isolated(grey(1.0, np.nan), ["ab", "c"])
+  np.testing.assert_array_equal(found.values[LENGTH], np.float32([2.0, np.nan]))
+  assert found.reasons[LENGTH] == "the image has pixels that are not finite"
+  assert found.reasons[BROKEN] == "RuntimeError: no memory"
+
+
+def test_a_failing_call_of_many_images_costs_its_part_alone(monkeypatch):
+  monkeypatch.setattr(isolated, "_CALL", 2)
+
+  def score(images, prompts, metadata):
+    if "bad" in prompts:
+      raise OSError("lost")
+    return {"r": np.ones(len(images)), "more": np.ones(len(images))}
+
+  images = np.zeros((5, 2, 2, 3), np.uint8)
+  found = isolated.score_isolated({"r": score}, images, ["a", "b", "c", "bad", "e"], None)
+  for name in ("r", "more"):
+    np.testing.assert_array_equal(found.values[name], np.float32([1, 1, np.nan, np.nan, 1]))
+  assert found.reasons == {"r": "OSError: lost"}
+
+
 @pytest.mark.parametrize(
   ("name", "message"), [(UNNAMED, "without its own name"), (WRONG, r"not \[1\]")]
 )
 def test_malformed_outputs_are_refused(name, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     rewards.make({name: 1.0})(grey(1.0), [""])
 
 

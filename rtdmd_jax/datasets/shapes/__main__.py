@@ -1,8 +1,10 @@
 """Draws the shapes set. Reads nothing; writes prompt files (--out) or a TFDS dataset (--tfds)."""
 
 import argparse
+import sys
 from pathlib import Path
 
+from rtdmd_jax import cli
 from rtdmd_jax.datasets.shapes.records import write_prompt_files
 
 
@@ -40,9 +42,11 @@ def main(argv: list[str] | None = None) -> None:
   if not 0.0 <= arguments.washed_out <= 1.0:
     parser.error(f"--washed-out is a share from 0 to 1, got {arguments.washed_out}")
   if arguments.out is not None:
-    for path, count in write_prompt_files(arguments.out).items():
+    out = cli.make_folder(arguments.out, "--out")
+    for path, count in write_prompt_files(out).items():
       print(f"{path}: {count} records")
   if arguments.tfds is not None:
+    cli.make_folder(arguments.tfds, "--tfds")
     try:
       counts = arguments.train_images, arguments.test_images
       path = _prepare(arguments.tfds, *counts, arguments.washed_out)
@@ -54,4 +58,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(cli.guard(main))

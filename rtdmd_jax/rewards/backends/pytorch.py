@@ -4,6 +4,7 @@ from pathlib import Path
 from types import ModuleType
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.extras import missing
 
 
 def require_torch(reward: str) -> ModuleType:
@@ -15,10 +16,8 @@ def require_torch(reward: str) -> ModuleType:
   try:
     import torch
   except ImportError as error:
-    raise UserError(
-      f"reward {reward!r} needs PyTorch ({error}); install it with pip install 'rtdmd_jax[judges]',"
-      " or let another machine serve the reward and give its url"
-    ) from error
+    instead = "let another machine serve the reward and give its url"
+    raise missing(f"reward {reward!r}", error, "judges", instead) from error
   return torch
 
 
