@@ -98,7 +98,7 @@ def base() -> config_dict.ConfigDict:
 
   c.train = config_dict.ConfigDict()
   c.train.steps = 15_000
-  c.train.fake_update_ratio = 10
+  c.train.fake_update_ratio = 10  # fake-score updates for each of the generator
   c.train.log_every = 10
   c.train.save_every = 1000
   c.train.keep = 3  # newest checkpoints that stay
@@ -145,12 +145,14 @@ def stage2() -> config_dict.ConfigDict:
   # Images that a device decodes and scores at once, for memory; 0: its part of a micro-batch.
   c.batch.decode_chunk = 0
   c.train.steps = 1000
+  c.train.fake_update_ratio = 1
   c.eval.every = 50
 
   c.policy = config_dict.ConfigDict()
   c.policy.num_train_steps = 2
   c.policy.range_start = 0
   c.policy.range_end = 2
+  # Of the reported drift alone: the ratio that trains is exactly 1 (docs/architecture.md).
   c.policy.clip_low = 1e-5
   c.policy.clip_high = 1e-5
   c.policy.advantage_limit = 5.0

@@ -16,6 +16,7 @@ def get_config():
   c.batch.prompts = 16
   c.batch.repeats = 6
   c.batch.micro_batches = 2
+  c.rewards.clipscore.backpropagate = True
   c.policy.policy_weight = 1.0
   c.policy.dm_weight = 0.1
   c.policy.reward_weight = 0.3

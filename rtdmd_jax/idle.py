@@ -1,38 +1,9 @@
 """Settings that a run takes, but that have no effect in it or train nothing."""
 
-from collections.abc import Callable
 from typing import Any
 
-from rtdmd_jax.limits import ABSENT, has_slope, has_weight, lookup
-
-# Keys that some configurations do not read: (key, its value in configs/common.py, when it is not
-# read, and why).
-_IDLE: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
-  (
-    "train.fake_update_ratio",
-    10,
-    lambda c: c.stage == "stage2",
-    "stage 2 updates the fake score once a step",
-  ),
-  (
-    "dmd.boundary_index",
-    2,
-    lambda c: c.dmd.start_mode != "fixed_boundary",
-    "only dmd.start_mode=fixed_boundary reads it",
-  ),
-  (
-    "policy.reward_margin",
-    3.0,
-    lambda c: not (c.policy.reward_weight and has_slope(c)),
-    "no reward is back-propagated",
-  ),
-  (
-    "policy.gaussian_log_prob",
-    False,
-    lambda c: not c.policy.policy_weight,
-    "policy.policy_weight is 0",
-  ),
-)
+from rtdmd_jax.limits import has_weight
+from rtdmd_jax.unused_settings import settings_without_effect
 
 
 def warnings(config: Any) -> list[str]:
@@ -41,12 +12,7 @@ def warnings(config: Any) -> list[str]:
   Args:
     config: one without `limits.violations`.
   """
-  found = [
-    f"{key} is {lookup(config, key)!r}, which has no effect: {reason}."
-    for key, default, idle, reason in _IDLE
-    if lookup(config, key) not in (default, ABSENT) and idle(config)
-  ]
-  found += _never(config)
+  found = settings_without_effect(config) + _never(config)
   found += [
     f"{network}.learning_rate is 0: the {network.replace('_', ' ')} stays as it starts."
     for network in ("generator", "fake_score")

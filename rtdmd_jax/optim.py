@@ -1,5 +1,7 @@
-"""Optimizers, the guarded update and the moving average of adapters."""
+"""Optimizers, guarded updates and the moving average of adapters."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -63,6 +65,35 @@ def guarded_update(
       "finite": jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]),
     },
   )
+
+
+def repeated_update(
+  update: Callable[[Tree, jax.Array], tuple[Tree, tuple[Tree, dict[str, jax.Array]]]],
+  start: Tree,
+  key: jax.Array,
+  count: int,
+) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+  """`count` updates one after the other, in a loop, so that they are compiled once.
+
+  Args:
+    update: maps (what is updated, key) to the same updated and (losses, the metrics of
+      `guarded_update`).
+    start: what is updated.
+    key: of the first update; the i-th has `fold_in(key, i)`, i counting from 0.
+    count: from 1.
+
+  Returns:
+    The result of the last update, the means of the losses, and the metrics: norms of the last
+    update, `skipped` 1 if any was, `finite` of gradients that were so in all.
+  """
+  if count == 1:
+    end, (losses, info) = update(start, key)
+    return end, losses, info
+  later = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(1, count))
+  end, (losses, info) = jax.lax.scan(update, start, jnp.concatenate([key[None], later]))
+  reduced = {"skipped": jnp.max, "finite": partial(jnp.all, axis=0)}
+  info = {name: reduced.get(name, lambda values: values[-1])(v) for name, v in info.items()}
+  return end, jax.tree.map(jnp.mean, losses), info
 
 
 def effective_decay(

@@ -1,7 +1,8 @@
 """Stage 2, RTDMD: rollout, fake-score step and policy step (arXiv 2605.26108, section 3.2).
 
 An epoch is `rollout`, scoring by the rewards that live on the host (if any), `fake_score_step`
-(which runs while the host scores) and `policy_step`: one optimizer step of each network.
+(which runs while the host scores) and `policy_step`: one update of the generator, one or more of
+the fake score.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from rtdmd_jax.algo.transitions import (
   x0_from_v,
 )
 from rtdmd_jax.microbatches import accumulated_grad, map_parts, sorted_parts
-from rtdmd_jax.optim import guarded_update
+from rtdmd_jax.optim import guarded_update, repeated_update
 from rtdmd_jax.roles import role_variables, role_velocity
 from rtdmd_jax.scoring import Judged, Scoring, judge
 from rtdmd_jax.sharding import constrain
@@ -33,7 +34,6 @@ from rtdmd_jax.stage1 import Batch, DMDConfig, Metrics, Roles
 from rtdmd_jax.state import Frozen, TrainState
 
 Tree = Any
-
 
 # Metrics whose maximum over steps and micro-batches is reported; of all others the mean is.
 _MAXIMA = frozenset({"ratio/drift"})
@@ -139,22 +139,30 @@ def fake_score_step(
   config: DMDConfig,
   policy: PolicyConfig,
   optimizer: optax.GradientTransformation,
+  updates: int = 1,
 ) -> tuple[TrainState, Metrics]:
-  """One update of the fake score on all final samples, gradients accumulated by scan."""
+  """Updates of the fake score on all final samples, gradients accumulated by scan.
 
-  def loss_fn(
-    adapters: Tree, x_s: jax.Array, index: jax.Array, prompt: jax.Array
-  ) -> tuple[jax.Array, Metrics]:
-    conditioning = batch.conditioning.take(prompt)
-    velocity = stage1.fake_score_velocity(roles, frozen, adapters, conditioning)
-    sigma_s = roles.sigmas[-1]
-    return stage1.fake_score_loss(velocity, config, roles.sigmas, x_s, sigma_s, index, key)
+  There are `updates` of them, each with noise and levels of its own; the first does not depend on
+  how many follow. Metrics are those of `optim.repeated_update`.
+  """
 
-  rows = (samples.x[-1], batch.sample_index, batch.prompt_index)
-  grads, parts = accumulated_grad(loss_fn, state.fake_score, policy.micro_batches, *rows)
-  adapters, opt_state, info = guarded_update(
-    optimizer, grads, state.fake_score_opt, state.fake_score
-  )
+  def update(carry: tuple[Tree, Tree], key: jax.Array) -> tuple[tuple[Tree, Tree], Tree]:
+    def loss_fn(adapters: Tree, *rows: jax.Array) -> tuple[jax.Array, Metrics]:
+      x_0, index, prompt = rows
+      conditioning = batch.conditioning.take(prompt)
+      velocity = stage1.fake_score_velocity(roles, frozen, adapters, conditioning)
+      sigmas = roles.sigmas
+      return stage1.fake_score_loss(velocity, config, sigmas, x_0, sigmas[-1], index, key)
+
+    adapters, opt_state = carry
+    rows = (samples.x[-1], batch.sample_index, batch.prompt_index)
+    grads, parts = accumulated_grad(loss_fn, adapters, policy.micro_batches, *rows)
+    adapters, opt_state, info = guarded_update(optimizer, grads, opt_state, adapters)
+    return (adapters, opt_state), (parts, info)
+
+  start = state.fake_score, state.fake_score_opt
+  (adapters, opt_state), parts, info = repeated_update(update, start, key, updates)
   metrics = {f"loss/{name}": value for name, value in parts.items()}
   metrics |= {f"fake_score/{name}": value for name, value in info.items()}
   return state.replace(fake_score=adapters, fake_score_opt=opt_state), metrics

@@ -176,8 +176,9 @@ def stage2_programs(config: Any, setup: Setup, optimizers: Optimizers) -> dict[s
 
   def fake(state, frozen, batch, samples, key):
     return stage2.fake_score_step(
-      state, frozen, batch, samples, key, optimizer=optimizers.fake_score, **common
-    )
+      state, frozen, batch, samples, key,
+      optimizer=optimizers.fake_score, updates=config.train.fake_update_ratio, **common,
+    )  # fmt: skip
 
   def update(state, frozen, batch, samples, rewards, key):
     return stage2.policy_step(
@@ -202,7 +203,7 @@ def stage2_programs(config: Any, setup: Setup, optimizers: Optimizers) -> dict[s
 
 
 def stage2_step(config: Any, setup: Setup, optimizers: Optimizers, watch: Watch = dict) -> StepFn:
-  """Rollout, fake-score update while the host scores, policy update."""
+  """Rollout, `fake_update_ratio` fake-score updates while the host scores, policy update."""
   programs = watch(stage2_programs(config, setup, optimizers))
 
   def step(state: TrainState, batch: Batch, prompts: list[Prompt], number: int):

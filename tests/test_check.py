@@ -73,7 +73,7 @@ def test_every_problem_is_a_line_and_the_last_counts_them():
     "--config.rewards.clipscore.directory=no_clip",
     "--config.rewards.geneval.detector=circles",
     "--config.mesh.data=3",
-    "--config.train.fake_update_ratio=3",
+    "--config.dmd.boundary_index=3",
   ]
   command = [sys.executable, "-m", "rtdmd_jax.main", "--check"]
   done = subprocess.run(
@@ -88,7 +88,7 @@ def test_every_problem_is_a_line_and_the_last_counts_them():
   words = ("no_prompts", "no_held_out", "no_clip", "circles", "no_stage1", "mesh")
   for problem, word in zip(lines[-7:-1], words, strict=True):
     assert problem.startswith("error: ") and word in problem
-  assert lines[-8].startswith("warning: train.fake_update_ratio is 3, which has no effect")
+  assert lines[-8].startswith("warning: dmd.boundary_index=3 has no effect")
   assert any("would run: stage2, 30 steps of 96 images" in line for line in lines[:-8])
 
 

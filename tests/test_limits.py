@@ -149,7 +149,6 @@ def test_float16_is_refused_on_tpus(monkeypatch):
 @pytest.mark.parametrize(
   "overrides, message",
   [
-    (["train.fake_update_ratio=3"], "train.fake_update_ratio is 3, which has no effect: stage 2"),
     (["batch.repeats=1"], "batch.repeats is 1 and policy.per_prompt is true"),
     (["dmd.boundary_index=3"], "only dmd.start_mode=fixed_boundary reads it"),
     (["policy.reward_weight=0", "policy.reward_margin=1"], "no reward is back-propagated"),
@@ -160,14 +159,7 @@ def test_float16_is_refused_on_tpus(monkeypatch):
 def test_settings_that_do_nothing_are_warnings(overrides, message):
   config = load_config(str(CONFIGS / "tiny_stage2.py"), overrides)
   assert not violations(config)
-  (sentence,) = idle.warnings(config)
-  assert message in sentence
-
-
-def test_settings_at_their_published_values_are_no_news():
-  config = load_config(str(CONFIGS / "sd35_stage2.py"))
-  for key, default, *_ in idle._IDLE:
-    assert limits.lookup(config, key) == default
+  assert sum(message in sentence for sentence in idle.warnings(config)) == 1
 
 
 def test_the_configuration_of_another_tool_is_told():

@@ -7,7 +7,13 @@ import pytest
 
 from rtdmd_jax import train
 from rtdmd_jax.config import load_config
-from rtdmd_jax.optim import OptimizerConfig, ema_update, guarded_update, make_optimizer
+from rtdmd_jax.optim import (
+  OptimizerConfig,
+  ema_update,
+  guarded_update,
+  make_optimizer,
+  repeated_update,
+)
 from rtdmd_jax.state import TrainState
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -106,3 +112,18 @@ def test_small_updates_round_away_in_bfloat16_but_not_in_the_moving_average():
   assert types == [leaf.dtype for leaf in jax.tree.leaves((new, new_state))]
   ema = ema_update({"b": jnp.ones(8)}, {"b": new["b"]}, 0.999)["b"]
   np.testing.assert_allclose(ema, 0.999, rtol=1e-6)
+
+
+def test_metrics_of_several_updates():
+  """Of the second of three the gradient is not finite."""
+
+  def update(x, key):
+    bad = x == 1
+    info = {"grad_norm": x, "skipped": bad.astype(jnp.float32), "finite": jnp.stack([~bad, True])}
+    return x + 1, ({"loss": 2 * x}, info)
+
+  end, losses, info = jax.jit(lambda key: repeated_update(update, jnp.float32(0), key, 3))(
+    jax.random.key(0)
+  )
+  assert float(end) == 3 and float(losses["loss"]) == 2 and float(info["grad_norm"]) == 2
+  assert float(info["skipped"]) == 1 and info["finite"].tolist() == [False, True]

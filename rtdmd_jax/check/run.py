@@ -115,7 +115,8 @@ def _plan(config: Any) -> list[str]:
   if config.stage == "stage1":
     lines.append(f"  each: a fake-score update; every {t.fake_update_ratio}th: a generator update")
   else:
-    lines.append("  each: rollout, fake-score update, policy update")
+    count = "fake-score update" + (f" x {t.fake_update_ratio}" if t.fake_update_ratio > 1 else "")
+    lines.append(f"  each: rollout, {count}, policy update")
   lines.append(
     f"  checkpoint every {t.save_every:,}, scores of held-out prompts every {config.eval.every:,}"
   )
