@@ -71,6 +71,10 @@ NOT_RUN = {
       "needs two devices; tests/test_sharding.py has them, of tests/rehearsal the checkpoints"
     ),
   },
+  "docs/troubleshooting.md": {
+    "python benchmarks/reference_curves.py runs/stage1 runs/stage2"
+    " --out=docs/reference_curves.svg": "needs matplotlib",
+  },
 }
 # Pages whose blocks go through without a network that is trained; the others are slow.
 QUICK = ("docs/data.md", "docs/launch.md", "docs/robustness.md")
