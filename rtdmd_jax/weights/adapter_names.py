@@ -1,14 +1,14 @@
 """Every name that a trainer may give a dense layer of a family."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rtdmd_jax.models.flux1 import Flux1Config
 from rtdmd_jax.models.flux2 import Flux2Config
-from rtdmd_jax.models.transformer import Transformer
 from rtdmd_jax.weights.adapter_keys import Fused, plain_names, underscored
 from rtdmd_jax.weights.maps import Entry
-from rtdmd_jax.weights.native import native_layers
+from rtdmd_jax.weights.native import fused_layers
 
 # What attention processors of older diffusers called their projections' adapters.
 _PROCESSOR = (r"(.+\.attn)\.(to_[qkv]|to_out)(?:\.0)?", (r"\1.processor.\2_lora", r"\1.\2_lora"))
@@ -21,23 +21,23 @@ _XLABS = (
 )
 
 
-def layer_names(transformer: Transformer, entries: Iterable[Entry]) -> dict[str, Fused]:
-  """The layers of a transformer by each of their names, with underscores for dots.
+def layer_names(config: Any, entries: Sequence[Entry]) -> dict[str, Fused]:
+  """The dense layers of a transformer by each of their names, with underscores for dots.
 
   diffusers' names, the first release's (kohya's sd-scripts, musubi-tuner, ai-toolkit, fal and
   ComfyUI use them), those of older diffusers and, for FLUX.1, XLabs'.
 
   Args:
-    transformer: of any family.
-    entries: its dense layers.
+    config: of its family.
+    entries: its dense layers, see `models.lora.dense_entries`.
   """
   names = plain_names(entries)
-  native = native_layers(transformer)
+  native = fused_layers(config, entries)
   for name, layer in (
     *native.items(),
     *_older(names.values()),
-    *(_xlabs(native) if isinstance(transformer.config, Flux1Config) else ()),
-    *(_shortened(names.values()) if isinstance(transformer.config, Flux2Config) else ()),
+    *(_xlabs(native) if isinstance(config, Flux1Config) else ()),
+    *(_shortened(names.values()) if isinstance(config, Flux2Config) else ()),
   ):
     if names.setdefault(underscored(name), layer) != layer:
       raise ValueError(f"{name} names two layers")

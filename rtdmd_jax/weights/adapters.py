@@ -71,7 +71,7 @@ def load_adapters(loras: Sequence[Lora], transformer: Transformer) -> dict[str, 
   if not loras:
     return stacked
   entries = dense_entries(transformer.init_abstract(), transformer.table)
-  names = layer_names(transformer, entries)
+  names = layer_names(transformer.config, entries)
   for path, scale in (lora.checked() for lora in loras):
     layers = {
       module: (layer.a, layer.b * np.float32(layer.scale * scale))

@@ -8,7 +8,7 @@ without an `.alpha` key its strength is 1.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from rtdmd_jax.models.lora import dense_entries, module_names
 from rtdmd_jax.models.sd3 import SD3Config
 from rtdmd_jax.models.transformer import Transformer
 from rtdmd_jax.weights.adapter_keys import Fused
+from rtdmd_jax.weights.maps import Entry
 from rtdmd_jax.weights.peft import adapter_layers
 
 PREFIX = "diffusion_model."
@@ -107,10 +108,17 @@ _RULES = {SD3Config: _sd3, Flux1Config: lambda _: _FLUX1, Flux2Config: lambda _:
 
 def native_layers(transformer: Transformer) -> dict[str, Fused]:
   """Every dense layer of the first release by its name there, without a prefix."""
-  rules = _RULES[type(transformer.config)](transformer.config)
+  return fused_layers(
+    transformer.config, dense_entries(transformer.init_abstract(), transformer.table)
+  )
+
+
+def fused_layers(config: Any, entries: Iterable[Entry]) -> dict[str, Fused]:
+  """`native_layers` of a family's config and its transformer's dense layers."""
+  rules = _RULES[type(config)](config)
   found: dict[str, list[tuple[int, str, int]]] = {}
   inputs, swapped = {}, set()
-  for entry in dense_entries(transformer.init_abstract(), transformer.table):
+  for entry in entries:
     for module in module_names(entry):
       name, part = _rename(module, rules)
       if name.endswith("~"):

@@ -159,8 +159,8 @@ class _RebuildTyped(_Function):
   __slots__ = ()
 
   def __call__(self, storage, offset, size, stride, _grad, _hooks, kind, *_: Any) -> np.ndarray:
-    if not isinstance(kind, _StorageType):
-      raise ValueError("a tensor without a type")
+    if not isinstance(kind, _StorageType) or kind.dtype.itemsize != 1:
+      raise ValueError("a tensor without a type of one byte")
     return _RebuildTensor()(storage, offset, size, stride).view(kind.dtype)
 
 
