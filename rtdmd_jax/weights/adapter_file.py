@@ -71,7 +71,7 @@ def open_adapter(path: Path) -> AdapterFile:
     tensors, header = read_tensors(file), _header(file)
   _check_tensors(file, tensors)
   return AdapterFile(
-    file, tensors, _config(file, header), _default(file), _header_alphas(file, header)
+    file, tensors, _config(file, tensors, header), _default(file), _header_alphas(file, header)
   )
 
 
@@ -119,11 +119,15 @@ def _check_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     # The types of ml_dtypes are of kind V.
     if tensor.dtype.kind not in "fV" and not key.endswith(".alpha"):
       raise UserError(f"{file}: {key} has type {tensor.dtype}; adapters are floating-point.")
-    if not np.isfinite(tensor.astype(np.float32)).all():
+    with np.errstate(over="ignore"):
+      finite = np.isfinite(tensor.astype(np.float32)).all()
+    if not finite:
       raise UserError(f"{file}: {key} holds values that are not finite in float32.")
 
 
-def _config(file: Path, header: Mapping[str, str]) -> AdapterConfig | None:
+def _config(
+  file: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, str]
+) -> AdapterConfig | None:
   """PEFT's fields for the files that they lie beside, else diffusers' in the header."""
   if file.name in _PEFT_NAMES:
     return _read(file.parent)
@@ -133,7 +137,7 @@ def _config(file: Path, header: Mapping[str, str]) -> AdapterConfig | None:
         return _read(directory)
     return None
   if _NOTES in header:
-    return _read_notes(file, header[_NOTES])
+    return _read_notes(file, tensors, header[_NOTES])
   alone = not any((file.parent / name).is_file() for name in _PEFT_NAMES)
   if alone and file.name not in _DIFFUSERS_NAMES and (file.parent / CONFIG_NAME).is_file():
     raise UserError(
@@ -147,13 +151,15 @@ def _read(directory: Path) -> AdapterConfig:
   return AdapterConfig.read(read_config(directory, CONFIG_NAME), str(directory / CONFIG_NAME))
 
 
-def _read_notes(file: Path, text: str) -> AdapterConfig | None:
+def _read_notes(file: Path, tensors: Mapping[str, np.ndarray], text: str) -> AdapterConfig | None:
   notes = parse_json(text, f"{file}, its notes")
   if not isinstance(notes, dict):
     raise UserError(f"{file}: the notes under {_NOTES} are no JSON object.")
   if not notes:
     return None
   part = {k.removeprefix(_PART): v for k, v in notes.items() if k.startswith(_PART)}
+  if not part and any(key.startswith(_PART) for key in tensors):
+    raise UserError(f"{file}: its notes lack the prefix {_PART!r} that its keys have.")
   plain: dict[str, Any] = {k: v for k, v in notes.items() if "." not in k}
   return AdapterConfig.read(part or plain, f"{file}, its notes,", targeted=False)
 

@@ -73,9 +73,12 @@ def load_adapters(loras: Sequence[Lora], transformer: Transformer) -> dict[str, 
   entries = dense_entries(transformer.init_abstract(), transformer.table)
   names = layer_names(transformer.config, entries)
   for path, scale in (lora.checked() for lora in loras):
-    layers = {
-      module: (layer.a, layer.b * np.float32(layer.scale * scale))
-      for module, layer in read_layers(path, names).items()
-    }
+    layers = {}
+    for module, layer in read_layers(path, names).items():
+      with np.errstate(over="ignore"):
+        b = layer.b * np.float32(layer.scale * scale)
+      if not np.isfinite(b).all():
+        raise UserError(f"{path}: {module} overflows at a strength of {layer.scale * scale:g}.")
+      layers[module] = (layer.a, b)
     stacked = stack_adapters(stacked, stack_layers(layers, entries))
   return stacked

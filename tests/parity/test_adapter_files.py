@@ -185,6 +185,17 @@ def test_older_names_have_diffusers_effect(family, tmp_path, older):
   assert_same(ours(family, file), by_diffusers(family, file))
 
 
+@pytest.mark.parametrize("prefix", ["transformer.{}", "lycoris_", "module.base_model.model.{}"])
+def test_down_up_and_alpha_mean_the_same_under_every_name(family, tmp_path, prefix):
+  pairs = drawn(linears(family, lambda n: n.endswith(("attn.to_k", "to_out.0"))))
+  alphas = each(pairs)
+  name = prefix if "{}" in prefix else underscored(prefix)
+  path = write(tmp_path / "x.safetensors", pairs, name, DOWN_UP, alphas)
+  folded = {k: (down, alphas[k] / len(down) * up) for k, (down, up) in pairs.items()}
+  want = by_diffusers(family, write(tmp_path / NAME, folded, "transformer.{}"))
+  assert_same(ours(family, path), want)
+
+
 REFUSED = {
   "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": "adapter of a text encoder",
   "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": "adapter of a text encoder",

@@ -171,6 +171,15 @@ def test_an_alpha_that_is_no_positive_number_is_refused(saved, value):
 def test_a_header_that_readers_pass_over_is_named(saved, header, message):
   with pytest.raises(UserError, match=message):
     load(rewrite(saved, lambda t: None, metadata=header))
+
+  def prefix(tensors):
+    for key in list(tensors):
+      tensors["transformer." + key] = tensors.pop(key)
+
+  notes = {"lora_adapter_metadata": '{"r": 3, "lora_alpha": 6}'}
+  assert load(rewrite(saved, lambda t: None, metadata=notes))[1] == 6.0
+  with pytest.raises(UserError, match="notes lack the prefix 'transformer.'"):
+    load(rewrite(saved, prefix, metadata=notes))
   same = {"lora_alpha": "3", "ss_network_alpha": "3.0", "alpha": "None", "use_dora": "False"}
   assert load(rewrite(saved, lambda t: None, metadata=same))[1] == 3.0
 
