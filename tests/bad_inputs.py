@@ -214,7 +214,8 @@ def _read_index(folder: Path, data: bytes) -> None:
   load_params(folder, _ABSTRACT, _TABLE)
 
 
-_NOTES = [{"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 4.0})}]
+_FIELDS = {"transformer.lora_alpha": 4.0, "transformer.r": 2}
+_NOTES = [{"lora_adapter_metadata": json.dumps(_FIELDS)}]
 _NOTES += [{"lora_adapter_metadata": text} for text in ("[]", '{"lora_alpha": "x"}', "{", "1e999")]
 _PEFT = st.one_of(
   st.tuples(json_files(_ADAPTER_CONFIG), st.just(save(_ADAPTERS))),
@@ -293,7 +294,7 @@ _TORCH = st.one_of(
 
 
 def _read_torch(folder: Path, data: bytes) -> None:
-  file = _write(folder / "lora.pt", data)
+  file = _write(folder / "generator.pt", data)
   load_peft(file, _ABSTRACT, _TABLE)
 
 

@@ -196,7 +196,16 @@ def test_a_lora_is_a_path_with_a_scale():
 
 
 @pytest.mark.parametrize(
-  "value", [{"scale": 1.0}, {"path": "a", "alpha": 1}, {"path": "a", "scale": "x"}]
+  "value",
+  [
+    {"scale": 1.0},
+    {"path": "a", "alpha": 1},
+    {"path": "a", "scale": "x"},
+    {"path": "a", "scale": float("inf")},
+    "a:nan",
+    "a:-inf",
+    "a:1e999",
+  ],
 )
 def test_a_broken_lora_entry_is_named(value):
   with pytest.raises(export.UserError, match="lora"):

@@ -6,12 +6,13 @@ An adapter tree mirrors the parameter tree down to the module: at a dense layer'
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rtdmd_jax.errors import UserError
@@ -129,6 +130,36 @@ def fold_scale(adapters: dict[str, Any], alpha: float) -> dict[str, Any]:
   return unflatten_dict(
     {path: x * (alpha / x.shape[-2]) if path[-1] == "b" else x for path, x in flat.items()}
   )
+
+
+def stack_layers(
+  layers: Mapping[str, tuple[np.ndarray, np.ndarray]], entries: Sequence[Entry]
+) -> dict[str, Any]:
+  """The float32 adapter tree of single layers' adapters.
+
+  Layers of a stack have one rank: zeros fill up smaller ones, and are all that a layer without an
+  adapter has.
+
+  Args:
+    layers: (a [in, r], b [r, out]) by the checkpoint's module name.
+    entries: see `dense_entries`; all modules are among them.
+  """
+  flat = {}
+  for entry in entries:
+    names = module_names(entry)
+    rank = max((layers[name][0].shape[1] for name in names if name in layers), default=0)
+    if not rank:
+      continue
+    outputs, inputs = entry.shape
+    a = np.zeros((len(names), inputs, rank), np.float32)
+    b = np.zeros((len(names), rank, outputs), np.float32)
+    for i, name in enumerate(names):
+      if name in layers:
+        down, up = layers[name]
+        a[i, :, : down.shape[1]], b[i, : len(up)] = down, up
+    for part, array in (("a", a), ("b", b)):
+      flat[(*entry.path[:-1], part)] = jnp.asarray(array if entry.stacked else array[0])
+  return unflatten_dict(flat)
 
 
 def stack_adapters(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

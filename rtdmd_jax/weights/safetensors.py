@@ -222,6 +222,16 @@ def checkpoint_dtype(path: str | os.PathLike) -> np.dtype:
   return types.pop()
 
 
+def read_tensors(file: str | os.PathLike) -> dict[str, np.ndarray]:
+  """Every tensor of one safetensors file by its key, in its own type (float8 too).
+
+  Raises:
+    UserError: missing or broken file, or a type that is not supported.
+  """
+  with _open_files({Path(file): frozenset()}) as tensors:
+    return {key: tensor.read() for key, tensor in tensors.items()}
+
+
 @contextmanager
 def _open_files(files: Mapping[Path, frozenset[str]]) -> Iterator[dict[str, Tensor]]:
   tensors: dict[str, Tensor] = {}
