@@ -33,7 +33,7 @@ STEPS = 8  # the moving average of stage 2 moves at every eighth
 # Sizes: steps, images, pixels, prompts scored.
 TRAIN = {
   "model.image_size": 64, "batch.prompts": 2, "batch.micro_batches": 1, "train.steps": STEPS,
-  "train.log_every": 1, "train.save_every": 4, "eval.every": 4, "eval.prompts": 2,
+  "train.log_every": 1, "train.save_every": 4, "eval.every": 8, "eval.prompts": 2,
   "eval.final_prompts": 3, "eval.chunk": 2, "eval.preview": 2, "eval.teacher_steps": 2,
 }  # fmt: skip
 STAGE1 = TRAIN | {"train.fake_update_ratio": 4}
