@@ -175,6 +175,11 @@ def stage1() -> config_dict.ConfigDict:
   return c
 
 
+def _rewards() -> config_dict.ConfigDict:
+  """Rewards by name; an import path such as "pkg.module:Name" holds dots."""
+  return config_dict.ConfigDict(allow_dotted_keys=True)
+
+
 def _optimizer(learning_rate: float) -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
   c.learning_rate = learning_rate
