@@ -90,9 +90,9 @@ def test_micro_batches_that_do_not_divide(tmp_path, capsys):
 
 
 def test_a_decode_chunk_that_does_not_divide(tmp_path, capsys):
-  for chunk in (3, -1):
+  for chunk, words in ((3, "4 images"), (-1, "a whole number from 0")):
     code = _run(tmp_path, *SMALL, f"--config.batch.decode_chunk={chunk}")
-    _expect(capsys, code, "batch.decode_chunk", "4 images")
+    _expect(capsys, code, "batch.decode_chunk", words)
 
 
 def _rewrite(file, drop=None, cut=None):
