@@ -9,8 +9,9 @@ def base() -> config_dict.ConfigDict:
   c.seed = 42
 
   c.model = config_dict.ConfigDict()
-  c.model.pretrained = ""  # a diffusers directory
-  # A role's own transformer (a diffusers directory or file); empty: that of `pretrained`.
+  # A diffusers directory, or a repository of Hugging Face's hub as org/name[@revision].
+  c.model.pretrained = ""
+  # A role's own transformer (likewise, or a file); empty: that of `pretrained`.
   c.model.generator_init = ""
   c.model.fake_score_init = ""
   c.model.teacher_init = ""
@@ -37,7 +38,8 @@ def base() -> config_dict.ConfigDict:
   c.lora = config_dict.ConfigDict()
   c.lora.rank = 32
   c.lora.alpha = 64.0
-  c.lora.init = "gaussian"  # a ~ N(0, 1/rank); "normal" is the published re-initialisation
+  # Deviation of `a`: 1/rank ("gaussian", PEFT's), 1 ("normal") or rank**-0.5 ("rsqrt").
+  c.lora.init = "gaussian"
   # Of the adapters in training, their gradients and their moments; "bfloat16" as published.
   c.lora.dtype = "float32"
   c.lora.targets = (
@@ -53,6 +55,7 @@ def base() -> config_dict.ConfigDict:
   c.data = config_dict.ConfigDict()
   c.data.prompts = ""
   c.data.held_out = ""
+  c.data.cache_gb = 1.0  # of host memory for encodings of prompts, the last used ones
 
   c.dmd = config_dict.ConfigDict()
   c.dmd.steps = (1000, 750, 500, 250)
@@ -84,7 +87,9 @@ def base() -> config_dict.ConfigDict:
 
   c.ema = config_dict.ConfigDict()
   c.ema.decay = 0.99
-  c.ema.every = 1
+  c.ema.every = 1  # after the steps n with n + 1 divisible by this
+  c.ema.warmup = False  # True: the decay is (1 + n) / (10 + n) while that is less
+  c.ema.applications = 1  # of the decay, each time
 
   c.batch = config_dict.ConfigDict()
   c.batch.prompts = 72
@@ -93,7 +98,7 @@ def base() -> config_dict.ConfigDict:
 
   c.train = config_dict.ConfigDict()
   c.train.steps = 15_000
-  c.train.fake_update_ratio = 10
+  c.train.fake_update_ratio = 10  # fake-score updates for each of the generator
   c.train.log_every = 10
   c.train.save_every = 1000
   c.train.keep = 3  # newest checkpoints that stay
@@ -130,20 +135,24 @@ def stage2() -> config_dict.ConfigDict:
   c.stage = "stage2"
   c.generator.learning_rate = 3e-6
   c.generator.weight_decay = 1e-4
-  # The published loop's effective rule: once per 8 optimizer steps, 0.9 applied 16 times.
-  c.ema.decay = 0.9**16
+  # The published loop averages the same parameters in 16 times, once per 8 optimizer steps.
+  c.ema.decay = 0.9
   c.ema.every = 8
+  c.ema.warmup = True
+  c.ema.applications = 16
   c.batch.prompts = 48
   c.batch.repeats = 24
   # Images that a device decodes and scores at once, for memory; 0: its part of a micro-batch.
   c.batch.decode_chunk = 0
   c.train.steps = 1000
+  c.train.fake_update_ratio = 1
   c.eval.every = 50
 
   c.policy = config_dict.ConfigDict()
   c.policy.num_train_steps = 2
   c.policy.range_start = 0
   c.policy.range_end = 2
+  # Of the reported drift alone: the ratio that trains is exactly 1 (docs/architecture.md).
   c.policy.clip_low = 1e-5
   c.policy.clip_high = 1e-5
   c.policy.advantage_limit = 5.0
@@ -164,6 +173,11 @@ def stage1() -> config_dict.ConfigDict:
   c = base()
   c.stage = "stage1"
   return c
+
+
+def _rewards() -> config_dict.ConfigDict:
+  """Rewards by name; an import path such as "pkg.module:Name" holds dots."""
+  return config_dict.ConfigDict(allow_dotted_keys=True)
 
 
 def _optimizer(learning_rate: float) -> config_dict.ConfigDict:

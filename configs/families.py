@@ -1,7 +1,8 @@
 """What differs between the five published backbones, and the configs of each stage.
 
-Checkpoint directories and prompt sets are looked for below `checkpoints/` and `prompts/`; override
-the paths on the command line. docs/backbones.md lists where each comes from.
+Models are repositories of Hugging Face's hub, which are looked for below `checkpoints/` and in the
+hub's cache before they are downloaded; prompt sets lie below `prompts/`. docs/backbones.md and
+docs/data.md list where each comes from.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,6 @@ from ml_collections import config_dict
 
 from rtdmd_jax.errors import UserError
 
-CHECKPOINTS = "checkpoints"
 PROMPTS = "prompts"
 _KLEIN_TARGETS = (
   "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
@@ -34,6 +34,21 @@ HELD_OUT = {
 }
 # Ports of the rewards served by `python -m rtdmd_jax.rewards.serve` or a compatible service.
 _PORTS = {"geneval": 18085, "geneval2": 18086, "hpsv3": 18087}
+# Files of the rewards on the device; that of aesthetic is on GitHub.
+_CLIP_L, _CLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+_FILES = {
+  "clipscore": {"directory": _CLIP_L},
+  "pickscore": {"directory": "yuvalkirstain/PickScore_v1", "processor": _CLIP_H},
+  "hpsv2": {"weights": "xswu/HPSv2/HPS_v2.1_compressed.pt", "directory": _CLIP_H},
+  "aesthetic": {
+    "weights": "christophschuhmann/improved-aesthetic-predictor/sac+logos+ava1-l14-linearMSE.pth",
+    "directory": _CLIP_L,
+  },
+  "imagereward": {
+    "weights": "zai-org/ImageReward/ImageReward.pt",
+    "tokenizer": "google-bert/bert-base-uncased",
+  },
+}
 # What the cold starts of all families were evaluated by.
 _COLD_START = ("imagereward", "pickscore", "aesthetic", "clipscore", "hpsv2", "hpsv3", "ocr")
 
@@ -58,22 +73,24 @@ class Family(NamedTuple):
 
 FAMILIES = {
   "sd3": Family(
-    "stable-diffusion-3-medium-diffusers", 7.0, image_size=1024, prompts=32, repeats=16,
+    "stabilityai/stable-diffusion-3-medium-diffusers", 7.0, image_size=1024, prompts=32, repeats=16,
     stage2_micro_batches=16, cold_start=(*_COLD_START, "geneval", "geneval2"),
   ),
   "sd35": Family(
-    "stable-diffusion-3.5-medium", 4.5, prompts=48, stage2_micro_batches=16,
+    "stabilityai/stable-diffusion-3.5-medium", 4.5, prompts=48, stage2_micro_batches=16,
     cold_start=(*_COLD_START, "geneval", "geneval2"),
   ),
   "flux1": Family(
-    "FLUX.1-dev", 3.5, stage2_fake_rate=1e-6, stage2_consistency=False, stage2_save_every=50
+    "black-forest-labs/FLUX.1-dev", 3.5, stage2_fake_rate=1e-6, stage2_consistency=False,
+    stage2_save_every=50,
   ),
   "flux2": Family(
-    "FLUX.2-klein-base-4B", 4.0, "FLUX.2-klein-4B", _KLEIN_TARGETS, 1e-6, 1e-6
+    "black-forest-labs/FLUX.2-klein-base-4B", 4.0, "black-forest-labs/FLUX.2-klein-4B",
+    _KLEIN_TARGETS, 1e-6, 1e-6,
   ),
   "flux2_9b": Family(
-    "FLUX.2-klein-base-9B", 4.0, "FLUX.2-klein-9B", _KLEIN_TARGETS, 1e-6, 1e-6,
-    stage2_consistency=False, stage2_save_every=50,
+    "black-forest-labs/FLUX.2-klein-base-9B", 4.0, "black-forest-labs/FLUX.2-klein-9B",
+    _KLEIN_TARGETS, 1e-6, 1e-6, stage2_consistency=False, stage2_save_every=50,
   ),
 }  # fmt: skip
 
@@ -108,7 +125,7 @@ def stage2(name: str) -> config_dict.ConfigDict:
   """RTDMD of a family of `FAMILIES`, on top of `runs/<name>_stage1`."""
   family = FAMILIES[name]
   c = _model(common.stage2(), family)
-  c.lora.init = "normal"
+  c.lora.init = "normal"  # as published for fresh adapters on top of stage 1's
   c.load.generator = f"runs/{name}_stage1/export/generator"
   c.load.fake_score = f"runs/{name}_stage1/export/fake_score"
   c.data.prompts = f"{PROMPTS}/geneval"
@@ -131,7 +148,7 @@ def infer(name: str) -> config_dict.ConfigDict:
   """Four steps at 1024 px with the adapters of both stages."""
   family = FAMILIES[name]
   c = config_dict.ConfigDict()
-  c.pipeline = f"{CHECKPOINTS}/{family.generator_init or family.pretrained}"
+  c.pipeline = family.generator_init or family.pretrained
   c.dtype = "bfloat16"
   c.height = c.width = 1024
   c.few_step = True  # False: Euler steps, for the base with guidance
@@ -147,7 +164,11 @@ def infer(name: str) -> config_dict.ConfigDict:
 
 
 def evaluation(name: str) -> config_dict.ConfigDict:
-  """The published suite: base, cold start and result by nine rewards, each on its prompts."""
+  """The published suite: base, cold start and result by nine rewards, each on its prompts.
+
+  Of FLUX.2-klein the base is the teacher, and the distilled network that training starts from is a
+  system of its own.
+  """
   family, drawn = FAMILIES[name], infer(name)
   c = config_dict.ConfigDict()
   for key in ("pipeline", "dtype", "height", "width", "seed", "batch"):
@@ -160,18 +181,22 @@ def evaluation(name: str) -> config_dict.ConfigDict:
   lora = lambda stage: ({"path": f"runs/{name}_{stage}/export/generator", "scale": 1.0},)  # noqa: E731
   c.systems = config_dict.ConfigDict()
   c.systems.base = dict(few_step=False, steps=50, guidance=family.guidance, loras=())
+  if family.generator_init:
+    c.systems.base.pipeline = family.pretrained
+    # As its authors draw it: four Euler steps without guidance.
+    c.systems.distilled = dict(few_step=False, steps=4, guidance=1.0, loras=())
   c.systems.cold_start = dict(**few, loras=lora("stage1"))
   c.systems.result = dict(**few, loras=lora("stage2"))
   c.rewards = config_dict.ConfigDict(allow_dotted_keys=True)
   for reward, prompts in HELD_OUT.items():
-    c.rewards[reward] = _reward(reward, prompts=prompts)
+    compat = {"compat": True} if reward in _FILES else {}
+    c.rewards[reward] = _reward(reward, prompts=prompts, **compat)
   return c
 
 
 def _model(c: config_dict.ConfigDict, family: Family) -> config_dict.ConfigDict:
-  c.model.pretrained = f"{CHECKPOINTS}/{family.pretrained}"
-  if family.generator_init:
-    c.model.generator_init = f"{CHECKPOINTS}/{family.generator_init}"
+  c.model.pretrained = family.pretrained
+  c.model.generator_init = family.generator_init
   c.model.image_size = family.image_size
   c.model.remat = "full"
   if family.targets:
@@ -190,22 +215,9 @@ def _watch(c: config_dict.ConfigDict, rewards) -> None:
 
 def _reward(name: str, **options) -> config_dict.ConfigDict:
   """Section of a reward: where its files or its service are, and `options`."""
-  files = {
-    "clipscore": {"directory": "clip-vit-large-patch14"},
-    "pickscore": {"directory": "PickScore_v1", "processor": "CLIP-ViT-H-14-laion2B-s32B-b79K"},
-    "hpsv2": {
-      "weights": "HPS_v2.1_compressed.pt",
-      "directory": "CLIP-ViT-H-14-laion2B-s32B-b79K",
-    },
-    "aesthetic": {
-      "weights": "sac+logos+ava1-l14-linearMSE.pth",
-      "directory": "clip-vit-large-patch14",
-    },
-    "imagereward": {"weights": "ImageReward/ImageReward.pt", "tokenizer": "bert-base-uncased"},
-  }
-  where = {key: f"{CHECKPOINTS}/{file}" for key, file in files.get(name, {}).items()}
-  if name in files:
-    where["dtype"] = "bfloat16"
+  where = dict(_FILES.get(name, {}))
+  if name in _FILES:
+    where["dtype"] = "float32"
   elif name in _PORTS:
     where["url"] = f"http://127.0.0.1:{_PORTS[name]}"
   return config_dict.ConfigDict(dict(**where, **options))

@@ -19,8 +19,9 @@ def tiny(c):
   c.data.held_out = str(TINY / "prompts")
   c.lora.rank = 8
   c.lora.alpha = 16.0
+  c.lora.init = "rsqrt"  # what the learning rates below were chosen with
   c.lora.targets += ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-  c.rewards.clipscore = dict(weight=1.0, directory=str(TINY / "clip"), backpropagate=True)
+  c.rewards.clipscore = dict(weight=1.0, directory=str(TINY / "clip"))
   c.rewards.geneval = dict(weight=1.0, detector="shapes")
   c.eval.chunk = 48
   # Gradients of mean losses are as small as Adam's usual eps.

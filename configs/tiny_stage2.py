@@ -16,11 +16,13 @@ def get_config():
   c.batch.prompts = 16
   c.batch.repeats = 6
   c.batch.micro_batches = 2
+  c.rewards.clipscore.backpropagate = True
   c.policy.policy_weight = 1.0
   c.policy.dm_weight = 0.1
   c.policy.reward_weight = 0.3
   c.ema.decay = 0.0  # no average: it lags behind in so few updates (docs/evidence.md)
-  c.ema.every = 1
+  c.ema.every = c.ema.applications = 1
+  c.ema.warmup = False
   c.train.steps = 30
   c.train.log_every = 1
   c.train.save_every = 10

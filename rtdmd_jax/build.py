@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rtdmd_jax.data import PromptCache
+from rtdmd_jax.data import PromptCache, encoding_chunk
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.held_out_sets import HeldOut, held_out_sets, reward_sections, shortages
 from rtdmd_jax.hosts import gather, together
+from rtdmd_jax.hub import local_path
+from rtdmd_jax.limits import OBJECTIVES, check_policy_steps
 from rtdmd_jax.models import Transformer, build_transformer, load_base
 from rtdmd_jax.models.lora import build_adapters
 from rtdmd_jax.models.vae import decode_images
@@ -29,7 +31,7 @@ from rtdmd_jax.rewards.multi import (
 )
 from rtdmd_jax.rewards.needs import check_training_prompts
 from rtdmd_jax.scoring import Scoring
-from rtdmd_jax.sharding import batch_parts, place, replicate
+from rtdmd_jax.sharding import batch_parts, place, spread
 from rtdmd_jax.stage1 import Consistency, DMDConfig, Roles
 from rtdmd_jax.stage2 import PolicyConfig
 from rtdmd_jax.state import Conditioning, Frozen
@@ -37,7 +39,6 @@ from rtdmd_jax.weights.adapters import Lora, load_adapters
 from rtdmd_jax.weights.safetensors import read_config
 
 Tree = Any
-OBJECTIVES = ("ac_dmd", "dmd")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,11 @@ def build(config: Any) -> Setup:
   setup = _available_everywhere(setup)
   models = {n: score.__self__ for n, score in {**setup.scoring.device, **setup.watched}.items()}
   unconditional = jax.tree.map(jnp.asarray, setup.pipeline.encode([""]))
-  cache = PromptCache(_encoder(setup.pipeline, models))
+  cache = PromptCache(
+    _encoder(setup.pipeline, models),
+    chunk=encoding_chunk(config.batch.prompts, batch_parts()),
+    max_bytes=config.data.cache_gb * 1e9,
+  )
   return replace(setup, cache=cache, unconditional=unconditional)
 
 
@@ -179,6 +184,11 @@ def _reward_options(config: Any) -> dict[str, dict[str, Any]]:
   for name in config.eval.rewards:
     if name in config.rewards:
       raise UserError(f"eval.rewards.{name} is in rewards, too, and is evaluated as it is.")
+    if config.eval.rewards[name].get("backpropagate", False):
+      raise UserError(
+        f"eval.rewards.{name}.backpropagate is true, but eval.rewards are not trained; move it to"
+        " rewards, or drop the key."
+      )
   return {
     name: {k: v for k, v in reward.items() if k not in RUN_KEYS}
     for _, name, reward in reward_sections(config)
@@ -200,11 +210,14 @@ def _device_rewards(
 
 def _bases(model: Any, pipeline: Pipeline) -> tuple[dict[str, Tree], dict[str, str]]:
   """Parameters by resolved path, and the path of each role; a path is loaded once."""
-  own = str((Path(model.pretrained) / "transformer").resolve())
-  bases, keys = {own: pipeline.params}, {}
+  own = local_path(model.pretrained) / "transformer"
+  bases, keys = {str(own.resolve()): pipeline.params}, {}
   for role in ("generator", "fake_score", "teacher"):
-    path = Path(model[f"{role}_init"] or own)
-    path = (path / "transformer" if (path / "transformer").is_dir() else path).resolve()
+    named = model[f"{role}_init"]
+    path = local_path(named, "transformer") if named else own
+    path = path / "transformer" if (path / "transformer").is_dir() else path
+    # A file of the hub's cache is a link to one without a suffix.
+    path = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
     keys[role] = str(path)
     if keys[role] not in bases:
       bases[keys[role]] = _base(path, pipeline.transformer, model, role)
@@ -250,7 +263,7 @@ def _encoder(pipeline: Pipeline, models: dict[str, Any]):
 
   def encode(prompts: Sequence[str]) -> Tree:
     text = {
-      name: features[name](model.params, replicate(model.tokenize(prompts)))
+      name: features[name](model.params, spread(model.tokenize(prompts)))
       for name, model in models.items()
     }
     return {"conditioning": pipeline.encode(prompts), "reward_text": text}
@@ -326,16 +339,12 @@ def policy_config(config: Any) -> PolicyConfig:
   """The typed form of `config.policy`.
 
   Raises:
-    UserError: too few steps to choose from, a batch.decode_chunk that does not divide a device's
-      images, or see `micro_batches`.
+    UserError: no reward, too few steps to choose from, a batch.decode_chunk that does not divide a
+      device's images, or see `micro_batches`.
   """
+  check_policy_steps(config)
   policy = PolicyConfig(
     **config.policy, micro_batches=micro_batches(config), decode_parts=_decode_parts(config)
   )
-  last = len(config.dmd.steps) - 2
-  if not 0 <= policy.range_start <= policy.range_end <= last:
-    raise UserError(
-      f"policy.range_start..range_end is {policy.range_start}..{policy.range_end}; stochastic"
-      f" steps are 0..{last}."
-    )
-  return policy
+  # A group of one has no spread: its advantage is taken over the batch, as the published code does.
+  return policy._replace(per_prompt=policy.per_prompt and config.batch.repeats > 1)

@@ -2,9 +2,10 @@
 
 import json
 import logging
+import re
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -52,7 +53,7 @@ class Checkpoints:
     else:
       _check_writable(self._directory)
     # Orbax logs with a traceback what it then raises, and what is raised here is one sentence.
-    logging.getLogger("absl").addFilter(_not_an_error_of_orbax)
+    logging.getLogger("absl").addFilter(_is_news)
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
       keep_period=keep_every,
@@ -60,8 +61,9 @@ class Checkpoints:
       create=False,
       cleanup_tmp_directories=not read_only,
     )
+    self._place = self._directory.absolute() if "://" not in str(directory) else self._directory
     self._manager = ocp.CheckpointManager(
-      self._directory.absolute() if "://" not in str(directory) else self._directory,
+      self._place,
       options=options,
       # Without handlers a fresh process finds no description of a stored state.
       item_handlers={
@@ -144,15 +146,32 @@ class Checkpoints:
         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
       )
     data, (extra, sums) = items["state"], self._read_extra(step)
-    found = checksums({name: data[name] for name in sums})
-    for name in sorted(sums):
-      if found[name] != sums[name]:
-        raise UserError(
-          f"{self._name(step)} is damaged: the leaf {name} is not what was written; "
-          "delete that folder to resume from an earlier one"
-        )
+    self._compare(step, data, sums)
     leaves = [_from_data(data[name], leaf) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), extra
+
+  def read_leaves(self, sections: Sequence[str], step: int | None = None) -> dict[str, np.ndarray]:
+    """Some leaves of a checkpoint by name, on the host; the other ones are not read.
+
+    Args:
+      sections: first parts of the names, such as `"ema"` of `ema/block/a`.
+      step: which checkpoint; the newest by default.
+
+    Raises:
+      UserError: no such checkpoint, or an unreadable one.
+    """
+    self.wait()
+    step = self._existing(step)
+    with self._reading(step):
+      stored = self._stored_leaves(step)
+      chosen = {n: leaf for n, leaf in stored.items() if n.partition("/")[0] in sections}
+      wanted = {n: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for n, leaf in chosen.items()}
+      on_host = dict.fromkeys(wanted, ocp.RestoreArgs(restore_type=np.ndarray))
+      args = ocp.args.PyTreeRestore(wanted, restore_args=on_host, partial_restore=True)
+      with closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
+        data = reader.restore(self._place / str(step) / "state", args=args)
+    self._compare(step, data, self._read_extra(step)[1])
+    return data
 
   def read_extra(self, step: int | None = None) -> Any:
     """The JSON value of a checkpoint, of the newest by default, without its state.
@@ -182,6 +201,17 @@ class Checkpoints:
     """Finish the checkpoint being written and release the directory; raises what `wait` does."""
     with self._writing(None):
       self._manager.close()
+
+  def _compare(self, step: int, leaves: dict[str, Any], sums: dict[str, int]) -> None:
+    """Raises UserError for the first leaf whose values are not those that were written."""
+    known = [name for name in sorted(sums) if name in leaves]
+    found = checksums({name: leaves[name] for name in known})
+    for name in known:
+      if found[name] != sums[name]:
+        raise UserError(
+          f"{self._name(step)} is damaged: the leaf {name} is not what was written; "
+          "delete that folder to resume from an earlier one"
+        )
 
   def _name(self, step: int) -> str:
     return f"checkpoint {self._directory / str(step)}"
@@ -239,8 +269,10 @@ class Checkpoints:
     return dict(stored.tree)
 
 
-def _not_an_error_of_orbax(record: logging.LogRecord) -> bool:
-  return record.levelno < logging.ERROR or "orbax" not in record.pathname
+def _is_news(record: logging.LogRecord) -> bool:
+  """Whether a line of the log says what is neither raised nor asked for here."""
+  known = record.levelno >= logging.ERROR or re.search(r"read.only", record.getMessage())
+  return not known or "orbax" not in record.pathname
 
 
 def _reason(error: Exception) -> str:

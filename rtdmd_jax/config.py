@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 
 from rtdmd_jax.errors import UserError
 
+# Sections whose entries stand for themselves: a run without one of them is another whole run.
+_REMOVABLE = ("rewards", "eval.rewards", "systems", "prompts")
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -64,6 +66,7 @@ def apply_override(config: ConfigDict, override: str) -> None:
 
   Booleans are `true`, `false`, `1` or `0`; tuples are written `1,2` or `(1, 2)` and keep the type
   of their elements; a key whose default is None takes any Python literal, or else the text itself.
+  `none` removes an entry of the sections `rewards`, `eval.rewards`, `systems` and `prompts`.
 
   Raises:
     UserError: no `=`, an unknown key (the nearest name is given), a section, or the wrong type.
@@ -71,6 +74,8 @@ def apply_override(config: ConfigDict, override: str) -> None:
   key, separator, text = override.partition("=")
   if not separator:
     raise UserError(f"--config.{override} has no value; write --config.{override}=VALUE")
+  if text.lower() == "none" and _removed(config, key):
+    return
   section = config
   *parents, name = key.split(".")
   for depth, parent in enumerate(parents):
@@ -81,8 +86,9 @@ def apply_override(config: ConfigDict, override: str) -> None:
     raise _unknown_key(config, key, key)
   current = section[name]
   if isinstance(current, ConfigDict):
-    keys = ", ".join(sorted(current)) or "none"
-    raise UserError(f"--config.{key} is a section; set one of its keys: {keys}")
+    keys = ", ".join(sorted(current)) or "(none)"
+    removal = f", or remove it with --config.{key}=none" if _container(config, key) else ""
+    raise UserError(f"--config.{key} is a section; set one of its keys: {keys}{removal}")
   value_type = section.get_type(name) if current is None else type(current)
   with section.unlocked():
     section[name] = _parse(key, text, current, value_type)
@@ -95,6 +101,29 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
       yield from flatten(value, f"{prefix}{key}.")
     else:
       yield f"{prefix}{key}", value
+
+
+def _container(config: ConfigDict, key: str) -> tuple[ConfigDict, str] | None:
+  """The section of `_REMOVABLE` that `key` is an entry of, and the entry's name."""
+  for prefix in _REMOVABLE:
+    section = config
+    for part in prefix.split("."):
+      section = section.get(part) if isinstance(section, ConfigDict) else None
+    name = key.removeprefix(f"{prefix}.")
+    if isinstance(section, ConfigDict) and name != key and name in section:
+      return section, name
+  return None
+
+
+def _removed(config: ConfigDict, key: str) -> bool:
+  """Whether `key` was an entry that may be removed, and is now."""
+  found = _container(config, key)
+  if found is None:
+    return False
+  section, name = found
+  with section.unlocked():
+    del section[name]
+  return True
 
 
 def _split_spec(spec: str) -> tuple[Path, str | None]:

@@ -2,11 +2,12 @@
 
 python -m rtdmd_jax.evaluate --config=configs/tiny_eval.py --workdir=DIR
 
-Reads the pipeline, adapters, prompt sets and rewards that the configuration names, and images drawn
-before (--images). Writes into the workdir images/<system>/<prompt set>/<prompt>_<seed>.png,
+Reads the pipelines, adapters, prompt sets and rewards that the configuration names, and images
+drawn before (--images). Writes into the workdir images/<system>/<prompt set>/<prompt>_<seed>.png,
 scores.jsonl (one line an image), summary.json and report.html. Started again it draws what is
 missing. A reward that cannot be built is left out with a warning; its scores are missing, and so
-are those that a reward fails on.
+are those that a reward fails on. With --checkpoint a training run's generator joins as the system
+checkpoint_<step>.
 """
 
 import json
@@ -26,16 +27,20 @@ from PIL import Image
 
 from rtdmd_jax import cli, evaluation, sample, sharding
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.hub import local_path
+from rtdmd_jax.models.text import cut_prompts
 from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.prompts import Prompt, load_prompts
 from rtdmd_jax.report import write_report
 from rtdmd_jax.rewards.geneval import TAGS
 from rtdmd_jax.rewards.isolated import Scores, joined, left_out
 from rtdmd_jax.rewards.multi import MultiReward, make_for_evaluation
+from rtdmd_jax.stored_run import FLAG_HELP, StoredRun
 from rtdmd_jax.weights.adapters import load_adapters
+from rtdmd_jax.weights.safetensors import read_config
 
 _SHARED = ("pipeline", "dtype", "height", "width", "seed", "batch")
-_OWN = ("few_step", "steps", "guidance", "eta", "loras")
+_OWN = ("pipeline", "few_step", "steps", "guidance", "eta", "loras")
 _SCORED = 64  # images read and scored at once, at least
 _KEYS = (*_SHARED, "systems", "prompts", "rewards", "limit", "preview")
 
@@ -69,9 +74,23 @@ def check_config(config: Any) -> None:
 
 
 def settings(config: Any, name: str) -> sample.Settings:
-  """How the system `name` of the config samples."""
+  """How the system `name` of the config samples, from its own `pipeline` or else the config's."""
   values = {key: config[key] for key in _SHARED} | dict(config.systems[name]) | {"out": ""}
   return sample.Settings.from_config(values)
+
+
+def by_pipeline(config: Any, names: Sequence[str]) -> dict[str, list[str]]:
+  """The systems of each pipeline directory, in order.
+
+  Raises:
+    UserError: a system's settings, or a directory without model_index.json.
+  """
+  found: dict[str, list[str]] = {}
+  for name in names:
+    found.setdefault(settings(config, name).pipeline, []).append(name)
+  for directory in found:
+    read_config(local_path(directory), "model_index.json")
+  return found
 
 
 def prompt_sets(config: Any) -> dict[str, list[Prompt]]:
@@ -108,6 +127,58 @@ def draw(
   """Draws what is missing of a system's images, one a prompt, on the current mesh."""
   how = settings(config, name)
   adapters = load_adapters(how.loras, pipeline.transformer)
+  return _draw(name, how, pipeline, adapters, sets, directory, overwrite=overwrite)
+
+
+def draw_checkpoint(
+  config: Any,
+  run: StoredRun,
+  sets: Mapping[str, Sequence[Prompt]],
+  directory: Path,
+  *,
+  overwrite: bool,
+) -> Drawn:
+  """As `draw` with the pipeline, adapters and few steps of a training run's checkpoint."""
+  how = checkpoint_settings(config, run)
+  pipeline = run.pipeline(jnp.dtype(how.dtype))
+  adapters, words = run.adapters(pipeline.transformer)
+  print(f"{run.directory}: {words}")
+  name = checkpoint_name(run)
+  return _draw(name, how, pipeline, adapters, sets, directory, overwrite=overwrite)
+
+
+def checkpoint_name(run: StoredRun) -> str:
+  """The system that a checkpoint is evaluated as."""
+  return f"checkpoint_{run.step}"
+
+
+def checkpoint_settings(config: Any, run: StoredRun) -> sample.Settings:
+  """How the generator of a training run samples, in the sizes of the config.
+
+  Raises:
+    UserError: its few steps are not those that `rtdmd_jax.sample` draws with.
+  """
+  levels, steps = list(run.config["dmd"]["steps"]), len(run.config["dmd"]["steps"])
+  if not np.allclose(levels, 1000.0 * (1.0 - np.arange(steps) / steps)):
+    raise UserError(
+      f"{run.directory} was trained with dmd.steps={levels}; only evenly spaced steps from 1000 on"
+      " can be drawn with."
+    )
+  few = {"few_step": True, "steps": steps, "guidance": 1.0, "eta": run.config["dmd"]["eta"]}
+  values = {key: config[key] for key in _SHARED} | few | {"loras": (), "out": ""}
+  return sample.of_run(sample.Settings.from_config(values), run)
+
+
+def _draw(
+  name: str,
+  how: sample.Settings,
+  pipeline: Pipeline,
+  adapters: Any,
+  sets: Mapping[str, Sequence[Prompt]],
+  directory: Path,
+  *,
+  overwrite: bool,
+) -> Drawn:
   folders = {}
   for set_name, prompts in sets.items():
     folder = folders[set_name] = directory / name / set_name
@@ -164,11 +235,23 @@ def score(
   """Every output of the rewards [N]; NaN where a sample failed.
 
   GenEval's outputs for single tags are left out: the summary has all scores by tag.
+
+  Raises:
+    UserError: images of two sizes.
   """
-  parts = []
+  parts, first = [], None
   for start in range(0, len(files), chunk):
     rows = slice(start, start + chunk)
-    images = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files[rows]])
+    read = [Image.open(file).convert("RGB") for file in files[rows]]
+    first = first or read[0].size
+    for file, image in zip(files[rows], read, strict=True):
+      if image.size != first:
+        (w, h), (width, height) = first, image.size
+        raise UserError(
+          f"{files[0]} is {w} x {h} pixels and {file} is {width} x {height}; the images of a folder"
+          " must be of one size."
+        )
+    images = np.stack([np.asarray(image) for image in read])
     texts, records = [p.text for p in prompts[rows]], [p.record for p in prompts[rows]]
     parts.append(scorer.isolated(images, texts, records))
   scores = joined(parts)
@@ -186,23 +269,38 @@ def main(call: cli.Invocation) -> None:
   ready = [given(text, sets) for text in call.flags.images]
   # Many steps first, as the report's order goes from the teacher to the result.
   own = sorted(config.systems, key=lambda name: (config.systems[name].get("few_step", True), name))
-  names = [*own, *(system.name for system in ready)]
+  run = StoredRun.parse(call.flags.checkpoint) if call.flags.checkpoint else None
+  names = [*own, *(system.name for system in ready), *([checkpoint_name(run)] if run else [])]
   if not names or len(set(names)) != len(names):
     raise UserError(f"systems are {', '.join(names) or '(none)'}; give at least one, once each.")
-  for name in own:
-    settings(config, name)
+  pipelines = by_pipeline(config, own)
+  if run:
+    checkpoint_settings(config, run)
   cli.make_folder(workdir, "--workdir")
   scorers = rewards_by_set(config)
   wanted = {name: sets[name] for name, scorer in scorers.items() if scorer.rewards}
   with jax.set_mesh(sharding.make_mesh()):
-    drawn = []
-    if own:
-      pipeline = Pipeline.from_pretrained(config.pipeline, dtype=jnp.dtype(config.dtype))
-      for name in own:
+    drawn = {}
+    for directory, names in pipelines.items():
+      pipeline = Pipeline.from_pretrained(directory, dtype=jnp.dtype(config.dtype))
+      if not drawn:
+        _print_cut(pipeline, wanted)
+      for name in names:
         overwrite = call.flags.overwrite
-        drawn.append(draw(config, name, pipeline, wanted, workdir / "images", overwrite=overwrite))
-      del pipeline
-    compare(config, [*drawn, *ready], sets, scorers, workdir)
+        drawn[name] = draw(config, name, pipeline, wanted, workdir / "images", overwrite=overwrite)
+      del pipeline  # the next one takes its place in memory
+    if run:
+      overwrite = call.flags.overwrite
+      ready.append(draw_checkpoint(config, run, wanted, workdir / "images", overwrite=overwrite))
+    compare(config, [*(drawn[name] for name in own), *ready], sets, scorers, workdir)
+
+
+def _print_cut(pipeline: Pipeline, sets: Mapping[str, Sequence[Prompt]]) -> None:
+  """Says which prompts are too long for a text encoder."""
+  for name, prompts in sets.items():
+    texts = [prompt.text for prompt in prompts]
+    for line in cut_prompts(pipeline.text.limits, texts, f"prompts of {name}"):
+      print(line)
 
 
 def compare(
@@ -269,6 +367,8 @@ def define_flags(values: flags.FlagValues) -> None:
   """The tool's own flags."""
   text = "NAME=DIR, images that rtdmd_jax.sample or this tool drew; may be repeated."
   flags.DEFINE_multi_string("images", [], text, flag_values=values)
+  about = f"{FLAG_HELP} Its generator is a further system."
+  flags.DEFINE_string("checkpoint", None, about, flag_values=values)
   flags.DEFINE_bool("overwrite", False, "Replace images of other settings.", flag_values=values)
 
 

@@ -1,12 +1,14 @@
 """Exports adapters for other programs.
 
 python -m rtdmd_jax.export --pipeline DIR --lora PATH[:SCALE] --format peft|comfyui|merged --out DIR
+python -m rtdmd_jax.export --checkpoint WORKDIR[:STEP] --format peft|comfyui|merged --out DIR
 
 Several --lora are added up in order. `peft` is a directory for PEFT and for diffusers'
 load_lora_weights, `comfyui` one file with the names that ComfyUI knows, `merged` a diffusers
 transformer directory whose weights have the adapters in them. Reads the config of the pipeline's
-transformer (for `merged` its weights too) and the adapters. Writes --out, where a README.md says
-how to load it; for an adapter of a run's export/ it has the run's settings and scores as well.
+transformer (for `merged` its weights too) and the adapters, those of a run's --checkpoint with the
+earlier stage's. Writes --out, where a README.md says how to load it; for an adapter of a run it has
+the run's settings and scores as well.
 """
 
 import json
@@ -22,14 +24,16 @@ from rtdmd_jax import cli
 from rtdmd_jax.build import Setup
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.hosts import is_main
+from rtdmd_jax.hub import local_path
 from rtdmd_jax.model_card import Run, find_run, read_scores, write_card
 from rtdmd_jax.models import Transformer, build_transformer
 from rtdmd_jax.models.lora import equal_ranks, fold_scale, merge, stack_adapters
 from rtdmd_jax.sharding import fetch
 from rtdmd_jax.state import TrainState
+from rtdmd_jax.stored_run import FLAG_HELP, IN_TRAINING, ROLES, StoredRun, generator_weights
 from rtdmd_jax.weights.adapters import Lora, load_adapters
 from rtdmd_jax.weights.native import save_native
-from rtdmd_jax.weights.peft import adapter_layers, save_peft
+from rtdmd_jax.weights.peft import adapter_layers, read_notes, save_peft
 from rtdmd_jax.weights.safetensors import checkpoint_dtype, load_params, read_config
 from rtdmd_jax.weights.shards import SHARD_BYTES, save_sharded
 
@@ -39,15 +43,18 @@ COMFYUI_NAME = "comfyui_lora.safetensors"
 
 
 def export_adapters(config: Any, setup: Setup, state: TrainState, directory: Path) -> None:
-  """Writes `generator/` (the moving average) and `fake_score/`, earlier stages included.
+  """Writes `generator/` (see `generator_weights`) and `fake_score/`, earlier stages included.
 
-  The generator gets a model card with the scores of `evaluation.json` above the directory. All
-  processes of a run call this, and one writes.
+  Each file takes the place of an earlier one in one step, and its header says after which step the
+  weights were taken and which they are. The generator gets a model card with the scores of
+  `evaluation.json` above the directory, if they are of this step. All processes of a run call this,
+  and one writes.
   """
-  table = setup.pipeline.transformer.table
-  for name, frozen, trained in (
-    ("generator", setup.frozen.generator, state.ema),
-    ("fake_score", setup.frozen.fake_score, state.fake_score),
+  table, step = setup.pipeline.transformer.table, int(state.step)
+  generator, words = generator_weights(state.ema, state.generator, config.ema)
+  for name, frozen, trained, which in (
+    ("generator", setup.frozen.generator, generator, words),
+    ("fake_score", setup.frozen.fake_score, state.fake_score, IN_TRAINING),
   ):
     trained = jax.tree.map(lambda a: a.astype(jnp.float32), trained)
     adapters, rank = equal_ranks(stack_adapters(frozen, fold_scale(trained, config.lora.alpha)))
@@ -57,12 +64,21 @@ def export_adapters(config: Any, setup: Setup, state: TrainState, directory: Pat
     # Full names: in FLUX.2 the suffix `attn.to_out` also names a list of two modules in the double
     # blocks, which PEFT refuses; and an earlier stage may have adapted more layers.
     targets = sorted(adapter_layers(adapters, table))
+    notes = {"step": str(step), "weights": which}
     # The scale is in b, so alpha equals the rank.
-    save_peft(directory / name, adapters, table, rank=rank, alpha=float(rank), targets=targets)
-  if not is_main():
-    return
+    save_peft(
+      directory / name, adapters, table, rank=rank, alpha=float(rank), targets=targets, notes=notes
+    )
+  if is_main():
+    write_run_card(config, setup, directory, read_scores(directory.parent, step))
+    print(f"export: {directory} holds step {step:,}, generator: {words}")
+
+
+def write_run_card(config: Any, setup: Setup, directory: Path, scores: Any) -> None:
+  """Writes the model card of what `export_adapters` wrote into `directory`, and its scores."""
+  notes, settings = read_notes(directory / "generator"), json.loads(config.to_json_best_effort())
+  run = Run(settings, scores, int(notes["step"]), notes["weights"])
   base = config.model.generator_init or config.model.pretrained
-  run = Run(json.loads(config.to_json_best_effort()), read_scores(directory.parent))
   write_card(directory / "generator", "peft", setup.pipeline.transformer, base, run)
 
 
@@ -100,26 +116,50 @@ def main(call: cli.Invocation) -> None:
     raise UserError(f"--format={values.format} is unknown; choose one of {', '.join(FORMATS)}.")
   if values.dtype is not None and values.format != "merged":
     raise UserError("--dtype applies to --format=merged only; adapters are written as float32.")
-  if not values.lora:
-    raise UserError("--lora is required: a LoRA file or directory, PATH or PATH:SCALE.")
+  if bool(values.lora) == bool(values.checkpoint):
+    raise UserError(
+      "--lora is required, a LoRA file or directory, PATH or PATH:SCALE, or in its place"
+      " --checkpoint, WORKDIR or WORKDIR:STEP."
+    )
+  role = values.role or "generator"
+  if role not in ROLES or (values.role and not values.checkpoint):
+    raise UserError(f"--role={role} must be one of {', '.join(ROLES)}, and goes with --checkpoint.")
+  stored = StoredRun.parse(values.checkpoint) if values.checkpoint else None
+  pipeline = values.pipeline or (stored and stored.base(role))
+  if not pipeline:
+    raise UserError("--pipeline is required with --lora: a pipeline or transformer directory.")
   out = Path(values.out)
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise UserError(f"--out={out} exists and is not an empty directory; choose another.")
-  cli.make_folder(out, "--out")
-  source = _transformer_directory(Path(values.pipeline))
+  dtype = _dtype(values.dtype)
+  kind = "transformer" if values.format == "merged" else "network"
+  source = _transformer_directory(local_path(pipeline, kind))
+  if source.is_file():
+    raise UserError(
+      f"the adapters belong to the single file {source}; give --pipeline=DIR, a directory of the"
+      " same network with its config.json."
+    )
   transformer = build_transformer(read_config(source))
-  adapters = load_adapters([Lora.parse(value) for value in values.lora], transformer)
+  if stored is None:
+    adapters, notes = load_adapters([Lora.parse(value) for value in values.lora], transformer), None
+    runs = [run for run in (find_run(Lora.parse(value).path) for value in values.lora) if run]
+    run = runs[-1] if runs else None
+  else:
+    adapters, words = stored.adapters(transformer, role)
+    run = Run(stored.config, read_scores(stored.workdir, stored.step), stored.step, words)
+    notes = {"step": str(stored.step), "weights": words}
+  cli.make_folder(out, "--out")
   if values.format == "merged":
-    export_merged(source, transformer, adapters, out, dtype=_dtype(values.dtype))
+    export_merged(source, transformer, adapters, out, dtype=dtype)
   elif values.format == "comfyui":
     save_native(out / COMFYUI_NAME, adapters, transformer)
   else:
     adapters, rank = equal_ranks(adapters)
     targets = sorted(adapter_layers(adapters, transformer.table))
     table = transformer.table
-    save_peft(out, adapters, table, rank=rank, alpha=float(rank), targets=targets)
-  runs = [run for run in (find_run(Lora.parse(value).path) for value in values.lora) if run]
-  write_card(out, values.format, transformer, values.pipeline, runs[-1] if runs else None)
+    save_peft(out, adapters, table, rank=rank, alpha=float(rank), targets=targets, notes=notes)
+  if role == "generator":
+    write_card(out, values.format, transformer, pipeline, run)
   print(json.dumps({"out": str(out), "files": sorted(p.name for p in out.iterdir())}))
 
 
@@ -139,13 +179,17 @@ def _dtype(name: str | None) -> Any:
 def define_flags(values: flags.FlagValues) -> None:
   """The tool's own flags."""
   text, several = flags.DEFINE_string, flags.DEFINE_multi_string
-  text("pipeline", None, "A diffusers pipeline or transformer directory.", flag_values=values)
+  about = "A diffusers pipeline or transformer, PATH or org/name; the run's with --checkpoint."
+  text("pipeline", None, about, flag_values=values)
   several("lora", [], "A LoRA: PATH or PATH:SCALE; may be repeated.", flag_values=values)
+  text("checkpoint", None, f"In place of --lora: {FLAG_HELP}", flag_values=values)
+  about = f"Whose adapters of the checkpoint: {' (default) or '.join(ROLES)}."
+  text("role", None, about, flag_values=values)
   text("format", None, f"What to write: {', '.join(FORMATS)}.", flag_values=values)
   text("out", None, "Directory to write; must not exist or be empty.", flag_values=values)
   text("dtype", None, "Type of merged weights; the base's own by default.", flag_values=values)
 
 
 if __name__ == "__main__":
-  required = ("pipeline", "format", "out")
+  required = ("format", "out")
   sys.exit(cli.run(main, define_flags=define_flags, requires=required, shared=()))

@@ -1,10 +1,13 @@
 """Grids of captioned images for previews and comparisons."""
 
+import bisect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from rtdmd_jax import captions as fonts
 
 _PAPER, _INK, _FAINT = (255, 255, 255), (32, 32, 32), (110, 110, 110)
 _GAP = 8
@@ -22,7 +25,8 @@ def grid(
 
   Args:
     images: uint8 `[N, H, W, 3]`.
-    captions: N strings; long ones are wrapped to three lines and cut.
+    captions: N strings; long ones are wrapped to three lines and cut, and in place of those that
+      cannot be drawn stands the name that `captions.labels` gives them.
     columns: images a row; about a square by default.
     cell: width of an image in the grid in pixels; its own width, at least 128, by default.
 
@@ -39,8 +43,9 @@ def grid(
   columns = min(columns or int(np.ceil(np.sqrt(count))), count)
   cells = _resize(images, cell)
   width, height = cells[0].size
-  font = _font(width)
-  caption_height = 0 if captions is None else _LINES * _line_height(font) + _GAP // 2
+  texts = [] if captions is None else fonts.labels(captions)[0]
+  faces = [fonts.font(text, _font_size(width)) for text in texts]
+  caption_height = _LINES * max(map(_line_height, faces)) + _GAP // 2 if faces else 0
   rows = -(-count // columns)
   sheet = Image.new(
     "RGB",
@@ -52,9 +57,9 @@ def grid(
     x = _GAP + index % columns * (width + _GAP)
     y = _GAP + index // columns * (height + caption_height + _GAP)
     sheet.paste(picture, (x, y))
-    if captions is not None:
-      text = "\n".join(wrap(captions[index], font, width, _LINES))
-      draw.multiline_text((x, y + height + _GAP // 4), text, _INK, font, spacing=2)
+    if texts:
+      text = "\n".join(wrap(texts[index], faces[index], width, _LINES))
+      draw.multiline_text((x, y + height + _GAP // 4), text, _INK, faces[index], spacing=2)
   return sheet
 
 
@@ -81,7 +86,7 @@ def side_by_side(
     if len(images) != len(captions):
       raise ValueError(f"{name} has {len(images)} images for {len(captions)} captions")
   cell = cell or max(128, *(images.shape[2] for images in systems.values()))
-  font = _font(cell)
+  font = fonts.font("", _font_size(cell))
   margin = int(max(font.getlength(name) for name in systems)) + 2 * _GAP
   labels = list(systems)
   strips = [
@@ -115,10 +120,11 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> lis
   rows: list[str] = []
   row = ""
   for word in text.split():
+    if len(rows) > lines:  # the rest is cut off
+      break
     while font.getlength(word) > width and len(word) > 1:  # a word longer than a line
-      head = next(
-        n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width
-      )
+      size = lambda n, word=word: font.getlength(word[:n])  # noqa: E731
+      head = max(bisect.bisect_right(range(len(word)), width, key=size) - 1, 1)
       rows += [row] * bool(row) + [word[:head]]
       row, word = "", word[head:]
     joined = f"{row} {word}".strip()
@@ -151,8 +157,8 @@ def _resize(images: np.ndarray, cell: int | None) -> list[Image.Image]:
   return [Image.fromarray(image).resize(size, method) for image in images]
 
 
-def _font(width: int) -> ImageFont.FreeTypeFont:
-  return ImageFont.load_default(size=max(11, width // 20))
+def _font_size(width: int) -> int:
+  return max(11, width // 20)
 
 
 def _line_height(font: ImageFont.FreeTypeFont) -> int:

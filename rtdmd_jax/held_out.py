@@ -11,8 +11,9 @@ from PIL import Image
 
 from rtdmd_jax import evaluation, hosts
 from rtdmd_jax.build import Setup
+from rtdmd_jax.captions import labels, write_names
 from rtdmd_jax.grids import save_png, side_by_side
-from rtdmd_jax.metrics import MetricWriter
+from rtdmd_jax.metrics import MetricWriter, markdown
 from rtdmd_jax.monitors import DIVERSE_IMAGES, DIVERSE_PROMPTS, Monitor, image_values
 from rtdmd_jax.prompts import Prompt
 from rtdmd_jax.rewards.isolated import sentence
@@ -37,7 +38,7 @@ def evaluate(
   counted in `eval/<reward>_failed`, and named in a warning.
   """
   system = evaluation.generator(setup, config, "generator", state.ema)
-  values, failed, warnings, picture = {}, {}, [], None
+  values, failed, warnings, preview = {}, {}, [], None
   for number, part in enumerate(setup.held_out_sets):
     prompts, shown = _spread(part.prompts, config.eval.prompts), number == 0
     several = [p for p in prompts[:DIVERSE_PROMPTS] for _ in range(DIVERSE_IMAGES)] if shown else []
@@ -52,11 +53,12 @@ def evaluate(
     if shown and seen.images is not None:
       with _guarded("drawing the preview", warnings, joint=jax.process_count() > 1):
         picture = _preview(config, setup, evaluator, state, system, seen.images, prompts)
+        preview = picture, [p.text for p in prompts[: config.eval.preview]]
       if not seen.problem:
         groups = seen.images[len(prompts) :].reshape(-1, DIVERSE_IMAGES, *seen.images.shape[1:])
         values |= image_values(seen.images[: len(prompts)], groups)
   if hosts.is_main():
-    _report(config, step, values, failed, warnings, picture, writer, workdir)
+    _report(config, step, values, failed, warnings, preview, writer, workdir)
 
 
 def _report(
@@ -65,7 +67,7 @@ def _report(
   values: dict[str, np.ndarray],
   failed: dict[str, int],
   warnings: list[str],
-  picture: Image.Image | None,
+  preview: tuple[Image.Image, list[str]] | None,
   writer: MetricWriter,
   workdir: Path,
 ) -> None:
@@ -76,14 +78,26 @@ def _report(
   with _guarded("the comparison with the first evaluation", warnings):
     trained = [name for name, reward in config.rewards.items() if reward.weight]
     hacking = Monitor(workdir / "monitor.json", trained).look(step, values)
-  if picture is not None:
+  if preview is not None:
     with _guarded("writing the preview", warnings):
-      (workdir / "previews").mkdir(exist_ok=True)
-      save_png(workdir / f"previews/step_{step:06d}.png", picture)
-      writer.image(step, "preview", np.asarray(picture))
+      _write_preview(step, *preview, writer, workdir)
   for text in [*([hacking] if hacking else []), *(f"step {step}: {w}" for w in warnings)]:
     print(text)
     writer.warning(step, text)
+
+
+def _write_preview(
+  step: int, picture: Image.Image, prompts: list[str], writer: MetricWriter, workdir: Path
+) -> None:
+  """Writes the picture, and the prompts that its font cannot draw beside it."""
+  file = workdir / f"previews/step_{step:06d}.png"
+  file.parent.mkdir(exist_ok=True)
+  save_png(file, picture)
+  writer.image(step, "preview", np.asarray(picture))
+  _, names = labels(prompts)
+  write_names(file.with_suffix(".txt"), names)
+  if names:
+    writer.text(step, "preview", markdown(names))
 
 
 @contextlib.contextmanager

@@ -2,10 +2,11 @@
 
 Reads the checkpoints, prompts and adapters that the configuration names. Writes checkpoints,
 metrics, previews, the exported LoRA and report.html into the workdir. Started again with the same
-workdir, a run goes on from its last checkpoint.
+workdir, a run goes on from its last checkpoint; of a finished one only the report is written anew.
 
-With --check nothing is loaded or written: the run is built from shapes alone, and every problem
-with its configuration, files, rewards and devices is a line. --workdir may be left out then.
+With --check nothing is trained or written: the run is built from shapes alone, rewards of the host
+score a grey image, and every problem with its configuration, files, rewards, prompts and devices is
+a line. --workdir may be left out then.
 """
 
 import sys
@@ -13,7 +14,8 @@ import sys
 from absl import flags
 
 from rtdmd_jax import cli, distributed
-from rtdmd_jax.errors import EXIT_USER_ERROR, UserError
+from rtdmd_jax.errors import UserError
+from rtdmd_jax.lock import WorkdirLock
 
 
 def main(call: cli.Invocation) -> None:
@@ -29,7 +31,8 @@ def main(call: cli.Invocation) -> None:
     distributed.check_alone()
     from rtdmd_jax.pretrain.run import run
 
-    print(f"pipeline: {run(call.config, workdir)}")
+    with WorkdirLock(workdir):
+      print(f"pipeline: {run(call.config, workdir)}")
   else:
     distributed.initialize()
     from rtdmd_jax.train import train
@@ -38,22 +41,17 @@ def main(call: cli.Invocation) -> None:
 
 
 def _check(call: cli.Invocation) -> None:
-  """Prints what would run; every problem is a line of stderr, and makes the exit code 2."""
-  from rtdmd_jax.check import check
+  """Prints what would run, and what is wrong; a problem makes the exit code 2."""
+  from rtdmd_jax.check import check, show
 
-  allow = call.flags.allow_config_change
-  report = check(call.config, call.workdir, allow_config_change=allow)
-  print("\n".join(report.lines), flush=True)
-  for sentence in report.problems:
-    print(f"error: {sentence}", file=sys.stderr)
-  if report.problems:
-    sys.exit(EXIT_USER_ERROR)
-  print("no problem found")
+  report = check(call.config, call.workdir, allow_config_change=call.flags.allow_config_change)
+  if code := show(report):
+    sys.exit(code)
 
 
 def define_flags(values: flags.FlagValues) -> None:
   """The tool's own flags."""
-  text = "Resume although the objective, the backbone or the adapters changed."
+  text = "Resume although the objective, the backbone, the adapters or files that are read changed."
   flags.DEFINE_bool("allow_config_change", False, text, flag_values=values)
   flags.DEFINE_bool("check", False, "Only say what would run, and what is wrong.", values)
 

@@ -1,6 +1,7 @@
 """Metrics of a run: `metrics.jsonl` and TensorBoard events."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.files import replace_text
 from rtdmd_jax.wandb_log import WandbRun
 
 FILE_NAME = "metrics.jsonl"
@@ -49,6 +51,9 @@ class MetricWriter:
     if not active:
       return
     from tensorboardX import SummaryWriter  # takes seconds to import, and readers need it not
+
+    # It repeats for every number that is not finite what `nonfinite` and warnings say with names.
+    logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 
     path = workdir / FILE_NAME
     try:
@@ -158,9 +163,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _keep_until(path: Path, last_step: int) -> None:
   kept = [line for line in read_metrics(path) if line["step"] <= last_step]
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-  temporary.replace(path)
+  replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _number(name: str, value: Any) -> float:

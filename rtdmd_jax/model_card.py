@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rtdmd_jax.evaluation import score_text
+from rtdmd_jax.files import replace_text
+from rtdmd_jax.hub import title
 from rtdmd_jax.models import Transformer
+from rtdmd_jax.report_scores import overlap_sentences
+from rtdmd_jax.weights.peft import read_notes
 
 FILE_NAME = "README.md"
 # diffusers' pipeline and transformer by the name of the network's config.
@@ -18,10 +22,19 @@ _DIFFUSERS = {
 
 
 class Run(NamedTuple):
-  """What a card tells of a training run: its configuration as nested dicts, and its scores."""
+  """What a card tells of a training run.
+
+  Attributes:
+    config: its configuration as nested dicts.
+    evaluation: `evaluation.json` of these weights, if there is one.
+    step: after which the weights were taken.
+    weights: which ones they are, such as "moving average".
+  """
 
   config: Mapping[str, Any]
   evaluation: Mapping[str, Any] | None
+  step: int | None = None
+  weights: str | None = None
 
 
 def find_run(adapter: Path) -> Run | None:
@@ -29,13 +42,26 @@ def find_run(adapter: Path) -> Run | None:
   workdir = adapter.resolve().parent.parent
   if adapter.resolve().parent.name != "export" or not (workdir / "config.json").is_file():
     return None
-  return Run(json.loads((workdir / "config.json").read_text()), read_scores(workdir))
+  notes = read_notes(adapter)
+  step = int(notes["step"]) if notes.get("step", "").isdecimal() else None
+  config = json.loads((workdir / "config.json").read_text())
+  return Run(config, read_scores(workdir, step), step, notes.get("weights"))
 
 
-def read_scores(workdir: Path) -> dict[str, Any] | None:
-  """The final evaluation of a run, None if it has not come that far."""
-  path = workdir / "evaluation.json"
-  return json.loads(path.read_text()) if path.is_file() else None
+def read_scores(workdir: Path, step: int | None = None) -> dict[str, Any] | None:
+  """The final evaluation of a run; None without a whole one, or if it is of another step.
+
+  Args:
+    workdir: of the run.
+    step: of the weights; None takes the evaluation of any.
+  """
+  try:
+    found = json.loads((workdir / "evaluation.json").read_text())
+  except (OSError, ValueError):  # its writer may have been killed
+    return None
+  if not isinstance(found, dict) or "systems" not in found:
+    return None
+  return found if step is None or found.get("run", {}).get("step") == step else None
 
 
 def write_card(
@@ -47,11 +73,11 @@ def write_card(
     directory: of the export, which exists.
     kind: "peft", "comfyui" or "merged".
     transformer: the network that is adapted.
-    base: directory of the base; only its name is told.
+    base: directory or repository of the base; only its name is told.
     run: where the adapter is from, if that is known.
   """
   pipeline, network = _DIFFUSERS[type(transformer.config).__name__]
-  name = Path(base).resolve().name
+  name = title(base)
   parts = [
     _front_matter(kind),
     f"# {'Merged transformer' if kind == 'merged' else 'LoRA'} for {name}",
@@ -62,7 +88,7 @@ def write_card(
     *_loading(kind, pipeline, network, name),
     "The license of the base applies.",
   ]
-  (directory / FILE_NAME).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+  replace_text(directory / FILE_NAME, "\n\n".join(parts) + "\n")
 
 
 def _front_matter(kind: str) -> str:
@@ -75,7 +101,8 @@ def _training(run: Run) -> list[str]:
   few = [str(step) for step in c["dmd"]["steps"]]
   facts = {
     "stage": c["stage"],
-    "training steps": f"{c['train']['steps']:,}",
+    "training steps": _steps(run),
+    **({} if run.weights is None else {"weights": run.weights}),
     "images a step": f"{c['batch']['prompts'] * c['batch']['repeats']:,}",
     "rank and alpha of this stage": f"{c['lora']['rank']}, {c['lora']['alpha']:g}",
     "image size": f"{c['model']['image_size']} px",
@@ -87,9 +114,14 @@ def _training(run: Run) -> list[str]:
     weights = (f"{name} x {reward['weight']:g}" for name, reward in c["rewards"].items())
     facts[label] = ", ".join(weights if c["stage"] == "stage2" else c["rewards"])
   parts = ["## Training", _table(("", ""), list(facts.items()))]
-  if run.evaluation is not None and run.evaluation["systems"][0]["scores"]:
+  if run.evaluation is not None and any(s["scores"] for s in run.evaluation["systems"]):
     parts += ["## Held-out scores", *_scores(run.evaluation)]
   return parts
+
+
+def _steps(run: Run) -> str:
+  total = run.config["train"]["steps"]
+  return f"{total:,}" if run.step in (None, total) else f"{run.step:,} of {total:,}"
 
 
 def _scores(evaluation: Mapping[str, Any]) -> list[str]:
@@ -101,9 +133,10 @@ def _scores(evaluation: Mapping[str, Any]) -> list[str]:
   ]
   counts = sorted({score["n"] for s in systems for score in s["scores"].values()})
   span = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+  compared = overlap_sentences(evaluation.get("run", {}).get("overlap") or {})
   return [
     _table(("system", "steps", "guidance", *names), rows),
-    f"Means over {span} prompts that were not trained on, with 95 % intervals.",
+    f"Means over {span} prompts, with 95 % intervals. {compared}".strip(),
   ]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rtdmd_jax.errors import UserError
 from rtdmd_jax.image_statistics import diversity, image_statistics
 
 # Prompts and images of each for `images/diversity`; four more images a prompt say little more.
@@ -33,13 +34,23 @@ class Monitor:
     self._file, self._trained = file, [f"eval/{name}" for name in trained]
 
   def look(self, step: int, values: Mapping[str, np.ndarray]) -> str | None:
-    """Takes the values of an evaluation by name; a sentence if they are suspicious."""
+    """Takes the values of an evaluation by name; a sentence if they are suspicious.
+
+    Raises:
+      UserError: the file is broken.
+    """
     now = {name: _mean(v) for name, v in values.items()}
     if not self._file.exists():
       self._file.write_text(json.dumps({"step": step, "means": now}))
       return None
-    first = json.loads(self._file.read_text())
-    before = {name: tuple(pair) for name, pair in first["means"].items()}
+    try:
+      first = json.loads(self._file.read_text())
+      before = {name: (float(mean), float(width)) for name, (mean, width) in first["means"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise UserError(
+        f"{self._file} is not what an evaluation left there ({error!r}); remove it, and the next"
+        " one counts as the first"
+      ) from error
     good, bad = moves(before, now, self._trained)
     if not good or not bad:
       return None

@@ -1,5 +1,7 @@
-"""Optimizers, the guarded update and the moving average of adapters."""
+"""Optimizers, guarded updates and the moving average of adapters."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -39,8 +41,9 @@ def guarded_update(
 
   Returns:
     The new parameters and optimizer state (the old ones if any gradient entry is not finite), and
-    the metrics `grad_norm` (before clipping), `skipped` (1 if the update was not applied) and
-    `finite` ([leaves] bool, in the order of the tree: which gradients are).
+    the metrics `grad_norm` (before clipping), `update_norm` (of the change to the parameters),
+    `skipped` (1 if the update was not applied) and `finite` ([leaves] bool, in the order of the
+    tree: which gradients are).
   """
   norm = optax.global_norm(grads)
   finite = jnp.isfinite(norm)
@@ -57,13 +60,61 @@ def guarded_update(
     jax.tree.map(keep, new_opt_state, opt_state),
     {
       "grad_norm": norm,
+      "update_norm": jnp.where(finite, optax.global_norm(updates), 0.0),
       "skipped": 1.0 - finite.astype(jnp.float32),
       "finite": jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]),
     },
   )
 
 
-def ema_update(ema: Tree, params: Tree, decay: float, when: jax.Array | bool = True) -> Tree:
+def repeated_update(
+  update: Callable[[Tree, jax.Array], tuple[Tree, tuple[Tree, dict[str, jax.Array]]]],
+  start: Tree,
+  key: jax.Array,
+  count: int,
+) -> tuple[Tree, Tree, dict[str, jax.Array]]:
+  """`count` updates one after the other, in a loop, so that they are compiled once.
+
+  Args:
+    update: maps (what is updated, key) to the same updated and (losses, the metrics of
+      `guarded_update`).
+    start: what is updated.
+    key: of the first update; the i-th has `fold_in(key, i)`, i counting from 0.
+    count: from 1.
+
+  Returns:
+    The result of the last update, the means of the losses, and the metrics: norms of the last
+    update, `skipped` 1 if any was, `finite` of gradients that were so in all.
+  """
+  if count == 1:
+    end, (losses, info) = update(start, key)
+    return end, losses, info
+  later = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(1, count))
+  end, (losses, info) = jax.lax.scan(update, start, jnp.concatenate([key[None], later]))
+  reduced = {"skipped": jnp.max, "finite": partial(jnp.all, axis=0)}
+  info = {name: reduced.get(name, lambda values: values[-1])(v) for name, v in info.items()}
+  return end, jax.tree.map(jnp.mean, losses), info
+
+
+def effective_decay(
+  decay: float, step: jax.Array | int, *, warmup: bool = False, applications: int = 1
+) -> jax.Array | float:
+  """The decay of one update of the moving average.
+
+  Args:
+    decay: of one application, in [0, 1].
+    step: updates of the parameters so far; for the warm-up alone.
+    warmup: not more than `(1 + step) / (10 + step)`.
+    applications: how often in a row the same parameters are averaged in.
+  """
+  if warmup:
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  return decay**applications
+
+
+def ema_update(
+  ema: Tree, params: Tree, decay: jax.Array | float, when: jax.Array | bool = True
+) -> Tree:
   """`decay * ema + (1 - decay) * params` where `when` holds, else `ema`."""
   rate = jnp.where(when, 1.0 - decay, 0.0)
   return jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)

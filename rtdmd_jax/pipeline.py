@@ -1,8 +1,9 @@
 """A pretrained text-to-image pipeline from a diffusers-layout directory."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,15 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rtdmd_jax import sampling
+from rtdmd_jax import components, sampling
 from rtdmd_jax.compilation import jit
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.hub import local_path
 from rtdmd_jax.models import Transformer, build_transformer, load_base
 from rtdmd_jax.models.encoders import load_vae
-from rtdmd_jax.models.text import TextEncoder, load_flux1_text, load_flux2_text, load_sd3_text
+from rtdmd_jax.models.text import (
+  TextEncoder,
+  flux1_limits,
+  flux2_limits,
+  load_flux1_text,
+  load_flux2_text,
+  load_sd3_text,
+  sd3_limits,
+)
+from rtdmd_jax.models.tokenizer import Limit
 from rtdmd_jax.models.vae import AutoencoderKL, decode_images
 from rtdmd_jax.roles import role_variables, role_velocity
-from rtdmd_jax.sharding import place, replicate
+from rtdmd_jax.sharding import fetch, place, spread
 from rtdmd_jax.state import Conditioning
 from rtdmd_jax.weights.safetensors import read_config
 
@@ -29,14 +40,76 @@ class Family(NamedTuple):
 
   schedule: str
   load_text: Callable[..., TextEncoder]
+  problems: Callable[[Path, Mapping[str, Any]], list[str]]
+  limits: Callable[[Path], tuple[Limit, ...]]
 
 
 _FAMILIES = {
-  "StableDiffusion3Pipeline": Family("sd3", load_sd3_text),
-  "FluxPipeline": Family("flux1", load_flux1_text),
-  "Flux2KleinPipeline": Family("flux2", load_flux2_text),
+  "StableDiffusion3Pipeline": Family("sd3", load_sd3_text, components.sd3_problems, sd3_limits),
+  "FluxPipeline": Family("flux1", load_flux1_text, components.flux1_problems, flux1_limits),
+  "Flux2KleinPipeline": Family("flux2", load_flux2_text, components.flux2_problems, flux2_limits),
 }
+_INDEX = "model_index.json"
 FEW_STEPS = (1000, 750, 500, 250)
+
+
+def check_components(directory: str | os.PathLike) -> None:
+  """Raises UserError with the first of `component_problems`, if there is any."""
+  for problem in component_problems(directory):
+    raise UserError(problem)
+
+
+def component_problems(directory: str | os.PathLike) -> list[str]:
+  """A sentence for everything in a pipeline's config files that is missing or does not fit.
+
+  That is the pipeline's class, the scheduler, and channels and widths of the networks among each
+  other. Weights and tokenizers are not read.
+
+  Args:
+    directory: has model_index.json.
+  """
+  directory = Path(directory)
+  try:
+    family, index = _family(directory)
+  except UserError as error:
+    return [str(error)]
+  problems = []
+  try:
+    _schedule(directory, family, index)
+  except UserError as error:
+    problems.append(str(error))
+  return problems + family.problems(directory, index)
+
+
+def text_limits(directory: str | os.PathLike) -> tuple[Limit, ...]:
+  """What the text encoders of a pipeline's directory read of a prompt, by its tokenizers alone.
+
+  Raises:
+    UserError: a missing or broken file.
+  """
+  directory = Path(directory)
+  return _family(directory)[0].limits(directory)
+
+
+def _family(directory: Path) -> tuple[Family, dict[str, Any]]:
+  """What a directory's pipeline class implies, and the contents of its model_index.json."""
+  index = read_config(directory, _INDEX)
+  kind = index.get("_class_name")
+  if not isinstance(kind, str) or kind not in _FAMILIES:
+    raise UserError(
+      f"{directory / _INDEX}: _class_name is {kind!r}; supported are {', '.join(_FAMILIES)}."
+    )
+  return _FAMILIES[kind], index
+
+
+def _schedule(directory: Path, family: Family, index: Mapping[str, Any]) -> sampling.Schedule:
+  # As in diffusers, model_index.json names the class that reads the scheduler's own file.
+  named = index.get("scheduler")
+  if isinstance(named, list) and named:
+    sampling.check_scheduler(named[-1], directory / _INDEX)
+  file = directory / "scheduler" / "scheduler_config.json"
+  config = read_config(file.parent, file.name)
+  return sampling.Schedule.from_config(family.schedule, config, source=file)
 
 
 @dataclass(frozen=True)
@@ -74,7 +147,8 @@ class Pipeline:
     """Loads a directory with `model_index.json`.
 
     Args:
-      directory: transformer/, vae/, text encoders, tokenizers and scheduler/ in diffusers' layout.
+      directory: transformer/, vae/, text encoders, tokenizers and scheduler/ in diffusers' layout,
+        or the repository `org/name[@revision]` that has them (see `hub`).
       dtype: of parameters and computation.
       mesh: splits every parameter as the sharding table says; the current mesh by default.
       remat: what a backward pass through the transformer recomputes; see `build_transformer`.
@@ -83,7 +157,8 @@ class Pipeline:
       offload: kernels of its blocks and the text encoders' stay with the hosts; needs a mesh.
 
     Raises:
-      UserError: a missing or broken file, or a pipeline class that is not supported.
+      UserError: a missing or broken file, a pipeline class or scheduler that is not supported, or
+        networks that do not fit each other.
     """
     if mesh is not None:
       with jax.set_mesh(mesh):
@@ -95,18 +170,11 @@ class Pipeline:
           base_storage=base_storage,
           offload=offload,
         )
-    directory = Path(directory)
-    kind = read_config(directory, "model_index.json").get("_class_name")
-    if not isinstance(kind, str) or kind not in _FAMILIES:
-      raise UserError(
-        f"{directory / 'model_index.json'}: _class_name is {kind!r}; supported are"
-        f" {', '.join(_FAMILIES)}."
-      )
-    family = _FAMILIES[kind]
+    directory = local_path(directory)
     # What fails fast comes first.
-    schedule = sampling.Schedule.from_config(
-      family.schedule, read_config(directory / "scheduler", "scheduler_config.json")
-    )
+    check_components(directory)
+    family, index = _family(directory)
+    schedule = _schedule(directory, family, index)
     transformer = build_transformer(
       read_config(directory / "transformer"), dtype=dtype, remat=remat, attention=attention
     )
@@ -162,8 +230,11 @@ class Pipeline:
     return (height // patch) * (width // patch)
 
   def encode(self, prompts: Sequence[str]) -> Conditioning:
-    """Conditioning of prompts, tokens [B, L, D] and pooled [B, P]."""
-    ids = replicate(self.text.tokenize(prompts))
+    """Conditioning of prompts, tokens [B, L, D] and pooled [B, P].
+
+    Where B divides into `sharding.batch_parts()`, every device encodes its part of the prompts.
+    """
+    ids = spread(self.text.tokenize(prompts))
     return jax.jit(self.text.encode)(self.text.params, ids)
 
   def velocity(
@@ -207,6 +278,9 @@ class Pipeline:
       eta: stochasticity of the few steps.
       adapters: adapter tree with its scale folded in.
       index: [B] image indices, 0 .. B - 1 by default.
+
+    Raises:
+      UserError: latents or pixels of an image that are not finite.
     """
     conditioning = self.encode(prompts)
     embedded = self.transformer.embedded_guidance
@@ -230,6 +304,9 @@ class Pipeline:
         embedded_guidance=embedded,
       )
       latents = sampling.sample(velocity, key, index, shape, sigmas, eta=eta)
-      return decode_images(self.vae, vae_params, latents)
+      return sampling.checked_images(partial(decode_images, self.vae, vae_params), latents)
 
-    return run(variables, self.vae_params, conditioning, unconditional)
+    images, finite = run(variables, self.vae_params, conditioning, unconditional)
+    named = [f"{i} ({prompt!r})" for i, prompt in enumerate(prompts)]
+    sampling.refuse_nonfinite(fetch(finite), named)
+    return images

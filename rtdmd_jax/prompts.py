@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from rtdmd_jax.downloads import where_prompts
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.jsontext import parse_json
 
@@ -125,14 +126,14 @@ def _find(path: Path, split: str, metadata: bool) -> Path:
   if path.is_file():
     return path
   if not path.is_dir():
-    raise UserError(f"prompt file {path} does not exist")
+    raise UserError(f"prompt file {path} does not exist{where_prompts(path)}")
   names = list(_NAMES[split])
   if metadata:
     names.sort(key=lambda name: name != f"{split}_metadata.jsonl")
   for name in names:
     if (path / name).is_file():
       return path / name
-  raise UserError(f"{path} holds none of the prompt files {', '.join(names)}")
+  raise UserError(f"{path} holds none of the prompt files {', '.join(names)}{where_prompts(path)}")
 
 
 def _prepared(directory: Path, split: str) -> list[Prompt]:

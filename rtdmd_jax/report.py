@@ -27,7 +27,9 @@ from rtdmd_jax.report_charts import line_chart, smooth
 from rtdmd_jax.report_images import compare, previews
 from rtdmd_jax.report_scores import (
   Evaluation,
+  count_text,
   failures,
+  overlap_sentences,
   read_evaluation,
   score_table,
   tag_tables,
@@ -149,15 +151,19 @@ def _header(
 
 def _sentence(evaluation: Evaluation) -> str:
   *others, result = evaluation.systems
-  text = f"<b>{escape(result.name)}</b> samples in {escape(result.sampling)}"
+  of_step = "" if evaluation.step is None else f" (step {evaluation.step:,})"
+  text = f"<b>{escape(result.name)}</b>{of_step} samples in {escape(result.sampling)}"
   if others:
     names = ", ".join(f"{escape(other.name)} ({escape(other.sampling)})" for other in others)
     text += f" and is compared with {names}"
-  count = f"{len(evaluation.prompts):,} held-out prompts"
-  gains = "; in brackets, what it gains, prompt by prompt" if evaluation.differences else ""
   if not evaluation.rewards:
-    return f"{text}, on {count}; no reward was asked."
-  return f"{text}, on {count}. Large numbers: {escape(result.name)}{gains}."
+    return f"{text}; no reward scored them."
+  gains = "; in brackets, what it gains, prompt by prompt" if evaluation.differences else ""
+  compared = escape(overlap_sentences(evaluation.overlap))
+  return (
+    f"{text}, on {count_text(evaluation)} prompts. {compared} Large numbers:"
+    f" {escape(result.name)}{gains}."
+  )
 
 
 def _day(seconds: float) -> str:
@@ -192,6 +198,8 @@ def _warnings(lines: list[dict[str, Any]]) -> str:
 
 def _training(found: Curves) -> str:
   parts = []
+  # Single points, which the table of scores has.
+  found = {name: curve for name, curve in found.items() if not name.startswith("final/")}
   for title in _TITLES:
     own = {name: curve for name, curve in found.items() if group(name) == title}
     # Counts of failed scores are worth a chart where something failed.

@@ -71,6 +71,10 @@ def previews(folder: Path) -> str:
     f"{embed(path, _SHEET // 2, f'preview at step {step}')}</figure>"
     for step, path in chosen
   )
+  names = chosen[-1][1].with_suffix(".txt") if chosen else None
+  if names is not None and names.is_file():  # of captions that could not be drawn
+    lines = escape(names.read_text("utf-8", "replace").strip()).splitlines()
+    figures += f'<p class="note">{"<br>".join(lines)}</p>'
   return f'<div class="previews">{figures}</div>' if figures else ""
 
 

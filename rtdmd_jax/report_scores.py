@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -55,12 +55,16 @@ class System:
 class Evaluation:
   """All systems, from the teacher to the result, and the prompts that they were given.
 
-  `differences` are the result's scores minus another system's, by that system's name.
+  `prompts` are those whose images are shown. `differences` are the result's scores minus another
+  system's, by that system's name. `step` is that of the result's weights and `overlap` what
+  `overlap_sentences` takes, as far as they are known.
   """
 
   systems: list[System]
   prompts: list[str]
   differences: dict[str, Scores]
+  step: int | None
+  overlap: dict[str, Sequence[int]]
 
   @property
   def rewards(self) -> list[str]:
@@ -75,7 +79,8 @@ def read_evaluation(path: Path) -> Evaluation:
   "scores", "per_tag"}` with `scores = {reward: {"mean", "ci95", "n"}}` and `per_tag = {tag:
   scores}`; `ci95` is half the width of the 95 % interval, and `failed` and `reason` may be there,
   of images without a score. The systems go from the teacher to the result, which is the last.
-  `"differences": {system name: scores}` may be there.
+  `"differences": {system name: scores}` may be there, and so may `"run": {"step": number,
+  "overlap": {held-out set: [shared, all]}}`.
 
   Raises:
     UserError: the file is broken; the system and the key are named.
@@ -90,11 +95,40 @@ def read_evaluation(path: Path) -> Evaluation:
   systems = [_read_system(entry, index, path) for index, entry in enumerate(entries)]
   prompts = [str(text) for text in _get(data, "prompts", list, path, "the file")]
   differences = _get({"differences": {}} | data, "differences", dict, path, "the file")
+  run = {"step": None, "overlap": None} | _get({"run": {}} | data, "run", dict, path, "the file")
+  overlap = _get(run, "overlap", dict | None, path, "run") or {}
+  if not all(_is_share(share) for share in overlap.values()):
+    raise UserError(f"{path}: run, overlap must give two whole numbers for each set of prompts")
   return Evaluation(
     systems,
     prompts,
     {name: _read_scores(s, path, f"differences, {name!r}") for name, s in differences.items()},
+    _get(run, "step", int | None, path, "run"),
+    overlap,
   )
+
+
+def _is_share(value: Any) -> bool:
+  return isinstance(value, list) and len(value) == 2 and all(isinstance(n, int) for n in value)
+
+
+def overlap_sentences(overlap: Mapping[str, Sequence[int]]) -> str:
+  """What comparing held-out prompts with those of training has shown, as sentences.
+
+  Args:
+    overlap: for each held-out set, how many prompts are trained on as well, and how many it has.
+  """
+  parts = []
+  for key, (shared, total) in overlap.items():
+    count, verb = f"{shared:,}" if shared else "None", "are" if shared > 1 else "is"
+    parts.append(f"{count} of the {total:,} prompts of {key} {verb} trained on in this stage.")
+  return " ".join(parts)
+
+
+def count_text(evaluation: Evaluation) -> str:
+  """How many prompts the result's scores are means over, `100` or `0 to 100`."""
+  counts = sorted({score.n for score in evaluation.systems[-1].scores.values()}) or [0]
+  return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
 
 
 def tiles(evaluation: Evaluation) -> str:

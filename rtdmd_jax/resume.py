@@ -9,10 +9,21 @@ from typing import Any
 
 import jax
 
+from rtdmd_jax.checkpoint import Checkpoints
 from rtdmd_jax.config import flatten
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.files import replace_text
 from rtdmd_jax.jsontext import parse_json
+from rtdmd_jax.state import TrainState
 
+# A resumed run must agree with itself in these sections and keys.
+FIXED = (
+  *("stage", "seed", "lora", "load", "data.prompts", "data.held_out", "dmd", "policy", "rewards"),
+  # Not batch.micro_batches, model.remat and model.attention, which only save memory.
+  *("batch.prompts", "batch.repeats", "train.fake_update_ratio"),
+  *(f"model.{key}" for key in ("pretrained", "image_size", "dtype", "base_storage")),
+  *(f"model.{role}_init" for role in ("generator", "fake_score", "teacher")),
+)
 _ABSENT = object()
 _SHOWN, _LONGEST = 6, 200  # changes of a message, letters of a value
 
@@ -70,17 +81,89 @@ def check_resume(
   return changes
 
 
-def check_weights(
-  name: str, old: dict[str, str], new: dict[str, str], *, allow: bool = False
+def check_content(
+  name: str,
+  old: dict[str, str],
+  new: dict[str, str],
+  changed: Sequence[str] = (),
+  *,
+  allow: bool = False,
 ) -> list[str]:
-  """Compare fingerprints of the frozen weights below the adapters; as `check_resume`."""
-  changes = config_diff(old, new)
-  if changes and not allow:
+  """Compare fingerprints of what a run reads; as `check_resume`.
+
+  Args:
+    name: of the checkpoint, for messages.
+    old: fingerprints that it was written with, by a key of the configuration with or without a
+      part after a comma (`rtdmd_jax.fingerprints`). What only one side knows is not compared.
+    new: those of this start.
+    changed: lines of `config_diff`, whose keys name something else by now and were judged there.
+    allow: let the content change all the same.
+
+  Returns:
+    A line for each change.
+
+  Raises:
+    UserError: something under the same path has another content.
+  """
+  elsewhere = {line.partition(":")[0] for line in changed}
+  other = [
+    key
+    for key in sorted(old.keys() & new.keys())
+    if old[key] != new[key] and key.partition(",")[0] not in elsewhere
+  ]
+  if other and not allow:
     raise UserError(
-      f"cannot resume {name} on other frozen weights ({'; '.join(changes)}), although they have"
-      " the same paths; restore the files, or give --allow_config_change if you mean it"
+      f"cannot resume {name}: the content of {'; '.join(other)} has changed under the same path;"
+      " restore it, start in a new workdir, or give --allow_config_change if you mean it"
     )
-  return changes
+  return [f"the content of {key}" for key in other]
+
+
+def check_start(
+  saved: Checkpoints, workdir: Path, record: dict[str, Any], *, allow: bool = False
+) -> None:
+  """Before anything is loaded: may the newest checkpoint go on with these settings and files?
+
+  Prints the changes that it permits.
+
+  Args:
+    saved: the checkpoints of the run, one at least.
+    workdir: of the run.
+    record: `config`, and fingerprints of the `files` that it names, as the checkpoints keep them.
+    allow: permit all changes.
+
+  Raises:
+    UserError: as `check_resume` and `check_content`.
+  """
+  old = saved.read_extra()
+  # Checkpoints of earlier versions carry nothing; their configuration lies beside them.
+  stored = old["config"] if "config" in old else read_stored_config(workdir / "config.json")
+  name = f"{workdir / 'checkpoints' / str(saved.latest_step)}"
+  lines = check_resume(name, stored, record["config"], FIXED, allow=allow)
+  lines += check_content(name, old.get("files", {}), record["files"], lines, allow=allow)
+  for line in lines:
+    print(f"changed since the last start: {line}")
+  for line in config_diff(old.get("versions", {}), versions()):
+    print(f"changed since the last start, results may differ in the last bits: {line}")
+
+
+def restore(
+  saved: Checkpoints, state: TrainState, record: dict[str, Any], *, allow: bool = False
+) -> TrainState:
+  """The newest checkpoint's state, in the place of `state`, on the frozen weights of `record`.
+
+  `record` gets what the run has counted up to there (`Skips.counts`).
+
+  Raises:
+    UserError: a broken checkpoint, or as `check_content`.
+  """
+  state, old = saved.restore(state)
+  name, weights = f"step {state.step}", old.get("weights", {})
+  for line in check_content(name, weights, record["weights"], allow=allow):
+    print(f"changed since the last start: {line}")
+  print(f"resuming after step {int(state.step)}")
+  record["updates"] = old.get("updates", {})
+  return state
 
 
 def read_stored_config(path: Path) -> dict[str, Any]:
@@ -101,9 +184,7 @@ def read_stored_config(path: Path) -> dict[str, Any]:
 
 def store_config(path: Path, config: dict[str, Any]) -> None:
   """Write `config` as JSON, replacing `path` in one step."""
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-  temporary.replace(path)
+  replace_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _show(value: Any) -> str:

@@ -2,8 +2,8 @@
 
 python -m rtdmd_jax.sample --config=configs/tiny_infer.py --prompt "a photo of a red circle"
 
-Reads the pipeline and the LoRAs of the configuration, and prompts of --prompt or a file. Writes
-into --workdir, or else config.out.
+Reads the pipeline and the LoRAs of the configuration, or of a training run's --checkpoint, and
+prompts of --prompt or a file. Writes into --workdir, or else config.out.
 
 An image is a function of the settings, its seed and the number of its prompt: neither the other
 prompts nor the batch size nor the number of devices change it. Its file is
@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,17 @@ from absl import flags
 from PIL import Image, PngImagePlugin
 
 from rtdmd_jax import __version__, cli, sampling, sharding
+from rtdmd_jax.captions import labels, write_names
 from rtdmd_jax.compilation import jit
 from rtdmd_jax.data import PromptCache
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.grids import grid, save_png
+from rtdmd_jax.models.text import cut_prompts
 from rtdmd_jax.models.vae import decode_images
 from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.prompts import load_prompts
 from rtdmd_jax.roles import role_variables, role_velocity
+from rtdmd_jax.stored_run import FLAG_HELP, StoredRun
 from rtdmd_jax.weights.adapters import Lora, load_adapters
 
 METADATA_KEY = "rtdmd_jax"
@@ -138,7 +142,8 @@ def sampler(pipeline: Pipeline, settings: Settings, adapters: Any) -> Sampler:
     adapters: adapter tree with its scale folded in; may be empty.
 
   Returns:
-    A function of shots, as many as the batch or fewer, to images [N, H, W, 3] uint8.
+    A function of shots, as many as the batch or fewer, to images [N, H, W, 3] uint8. It raises
+    UserError for an image with values that are not finite.
   """
   size = (settings.height, settings.width)
   steps, shape = settings.steps, pipeline.latent_shape(size)
@@ -166,15 +171,20 @@ def sampler(pipeline: Pipeline, settings: Settings, adapters: Any) -> Sampler:
     keys = jax.vmap(jax.random.key)(seeds)
     eta = settings.eta if settings.few_step else 0.0
     latents = sampling.sample(velocity, keys, index, shape, sigmas, eta=eta)
-    return jnp.round(255.0 * decode_images(pipeline.vae, vae_params, latents)).astype(jnp.uint8)
+    decode = partial(decode_images, pipeline.vae, vae_params)
+    drawn, finite = sampling.checked_images(decode, latents)
+    return jnp.round(255.0 * drawn).astype(jnp.uint8), finite
 
   def images(shots: Sequence[Shot]) -> np.ndarray:
     # A constant size compiles once; the images beyond the last are thrown away.
     padded = [*shots, *[shots[-1]] * (batch - len(shots))]
     seeds, index = (np.array([getattr(s, n) for s in padded], np.uint32) for n in ("seed", "index"))
     inputs = sharding.split_batch((cache([s.prompt for s in padded]), seeds, index))
-    drawn = run(variables, pipeline.vae_params, inputs[0], unconditional, *inputs[1:])
-    return jax.device_get(drawn)[: len(shots)]
+    outputs = run(variables, pipeline.vae_params, inputs[0], unconditional, *inputs[1:])
+    drawn, finite = jax.device_get(outputs)
+    named = [f"{s.index} ({s.prompt!r}) with seed {s.seed}" for s in shots]
+    sampling.refuse_nonfinite(finite, named)
+    return drawn[: len(shots)]
 
   return images
 
@@ -247,6 +257,11 @@ def main(call: cli.Invocation) -> None:
   call.expect("images")
   values = call.flags
   settings = Settings.from_config(call.config)
+  run = StoredRun.parse(values.checkpoint) if values.checkpoint else None
+  if run is not None:
+    if values.lora is not None:
+      raise UserError("--checkpoint stands in place of --lora; give one of them.")
+    settings = of_run(settings, run)
   if values.lora is not None:
     chosen = tuple(Lora.parse(value) for value in values.lora if value)
     settings = replace(settings, loras=chosen)
@@ -257,17 +272,31 @@ def main(call: cli.Invocation) -> None:
   if todo:
     with jax.set_mesh(sharding.make_mesh()):
       dtype = jnp.dtype(settings.dtype)
-      pipeline = Pipeline.from_pretrained(settings.pipeline, dtype=dtype)
-      adapters = load_adapters(settings.loras, pipeline.transformer)
+      if run is not None:
+        pipeline = run.pipeline(dtype)
+        adapters, words = run.adapters(pipeline.transformer)
+        print(f"{run.directory}: {words}")
+      else:
+        pipeline = Pipeline.from_pretrained(settings.pipeline, dtype=dtype)
+        adapters = load_adapters(settings.loras, pipeline.transformer)
+      texts = list(dict.fromkeys(shot.prompt for shot in todo))
+      for line in cut_prompts(pipeline.text.limits, texts):
+        print(line)
       for shot, image in draw(pipeline, settings, adapters, todo):
         write(image, shot.path(directory), shot.notes(settings))
   if values.grid:
     images = np.stack([np.asarray(Image.open(shot.path(directory))) for shot in shots])
-    captions = [shot.prompt for shot in shots]
+    captions, names = labels([s.prompt for s in shots], [s.index for s in shots])
     columns = len({shot.seed for shot in shots})
     columns = columns if columns > 1 else None
     save_png(directory / GRID_NAME, grid(images, captions, columns=columns))
+    write_names((directory / GRID_NAME).with_suffix(".txt"), names)
   print(f"{directory}: {len(todo)} images drawn, {len(shots) - len(todo)} were there")
+
+
+def of_run(settings: Settings, run: StoredRun) -> Settings:
+  """The settings with the pipeline and the adapters of a run's checkpoint, as images note them."""
+  return replace(settings, pipeline=run.base(), loras=(Lora(run.directory),))
 
 
 def _shots(values: flags.FlagValues, settings: Settings) -> list[Shot]:
@@ -295,6 +324,8 @@ def define_flags(values: flags.FlagValues) -> None:
   several(
     "lora", None, "PATH or PATH:SCALE instead of config.loras; empty for none.", flag_values=values
   )
+  about = f"{FLAG_HELP} Its pipeline and adapters are drawn with instead of the config's."
+  flags.DEFINE_string("checkpoint", None, about, flag_values=values)
   flags.DEFINE_list("seeds", [], "Seeds, a,b,c; config.seed by default.", flag_values=values)
   flag("grid", False, f"Also write {GRID_NAME} of all images, captioned.", flag_values=values)
   flag("overwrite", False, "Replace files of other settings.", flag_values=values)

@@ -1,6 +1,7 @@
 """Samplers over a velocity: few stochastic steps, or many Euler steps."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ _FLUX1_CONSTANTS = dict(
     strict=True,
   )
 )
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 _UNSUPPORTED = (
   "use_karras_sigmas",
   "use_exponential_sigmas",
@@ -30,6 +32,18 @@ _UNSUPPORTED = (
   "invert_sigmas",
   "stochastic_sampling",
 )
+
+_TIME_SHIFTS = ("exponential", "linear")
+# All keys of the scheduler; an unknown one may mean another schedule.
+_KEYS = {
+  *_UNSUPPORTED,
+  *_FLUX1_CONSTANTS,
+  "num_train_timesteps",
+  "shift",
+  "shift_terminal",
+  "time_shift_type",
+  "use_dynamic_shifting",
+}
 
 
 def few_step_sigmas(steps: Sequence[float], *, shift: float) -> np.ndarray:
@@ -71,27 +85,31 @@ class Schedule:
   terminal: float | None = None
 
   @classmethod
-  def from_config(cls, family: str, config: Mapping[str, Any]) -> "Schedule":
+  def from_config(
+    cls,
+    family: str,
+    config: Mapping[str, Any],
+    *,
+    source: str | os.PathLike = "scheduler_config.json",
+  ) -> "Schedule":
     """Reads scheduler_config.json of diffusers' `FlowMatchEulerDiscreteScheduler`.
 
+    Args:
+      family: see the class.
+      config: contents of the file.
+      source: the file, for error messages.
+
     Raises:
-      UserError: an option that is not supported for the family.
+      UserError: another scheduler, or an option or value that is not supported for the family.
     """
-    dynamic = bool(config.get("use_dynamic_shifting"))
+    check_scheduler(config.get("_class_name", SCHEDULER), source)
+    dynamic = config.get("use_dynamic_shifting") or False
     terminal = config.get("shift_terminal") or None
-    wrong = [key for key in _UNSUPPORTED if config.get(key)]
-    if dynamic and family not in _DYNAMIC:
-      wrong.append("use_dynamic_shifting")
-    if terminal is not None and not dynamic:
-      wrong.append("shift_terminal")
-    if dynamic and family == "flux1":
-      wrong += [k for k, v in _FLUX1_CONSTANTS.items() if config.get(k, v) != v]
-    if wrong:
-      raise UserError(
-        f"scheduler_config.json: {wrong[0]} = {config[wrong[0]]!r} is not supported for {family}."
-      )
-    time_shift = config.get("time_shift_type", "exponential")
-    return cls(family, float(config.get("shift", 1.0)), dynamic, time_shift, terminal)
+    for key in _wrong_keys(family, config, dynamic=bool(dynamic), terminal=terminal):
+      raise UserError(f"{source}: {key} = {config[key]!r} is not supported for {family}.")
+    shift = config.get("shift", 1.0)
+    time_shift = config.get("time_shift_type", _TIME_SHIFTS[0])
+    return cls(family, float(shift), bool(dynamic), time_shift, terminal)
 
   def few_step_sigmas(self, steps: Sequence[float], image_tokens: int) -> np.ndarray:
     """Levels [K + 1] of K steps in (0, 1000], with the final 0.
@@ -99,9 +117,17 @@ class Schedule:
     Args:
       steps: decreasing.
       image_tokens: 2 x 2 packed image tokens.
+
+    Raises:
+      UserError: a single step where the schedule is stretched to a terminal level.
     """
     if not self.dynamic:
       return few_step_sigmas(steps, shift=self.shift)
+    if self.terminal is not None and len(steps) < 2:
+      raise UserError(
+        f"the scheduler's shift_terminal = {self.terminal} cannot be reached in {len(steps)} step;"
+        " take more steps."
+      )
     sigmas = _DYNAMIC[self.family](
       list(steps),
       image_tokens=image_tokens,
@@ -116,6 +142,75 @@ class Schedule:
       return euler_sigmas(num_steps, shift=self.shift)
     # The FLUX pipelines hand their scheduler an even grid that ends one step above 0.
     return self.few_step_sigmas(1000.0 * np.linspace(1.0, 1.0 / num_steps, num_steps), image_tokens)
+
+
+def check_scheduler(name: Any, source: str | os.PathLike) -> None:
+  """Raises UserError for a scheduler class, named in `source`, whose steps are not taken."""
+  if name != SCHEDULER:
+    raise UserError(
+      f"{source}: the scheduler is {name!r}, but images are drawn with {SCHEDULER}'s steps alone;"
+      " take the scheduler that the model was published with."
+    )
+
+
+def _wrong_keys(
+  family: str, config: Mapping[str, Any], *, dynamic: bool, terminal: Any
+) -> Iterator[str]:
+  """Keys of a scheduler's config whose values are not honoured."""
+  # Later releases add keys; one that is off or empty changes nothing.
+  yield from (k for k in config if k[:1] != "_" and k not in _KEYS and config[k])
+  yield from (key for key in _UNSUPPORTED if config.get(key))
+  # The networks' time is 1000 times the noise level.
+  if config.get("num_train_timesteps", 1000) != schedules.NUM_TRAIN_TIMESTEPS:
+    yield "num_train_timesteps"
+  if not _is_number(config.get("shift", 1.0)) or config.get("shift", 1.0) <= 0:
+    yield "shift"
+  if config.get("time_shift_type", _TIME_SHIFTS[0]) not in _TIME_SHIFTS:
+    yield "time_shift_type"
+  if config.get("use_dynamic_shifting") not in (None, False, True) or (
+    dynamic and family not in _DYNAMIC
+  ):
+    yield "use_dynamic_shifting"
+  if terminal is not None and not (dynamic and _is_number(terminal) and 0 < terminal < 1):
+    yield "shift_terminal"
+  if dynamic and family == "flux1":
+    yield from (k for k, v in _FLUX1_CONSTANTS.items() if config.get(k, v) != v)
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def checked_images(
+  decode: Callable[..., jax.Array], latents: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Images [B, H, W, 3] in [0, 1] of clean latents, and whether each is made of numbers, [B] bool.
+
+  Clamping hides infinities and eight bits hide NaN, so this is to be computed where images are.
+
+  Args:
+    decode: `vae.decode_images` of an autoencoder and its parameters.
+    latents: [B, h, w, C].
+  """
+  images = decode(latents, clamp=False)
+  finite = jnp.isfinite(latents).all((1, 2, 3)) & jnp.isfinite(images).all((1, 2, 3))
+  return jnp.clip(images, 0.0, 1.0), finite
+
+
+def refuse_nonfinite(finite: np.ndarray, names: Sequence[str]) -> None:
+  """Raises UserError that names the images which are not made of numbers.
+
+  Args:
+    finite: [B] bool, of `checked_images`.
+    names: of the first images; more than these are not looked at.
+  """
+  bad = [name for name, fine in zip(names, finite, strict=False) if not fine]
+  if bad:
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    raise UserError(
+      f"the image of prompt {', '.join(bad[:3])}{more} has values that are not finite; look for"
+      " such values in the weights and adapters, or draw in float32."
+    )
 
 
 def sample(

@@ -211,6 +211,12 @@ def split_batch(tree: Tree) -> Tree:
   return put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
 
 
+def spread(tree: Tree) -> Tree:
+  """`split_batch` of arrays [P, ...] where all P divide into `batch_parts()`, else `replicate`."""
+  whole = any(len(leaf) % batch_parts() for leaf in jax.tree.leaves(tree))
+  return replicate(tree) if whole else split_batch(tree)
+
+
 def pin(tree: Tree) -> Tree:
   """Inside a compiled program: keeps every array of `tree` where the table says."""
   mesh = jax.sharding.get_abstract_mesh()

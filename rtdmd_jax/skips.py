@@ -1,5 +1,7 @@
-"""Counts updates that were skipped, and ends a run that makes no other."""
+"""Counts updates that were skipped or changed nothing, and ends a run that makes no other."""
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -9,21 +11,35 @@ from rtdmd_jax.errors import EXIT_NUMBERS, Stopped
 from rtdmd_jax.sharding import fetch
 from rtdmd_jax.state import TrainState
 
+NETWORKS = ("generator", "fake_score")
 _SHOWN = 5
+# Updates in a row that change nothing before the run says so.
+_IDLE = 10
+_NORMS = ("grad_norm", "update_norm")
+_NONE: Mapping[str, Sequence[int]] = MappingProxyType({})
 
 
 class Skips:
-  """Follows `<network>/skipped` and `<network>/finite` of every step's metrics.
+  """Follows the updates of both networks in every step's metrics.
 
   A step is looked at when the next one has been dispatched, so that the device never waits.
   """
 
-  def __init__(self, limit: int, state: TrainState):
-    """`limit` skipped updates of one network in a row end the run."""
+  def __init__(self, limit: int, state: TrainState, counts: Mapping[str, Sequence[int]] = _NONE):
+    """Starts counting.
+
+    Args:
+      limit: this many skipped updates of one network in a row end the run.
+      state: whose adapters are updated.
+      counts: of an earlier part of the run, as `counts` gives them.
+    """
     self._limit = limit
-    self._names = {network: _names(getattr(state, network)) for network in _NETWORKS}
-    self._rows = dict.fromkeys(_NETWORKS, 0)
-    self._totals = dict.fromkeys(_NETWORKS, 0)
+    self._names = {network: _names(getattr(state, network)) for network in NETWORKS}
+    self._rows = dict.fromkeys(NETWORKS, 0)
+    self._idle = dict.fromkeys(NETWORKS, 0)
+    self._updates, self._totals = (
+      {network: counts.get(network, (0, 0))[i] for network in NETWORKS} for i in range(2)
+    )
     self._last: tuple[int, dict[str, jax.Array]] | None = None
 
   def follow(self, step: int, metrics: dict[str, jax.Array]) -> None:
@@ -40,11 +56,16 @@ class Skips:
     if self._last is None:
       return
     (step, metrics), self._last = self._last, None
-    for network in _NETWORKS:
+    for network in NETWORKS:
       if f"{network}/skipped" not in metrics:
         continue
-      if not jax.device_get(metrics[f"{network}/skipped"]):
+      self._updates[network] += 1
+      skipped, norms = jax.device_get(
+        [metrics[f"{network}/skipped"], [metrics[f"{network}/{name}"] for name in _NORMS]]
+      )
+      if not skipped:
         self._rows[network] = 0
+        self._count_idle(network, min(norms) == 0)
         continue
       self._rows[network] += 1
       self._totals[network] += 1
@@ -52,8 +73,43 @@ class Skips:
       if self._rows[network] >= self._limit:
         raise Stopped(self._explain(step, network, metrics), EXIT_NUMBERS)
 
+  def _count_idle(self, network: str, idle: bool) -> None:
+    """Says once when so many updates in a row have changed nothing."""
+    self._idle[network] = self._idle[network] + 1 if idle else 0
+    if self._idle[network] == _IDLE:
+      print(self._nothing(network, _IDLE))
+
+  def _nothing(self, network: str, count: int) -> str:
+    return (
+      f"warning: the last {count} updates of {network} changed nothing: its gradient or its"
+      f" learning rate is 0. Look at {network}.learning_rate, the weights of policy and rewards,"
+      " batch.repeats, and whether rewards differ between images (samples/kept)"
+    )
+
+  def finish(self) -> None:
+    """At a run's end: says what never trained.
+
+    Raises:
+      Stopped: every update of a network was skipped.
+    """
+    self.look()
+    for network in NETWORKS:
+      updates, skipped = self._updates[network], self._totals[network]
+      if updates and updates == skipped:
+        raise Stopped(
+          f"every update of {network} ({updates:,}) was skipped, as no gradient was finite; nothing"
+          " was trained. Look at learning rate, rewards, dmd.eta and model.dtype",
+          EXIT_NUMBERS,
+        )
+      if 0 < self._idle[network] < _IDLE and self._idle[network] == updates:
+        print(self._nothing(network, updates))
+
+  def counts(self) -> dict[str, tuple[int, int]]:
+    """Updates and skipped updates of each network since the run's first step."""
+    return {network: (self._updates[network], self._totals[network]) for network in NETWORKS}
+
   def totals(self) -> dict[str, float]:
-    """Skipped updates since the start, as metrics."""
+    """Skipped updates since the run's first step, as metrics."""
     return {f"{network}/skipped_total": float(n) for network, n in self._totals.items()}
 
   def _explain(self, step: int, network: str, metrics: dict[str, jax.Array]) -> str:
@@ -71,9 +127,6 @@ class Skips:
       + (f", and {', '.join(others)}" if others else "")
       + "; adapters are as they were before, look at learning rate, rewards and model.dtype"
     )
-
-
-_NETWORKS = ("generator", "fake_score")
 
 
 def scalars(metrics: dict[str, Any]) -> dict[str, float]:

@@ -1,9 +1,11 @@
 """Stage 2, RTDMD: rollout, fake-score step and policy step (arXiv 2605.26108, section 3.2).
 
 An epoch is `rollout`, scoring by the rewards that live on the host (if any), `fake_score_step`
-(which runs while the host scores) and `policy_step`: one optimizer step of each network.
+(which runs while the host scores) and `policy_step`: one update of the generator, one or more of
+the fake score.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -13,7 +15,7 @@ import optax
 
 from rtdmd_jax import stage1
 from rtdmd_jax.algo import losses, subgrpo
-from rtdmd_jax.algo.advantages import group_advantages, signal_mask
+from rtdmd_jax.algo.advantages import group_advantages, signal_mask, usable
 from rtdmd_jax.algo.rollout import LastStep, sample_rollout
 from rtdmd_jax.algo.transitions import (
   cps_gaussian_log_prob,
@@ -24,7 +26,7 @@ from rtdmd_jax.algo.transitions import (
   x0_from_v,
 )
 from rtdmd_jax.microbatches import accumulated_grad, map_parts, sorted_parts
-from rtdmd_jax.optim import guarded_update
+from rtdmd_jax.optim import guarded_update, repeated_update
 from rtdmd_jax.roles import role_variables, role_velocity
 from rtdmd_jax.scoring import Judged, Scoring, judge
 from rtdmd_jax.sharding import constrain
@@ -32,6 +34,9 @@ from rtdmd_jax.stage1 import Batch, DMDConfig, Metrics, Roles
 from rtdmd_jax.state import Frozen, TrainState
 
 Tree = Any
+
+# Metrics whose maximum over steps and micro-batches is reported; of all others the mean is.
+_MAXIMA = frozenset({"ratio/drift"})
 
 
 class PolicyConfig(NamedTuple):
@@ -134,22 +139,30 @@ def fake_score_step(
   config: DMDConfig,
   policy: PolicyConfig,
   optimizer: optax.GradientTransformation,
+  updates: int = 1,
 ) -> tuple[TrainState, Metrics]:
-  """One update of the fake score on all final samples, gradients accumulated by scan."""
+  """Updates of the fake score on all final samples, gradients accumulated by scan.
 
-  def loss_fn(
-    adapters: Tree, x_s: jax.Array, index: jax.Array, prompt: jax.Array
-  ) -> tuple[jax.Array, Metrics]:
-    conditioning = batch.conditioning.take(prompt)
-    velocity = stage1.fake_score_velocity(roles, frozen, adapters, conditioning)
-    sigma_s = roles.sigmas[-1]
-    return stage1.fake_score_loss(velocity, config, roles.sigmas, x_s, sigma_s, index, key)
+  There are `updates` of them, each with noise and levels of its own; the first does not depend on
+  how many follow. Metrics are those of `optim.repeated_update`.
+  """
 
-  rows = (samples.x[-1], batch.sample_index, batch.prompt_index)
-  grads, parts = accumulated_grad(loss_fn, state.fake_score, policy.micro_batches, *rows)
-  adapters, opt_state, info = guarded_update(
-    optimizer, grads, state.fake_score_opt, state.fake_score
-  )
+  def update(carry: tuple[Tree, Tree], key: jax.Array) -> tuple[tuple[Tree, Tree], Tree]:
+    def loss_fn(adapters: Tree, *rows: jax.Array) -> tuple[jax.Array, Metrics]:
+      x_0, index, prompt = rows
+      conditioning = batch.conditioning.take(prompt)
+      velocity = stage1.fake_score_velocity(roles, frozen, adapters, conditioning)
+      sigmas = roles.sigmas
+      return stage1.fake_score_loss(velocity, config, sigmas, x_0, sigmas[-1], index, key)
+
+    adapters, opt_state = carry
+    rows = (samples.x[-1], batch.sample_index, batch.prompt_index)
+    grads, parts = accumulated_grad(loss_fn, adapters, policy.micro_batches, *rows)
+    adapters, opt_state, info = guarded_update(optimizer, grads, opt_state, adapters)
+    return (adapters, opt_state), (parts, info)
+
+  start = state.fake_score, state.fake_score_opt
+  (adapters, opt_state), parts, info = repeated_update(update, start, key, updates)
   metrics = {f"loss/{name}": value for name, value in parts.items()}
   metrics |= {f"fake_score/{name}": value for name, value in info.items()}
   return state.replace(fake_score=adapters, fake_score_opt=opt_state), metrics
@@ -161,7 +174,8 @@ class _Rows(NamedTuple):
   x: jax.Array  # [N, K + 1, h, w, c], see `Rollout`
   log_prob: jax.Array  # [N, K]
   advantage: jax.Array  # [N]
-  weight: jax.Array  # [N], 0 without signal
+  weight: jax.Array  # [N] of the policy term, 0 without signal
+  other_weight: jax.Array  # [N] of the terms that need no advantage
   prompt: jax.Array  # [N]
   index: jax.Array  # [N], see `Batch`
   total: jax.Array | None  # see `Rollout`
@@ -217,6 +231,11 @@ def policy_loss(
   return loss, metrics
 
 
+def _combined(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """How two micro-batches' values of a metric become one; sums are divided at the end."""
+  return jnp.maximum if name in _MAXIMA else jnp.add
+
+
 def policy_step(
   state: TrainState,
   frozen: Frozen,
@@ -233,8 +252,9 @@ def policy_step(
 ) -> tuple[TrainState, Metrics]:
   """One update of the generator by the hybrid policy gradient.
 
-  Samples whose group shows no spread in any reward carry no signal: they get weight 0, each device
-  sorts its own to the end, and micro-batches of nothing else are not computed.
+  Samples whose rewards show no spread around their baseline carry no signal: they get weight 0,
+  each device sorts its own to the end, and micro-batches of nothing else are not computed. Where no
+  sample of the batch has signal, the terms that need no advantage train on all that were scored.
 
   Args:
     state: adapters and optimizer states.
@@ -260,11 +280,19 @@ def policy_step(
     global_std=policy.global_std,
     weight_advantages=policy.weight_advantages,
   )
-  keep = signal_mask(rewards, batch.prompt_index, scoring.weights)
-  weight = keep * (count / jnp.maximum(jnp.sum(keep), 1))
+  signal = signal_mask(
+    rewards,
+    batch.prompt_index,
+    scoring.weights,
+    per_prompt=policy.per_prompt,
+    weight_advantages=policy.weight_advantages,
+  )
+  scored = jnp.any(jnp.stack([usable(value) for value in rewards.values()]), axis=0)
+  keep = signal | (scored & ~jnp.any(signal))
+  weight, other_weight = (a * (count / jnp.maximum(jnp.sum(a), 1)) for a in (signal, keep))
   x, log_prob = jnp.moveaxis(samples.x, 1, 0), samples.log_prob.T
   sample = (batch.prompt_index, batch.sample_index, samples.total, samples.slope)
-  rows = _Rows(x, log_prob, advantages, weight, *sample)
+  rows = _Rows(x, log_prob, advantages, weight, other_weight, *sample)
   parts = sorted_parts(~keep, policy.micro_batches, rows)
   terms = policy.num_train_steps + 1
   indices = jnp.concatenate([samples.chosen, jnp.array([last_index])])
@@ -307,7 +335,10 @@ def policy_step(
       )
       total += policy.policy_weight * loss
       steps.append(metrics)
-    metrics = jax.tree.map(lambda *a: jnp.mean(jnp.stack(a)), *steps)
+    metrics = {
+      name: (jnp.max if name in _MAXIMA else jnp.mean)(jnp.stack([m[name] for m in steps]))
+      for name in steps[0]
+    }
     last, more = _last_step_loss(v[-1], x[-1], part, conditioning)
     return (total + last) / terms, metrics | more
 
@@ -330,14 +361,14 @@ def policy_step(
         config,
         part.index,
         noise_key,
-        weights=part.weight,
+        weights=part.other_weight,
       )
       loss += policy.dm_weight * dm
       metrics["loss/generator"] = dm
     if policy.reward_weight and part.slope is not None:
       # Linear around the rollout's latents, which are these.
       change = jnp.sum(part.slope * (x0 - jax.lax.stop_gradient(x0)), axis=(1, 2, 3))
-      hinge = losses.reward_hinge(part.total + change, policy.reward_margin, part.weight)
+      hinge = losses.reward_hinge(part.total + change, policy.reward_margin, part.other_weight)
       loss += policy.reward_weight * hinge
       metrics["loss/reward_backprop"] = hinge
     return loss, metrics
@@ -348,18 +379,22 @@ def policy_step(
 
   def accumulate(carry: Tree, part: _Rows) -> tuple[Tree, None]:
     part = jax.tree.map(constrain, part)
-    signal = jnp.any(part.weight > 0)
-    new = jax.lax.cond(signal, lambda: grad_fn(state.generator, part), lambda: empty)
-    return jax.tree.map(jnp.add, carry, new), None
+    counts = jnp.any(part.other_weight > 0)
+    new = jax.lax.cond(counts, lambda: grad_fn(state.generator, part), lambda: empty)
+    grads = jax.tree.map(jnp.add, carry[0], new[0])
+    return (grads, {name: _combined(name)(carry[1][name], new[1][name]) for name in new[1]}), None
 
-  total, _ = jax.lax.scan(accumulate, empty, parts)
-  grads, metrics = jax.tree.map(lambda a: a / policy.micro_batches, total)
+  (grads, metrics), _ = jax.lax.scan(accumulate, empty, parts)
+  grads = jax.tree.map(lambda g: g / policy.micro_batches, grads)
+  sums = metrics.keys() - _MAXIMA
+  metrics |= {name: metrics[name] / policy.micro_batches for name in sums}
   adapters, opt_state, info = guarded_update(optimizer, grads, state.generator_opt, state.generator)
   metrics |= {f"generator/{name}": value for name, value in info.items()}
-  metrics |= {"samples/kept": jnp.mean(keep.astype(jnp.float32))}
+  metrics |= {"samples/kept": jnp.mean(signal.astype(jnp.float32))}
   metrics |= {"advantage/abs_mean": jnp.mean(jnp.abs(advantages))}
   for name, value in rewards.items():
-    metrics[f"reward/{name}"] = jnp.nanmean(value)
-    metrics[f"reward_std/{name}"] = jnp.nanstd(value)
-    metrics[f"reward_failed/{name}"] = jnp.sum(~jnp.isfinite(value))
+    known = jnp.where(usable(value), value, jnp.nan)
+    metrics[f"reward/{name}"] = jnp.nanmean(known)
+    metrics[f"reward_std/{name}"] = jnp.nanstd(known)
+    metrics[f"reward_failed/{name}"] = jnp.sum(~usable(value))
   return state.replace(generator=adapters, generator_opt=opt_state), metrics

@@ -2,7 +2,7 @@
 
 python -m rtdmd_jax.studio --config=configs/tiny_eval.py --lora=result=runs/tiny/export/generator
 
-Reads the pipeline, systems and adapters of an evaluation's configuration; writes nothing. An image
+Reads the pipelines, systems and adapters of an evaluation's configuration; writes nothing. An image
 is the one that rtdmd_jax.sample draws of the same prompt, seed and settings. The page is at
 http://127.0.0.1:7860 and for this machine alone; from another one, forward the port with ssh.
 Needs gradio: pip install -e ".[studio]" in the clone.
@@ -31,17 +31,19 @@ class Studio:
   """Systems that draw the same prompt and seed."""
 
   def __init__(self, settings: dict[str, sample.Settings]):
-    """Loads one pipeline for all; `settings` by name, of the same pipeline and dtype."""
+    """Loads every pipeline of `settings` (by name of a system, of the same dtype) once."""
     self.settings = {name: replace(how, batch=1) for name, how in settings.items()}
-    first = next(iter(self.settings.values()))
     self._mesh = sharding.make_mesh()
     self._turn = threading.Lock()
+    pipelines, self._samplers = {}, {}
     with jax.set_mesh(self._mesh):
-      pipeline = Pipeline.from_pretrained(first.pipeline, dtype=jnp.dtype(first.dtype))
-      self._samplers = {
-        name: sample.sampler(pipeline, how, load_adapters(how.loras, pipeline.transformer))
-        for name, how in self.settings.items()
-      }
+      for name, how in self.settings.items():
+        if how.pipeline not in pipelines:
+          dtype = jnp.dtype(how.dtype)
+          pipelines[how.pipeline] = Pipeline.from_pretrained(how.pipeline, dtype=dtype)
+        pipeline = pipelines[how.pipeline]
+        adapters = load_adapters(how.loras, pipeline.transformer)
+        self._samplers[name] = sample.sampler(pipeline, how, adapters)
 
   def draw(self, prompt: str, seed: int) -> dict[str, np.ndarray]:
     """An image [H, W, 3] uint8 by every system, in the order of `settings`.

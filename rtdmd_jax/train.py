@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,30 +21,27 @@ from rtdmd_jax.build import (
   policy_config,
 )
 from rtdmd_jax.checkpoint import Checkpoints
-from rtdmd_jax.checksum import fingerprint
 from rtdmd_jax.compilation import keep_programs
 from rtdmd_jax.config import flatten
 from rtdmd_jax.data import make_batch
-from rtdmd_jax.errors import UserError
 from rtdmd_jax.export import export_adapters
-from rtdmd_jax.held_out import evaluate, final_evaluation
-from rtdmd_jax.limits import check_limits
+from rtdmd_jax.files import replace_text
+from rtdmd_jax.fingerprints import of_files, of_weights, overlap, prompt_sets
+from rtdmd_jax.finish import facts_of, finish, is_finished, say_finished
+from rtdmd_jax.held_out import evaluate
+from rtdmd_jax.idle import warnings
+from rtdmd_jax.limits import check_limits, check_stage
+from rtdmd_jax.lock import WorkdirLock
 from rtdmd_jax.metrics import MetricWriter, markdown
+from rtdmd_jax.models.text import cut_prompts
 from rtdmd_jax.numbers import checked_jit
-from rtdmd_jax.optim import ema_update, make_optimizer
+from rtdmd_jax.optim import effective_decay, ema_update, make_optimizer
 from rtdmd_jax.preemption import Preemption
 from rtdmd_jax.profile import profiled
 from rtdmd_jax.progress import Progress
 from rtdmd_jax.prompts import Prompt
-from rtdmd_jax.report import write_report
-from rtdmd_jax.resume import (
-  check_resume,
-  check_weights,
-  config_diff,
-  read_stored_config,
-  store_config,
-  versions,
-)
+from rtdmd_jax.resume import FIXED as FIXED  # check.py looks for it here
+from rtdmd_jax.resume import check_start, restore, store_config, versions
 from rtdmd_jax.rewards.spread import score_held
 from rtdmd_jax.sharding import make_mesh, pin, replicate
 from rtdmd_jax.skips import Skips, scalars
@@ -51,15 +49,6 @@ from rtdmd_jax.stage1 import Batch, Metrics
 from rtdmd_jax.state import TrainState
 from rtdmd_jax.throughput import Meter, peak_tflops
 from rtdmd_jax.wandb_log import WandbRun, import_wandb
-
-# A resumed run must agree with itself in these sections.
-FIXED = (
-  *("stage", "seed", "lora", "load", "data", "dmd", "policy", "rewards"),
-  # Not batch.micro_batches, model.remat and model.attention, which only save memory.
-  *("batch.prompts", "batch.repeats", "train.fake_update_ratio"),
-  *(f"model.{key}" for key in ("pretrained", "image_size", "dtype", "base_storage")),
-  *(f"model.{role}_init" for role in ("generator", "fake_score", "teacher")),
-)
 
 # (state, batch, prompts, step) -> (state, metrics); metrics stay on the device.
 StepFn = Callable[[TrainState, Batch, list[Prompt], int], tuple[TrainState, Metrics]]
@@ -119,10 +108,15 @@ def _keyed(step: Callable, seed: int, stream: int) -> Callable:
 
 def _finish(config: Any) -> Callable[[TrainState], TrainState]:
   """The end of a step: moving average and step count."""
+  average = config.ema
 
   def finish(state: TrainState) -> TrainState:
     step = state.step + 1
-    ema = ema_update(state.ema, state.generator, config.ema.decay, step % config.ema.every == 0)
+    decay = effective_decay(
+      average.decay, step, warmup=average.warmup, applications=average.applications
+    )
+    # The published loop's phase: of every 8 steps the seventh, fifteenth, ...
+    ema = ema_update(state.ema, state.generator, decay, (step + 1) % average.every == 0)
     return pin(state.replace(step=step, ema=ema))
 
   return jax.jit(finish, donate_argnums=0)
@@ -182,8 +176,9 @@ def stage2_programs(config: Any, setup: Setup, optimizers: Optimizers) -> dict[s
 
   def fake(state, frozen, batch, samples, key):
     return stage2.fake_score_step(
-      state, frozen, batch, samples, key, optimizer=optimizers.fake_score, **common
-    )
+      state, frozen, batch, samples, key,
+      optimizer=optimizers.fake_score, updates=config.train.fake_update_ratio, **common,
+    )  # fmt: skip
 
   def update(state, frozen, batch, samples, rewards, key):
     return stage2.policy_step(
@@ -208,7 +203,7 @@ def stage2_programs(config: Any, setup: Setup, optimizers: Optimizers) -> dict[s
 
 
 def stage2_step(config: Any, setup: Setup, optimizers: Optimizers, watch: Watch = dict) -> StepFn:
-  """Rollout, fake-score update while the host scores, policy update."""
+  """Rollout, `fake_update_ratio` fake-score updates while the host scores, policy update."""
   programs = watch(stage2_programs(config, setup, optimizers))
 
   def step(state: TrainState, batch: Batch, prompts: list[Prompt], number: int):
@@ -231,100 +226,90 @@ PROGRAMS = {"stage1": stage1_programs, "stage2": stage2_programs}
 def train(config: Any, workdir: Path, *, allow_config_change: bool = False) -> None:
   """Runs a stage to its end in `workdir`, from its last checkpoint if it has one.
 
+  Of a finished run only the report is written anew.
+
   Args:
     config: of the stage.
     workdir: folder of the run.
-    allow_config_change: resume although the objective, the backbone or the adapters changed.
+    allow_config_change: resume although the objective, the backbone, the adapters or the content of
+      what is read changed.
 
   Raises:
-    UserError: a bad configuration, a missing or broken file, or a workdir of another run.
+    UserError: a bad configuration, a missing or broken file, or a workdir that another run is using
+      or that holds the checkpoints of another one.
     Stopped: a signal came, or too many updates in a row were not finite.
   """
+  check_stage(config)
   with hosts.quiet():
     settings = json.loads(config.to_json_best_effort())
     hosts.agree({"config": settings, "versions": versions(), "code": hosts.code_digest()})
-    with jax.set_mesh(make_mesh(**config.mesh)), Preemption(config.train.grace_seconds) as stop:
+    check_limits(config)
+    for sentence in warnings(config):
+      print(f"warning: {sentence}")
+    if config.log.wandb:
+      import_wandb()
+    with (
+      jax.set_mesh(make_mesh(**config.mesh)),
+      ExitStack() as held,
+      Preemption(config.train.grace_seconds) as stop,
+    ):
+      with hosts.together():
+        if hosts.is_main():
+          held.enter_context(WorkdirLock(workdir))
       _train(config, settings, workdir, stop, allow_config_change)
       hosts.gather(None)  # process 0 has written everything
 
 
 def _train(config: Any, settings: dict, workdir: Path, stop: Preemption, allow: bool) -> None:
-  if config.stage not in STAGES:
-    raise UserError(f"stage is {config.stage!r}; use one of {', '.join(STAGES)} or pretrain.")
-  check_limits(config)
   keep_programs(workdir)
-  if config.log.wandb:
-    import_wandb()
-  workdir.mkdir(parents=True, exist_ok=True)
+  sets = prompt_sets(config)
+  record = {"config": settings, "versions": versions(), "files": of_files(config, sets)}
+  shared = overlap(sets)
   keep, keep_every = config.train.keep, config.train.keep_every or None
   with Checkpoints(workdir / "checkpoints", keep=keep, keep_every=keep_every) as saved:
-    if saved.latest_step is not None:
-      _check_settings(saved, workdir, settings, allow)
+    latest = saved.latest_step
+    if latest is not None:
+      check_start(saved, workdir, record, allow=allow)
+      facts = facts_of(latest, settings, record["files"], shared)
+      if latest >= config.train.steps and is_finished(workdir, facts):
+        say_finished(workdir, latest)
+        return
     setup = build(config)
     if hosts.is_main():
       store_config(workdir / "config.json", settings)
-      (workdir / "versions.json").write_text(json.dumps(versions(), indent=2))
-    _agree_on_files(setup, saved, workdir)
+      replace_text(workdir / "versions.json", json.dumps(versions(), indent=2))
+      _print_cut(setup)
+    hosts.agree({"files": record["files"], "newest checkpoint": latest})
+    file = workdir / "config.json"
+    hosts.agree({str(file): hosts.file_digest(file)})
     optimizers = Optimizers(
       *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
     )
     state = jax.jit(lambda: initial_state(config, setup, optimizers))()
     _print_placement(setup, state)
-    record = {"config": settings, "versions": versions(), "weights": _weights(setup)}
-    if saved.latest_step is not None:
-      state = _restore(saved, state, record, allow)
+    record["weights"] = of_weights(setup)
+    if latest is not None:
+      state = restore(saved, state, record, allow=allow)
     meter = Meter(len(config.dmd.steps))
     step_fn = STAGES[config.stage](config, setup, optimizers, meter.watch)
     step_fn = profiled(step_fn, config.train, workdir)
     evaluator = evaluation.Evaluator(setup, config)
-    state = _loop(config, setup, evaluator, step_fn, meter, state, saved, record, stop, workdir)
-  final_evaluation(config, setup, evaluator, state, workdir)
-  export_adapters(config, setup, state, workdir / "export")
-  if hosts.is_main():
-    print(f"report: {write_report(workdir)}")
+    with _writer(config, int(state.step), record, workdir) as writer:
+      state = _loop(
+        config, setup, evaluator, step_fn, meter, state, saved, record, stop, writer, workdir
+      )
+      saved.wait()
+      facts = facts_of(int(state.step), settings, record["files"], shared)
+      finish(config, setup, evaluator, state, facts, writer, workdir)
 
 
-def _agree_on_files(setup: Setup, saved: Checkpoints, workdir: Path) -> None:
-  """Stops processes with other prompts, or with a workdir of their own."""
-  prompts = {"data.prompts": setup.prompts}
-  prompts |= {f"held-out prompts {part.path}": part.prompts for part in setup.held_out_sets}
-  hosts.agree(
-    {name: hosts.digest([p.record for p in values]) for name, values in prompts.items()}
-    | {"newest checkpoint": saved.latest_step}
-  )
-  file = workdir / "config.json"
-  hosts.agree({str(file): hosts.file_digest(file)})
-
-
-def _check_settings(saved: Checkpoints, workdir: Path, settings: dict, allow: bool) -> None:
-  """Before anything is loaded: may the newest checkpoint go on with these settings?"""
-  old = saved.read_extra()
-  # Checkpoints of earlier versions carry nothing; their configuration lies beside them.
-  stored = old["config"] if "config" in old else read_stored_config(workdir / "config.json")
-  name = f"{workdir / 'checkpoints' / str(saved.latest_step)}"
-  for line in check_resume(name, stored, settings, FIXED, allow=allow):
-    print(f"changed since the last start: {line}")
-  for line in config_diff(old.get("versions", {}), versions()):
-    print(f"changed since the last start, results may differ in the last bits: {line}")
-
-
-def _restore(saved: Checkpoints, state: TrainState, record: dict, allow: bool) -> TrainState:
-  state, old = saved.restore(state)
-  if "weights" in old:
-    for line in check_weights(f"step {state.step}", old["weights"], record["weights"], allow=allow):
-      print(f"changed since the last start: {line}")
-  print(f"resuming after step {int(state.step)}")
-  return state
-
-
-def _weights(setup: Setup) -> dict[str, str]:
-  """Fingerprints of the frozen weights that the adapters belong to."""
-  roles, frozen = setup.roles, setup.frozen
-  trees = {
-    role: frozen.bases[getattr(roles, role)] for role in ("generator", "fake_score", "teacher")
-  }
-  trees |= {"load.generator": frozen.generator, "load.fake_score": frozen.fake_score}
-  return {name: fingerprint(tree) for name, tree in trees.items()}
+def _print_cut(setup: Setup) -> None:
+  """Says which prompts are too long for a text encoder."""
+  sets = {"training prompts": setup.prompts}
+  sets |= {f"held-out prompts of {part.path}": part.prompts for part in setup.held_out_sets}
+  for what, prompts in sets.items():
+    for line in cut_prompts(setup.pipeline.text.limits, [p.text for p in prompts], what):
+      print(line)
 
 
 def _print_placement(setup: Setup, state: TrainState) -> None:
@@ -353,20 +338,21 @@ def _loop(
   saved: Checkpoints,
   record: dict[str, Any],
   stop: Preemption,
+  writer: MetricWriter,
   workdir: Path,
 ) -> TrainState:
   start, last = int(state.step), config.train.steps
-  writer = _writer(config, start, record, workdir)
   samples, logged = config.batch.prompts * config.batch.repeats, start
-  skips, agreed = Skips(config.train.max_skipped, state), hosts.Agreement()
-  counted = 0.0
+  skips = Skips(config.train.max_skipped, state, record.pop("updates", {}))
+  agreed = hosts.Agreement()
+  counted, recent = 0.0, {}
   shown = Progress(
     last,
     start_step=start,
     peak_tflops=peak_tflops(),
     recomputes=config.model.remat != "none",
   )
-  with writer, shown as progress:
+  with shown as progress:
     for name in ("config", "versions"):
       writer.text(start, name, markdown(dict(flatten(record[name]))))
     if start == 0:
@@ -378,9 +364,10 @@ def _loop(
         state, metrics = step_fn(state, batch, prompts, number)
         done = number + 1
         skips.follow(done, metrics)
+        recent |= metrics  # a network's last values, although it is not updated in every step
         if done % config.train.log_every == 0 or done == last:
           skips.look()
-          values = scalars(metrics) | skips.totals()
+          values, recent = scalars(recent) | skips.totals(), {}
           writer.scalars(done, values)
           progress.update(done, (done - logged) * samples, values, meter.tflop - counted)
           logged, counted = done, meter.tflop
@@ -388,13 +375,19 @@ def _loop(
         if done % config.eval.every == 0 and not leaving:
           evaluate(config, setup, evaluator, state, done, writer, workdir)
           leaving = agreed(stop.number)
-        if leaving or done % config.train.save_every == 0 or done == last:
-          saved.save(done, state, record)
+        saving = leaving or done % config.train.save_every == 0 or done == last
+        if saving:
+          skips.look()
+          saved.save(done, state, record | {"updates": skips.counts()})
         if leaving:
           saved.wait()
+        if saving and (leaving or done < last):  # of the last step `finish` does it
+          export_adapters(config, setup, state, workdir / "export")
+        if leaving:
           stop.share(leaving)
           stop.stop(f"checkpoint {done} is saved; the same command goes on from it")
       stop.share(max(hosts.gather(stop.number)))
+      skips.finish()
   return state
 
 

@@ -29,12 +29,11 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.limits import check_limits
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.prompts import load_prompts
-from rtdmd_jax.resume import check_resume, read_stored_config
+from rtdmd_jax.resume import FIXED, check_resume, read_stored_config
 from rtdmd_jax.rewards import protocol
 from rtdmd_jax.rewards.server import RewardServer
 from rtdmd_jax.rewards.service import Limits, Service, TooMany
 from rtdmd_jax.sharding import make_mesh
-from rtdmd_jax.train import FIXED
 from rtdmd_jax.weights.maps import KeyTable, Stack
 from rtdmd_jax.weights.peft import CONFIG_NAME, PEFT_NAME, load_peft
 from rtdmd_jax.weights.safetensors import load_params, read_config
@@ -215,7 +214,8 @@ def _read_index(folder: Path, data: bytes) -> None:
   load_params(folder, _ABSTRACT, _TABLE)
 
 
-_NOTES = [{"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 4.0})}]
+_FIELDS = {"transformer.lora_alpha": 4.0, "transformer.r": 2}
+_NOTES = [{"lora_adapter_metadata": json.dumps(_FIELDS)}]
 _NOTES += [{"lora_adapter_metadata": text} for text in ("[]", '{"lora_alpha": "x"}', "{", "1e999")]
 _PEFT = st.one_of(
   st.tuples(json_files(_ADAPTER_CONFIG), st.just(save(_ADAPTERS))),
@@ -294,7 +294,7 @@ _TORCH = st.one_of(
 
 
 def _read_torch(folder: Path, data: bytes) -> None:
-  file = _write(folder / "lora.pt", data)
+  file = _write(folder / "generator.pt", data)
   load_peft(file, _ABSTRACT, _TABLE)
 
 

@@ -7,6 +7,8 @@ import pytest
 # Before jax is imported: no search for accelerators, and programs that compile twice as fast.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# No test asks Hugging Face's hub, whatever a configuration names.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -150,6 +150,7 @@ def test_a_reward_is_either_trained_or_watched():
     ({"genevl": {}}, "did you mean 'geneval'"),
     ({"aesthetic": {"directry": "x"}}, "aesthetic"),
     ({"hpsv3": {}}, "needs one of the options url, directory"),
+    ({"aesthetic": {"backpropagate": True}}, "eval.rewards.aesthetic.backpropagate is true"),
   ],
 )
 def test_a_wrong_option_of_a_watched_reward_is_an_error_at_the_start(rewards, message):

@@ -245,3 +245,23 @@ def test_unsupported_leaves_and_names(tmp_path):
       checkpoints.save(1, {"x": np.zeros(2)}, None)
     with pytest.raises(ValueError, match="two leaves of the state have the name a/b"):
       checkpoints.save(1, {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}, None)
+
+
+def test_some_leaves_alone(tmp_path, monkeypatch, capfd):
+  monkeypatch.chdir(tmp_path)
+  state = {"ema": {"x": {"a": jnp.arange(4.0), "b": jnp.ones(2, jnp.bfloat16)}}, "opt": jnp.ones(9)}
+  with Checkpoints(tmp_path / "ck") as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, jax.tree.map(lambda x, s=step: s * x, state), None)
+  with Checkpoints("ck", read_only=True) as checkpoints:
+    leaves = checkpoints.read_leaves(["ema"], 1)
+    assert capfd.readouterr().err == ""
+    assert leaves.keys() == {"ema/x/a", "ema/x/b"}
+    np.testing.assert_array_equal(leaves["ema/x/a"], state["ema"]["x"]["a"])
+    assert leaves["ema/x/b"].dtype == jnp.bfloat16
+    assert checkpoints.read_leaves(["ema"])["ema/x/a"][3] == 6
+    with pytest.raises(UserError, match="has no checkpoint 3; it has 1, 2"):
+      checkpoints.read_leaves(["ema"], 3)
+    monkeypatch.setattr("rtdmd_jax.checkpoint.checksums", lambda leaves: dict.fromkeys(leaves, -1))
+    with pytest.raises(UserError, match="damaged: the leaf ema/x/a is not what was written"):
+      checkpoints.read_leaves(["ema"], 2)

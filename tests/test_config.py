@@ -113,3 +113,59 @@ def test_siblings_of_two_folders_do_not_mix(tmp_path):
     )
   assert load_config(str(tmp_path / "a/top.py")).value == 1
   assert load_config(str(tmp_path / "b/top.py")).value == 2
+
+
+def _sections():
+  reward = {"weight": 1.0}
+  return ConfigDict(
+    {
+      "rewards": {"ocr": reward, "geneval": reward, "mine:make": reward},
+      "eval": {"every": 5, "rewards": {"aesthetic": reward}},
+      "systems": {"base": {"steps": 50}},
+      "prompts": {"ocr": "prompts/ocr"},
+      "data": {"prompts": "prompts/ocr"},
+    }
+  )
+
+
+def test_none_removes_an_entry():
+  config = _sections()
+  for key in ("rewards.ocr", "rewards.mine:make", "eval.rewards.aesthetic", "systems.base"):
+    apply_override(config, f"{key}=none")
+  apply_override(config, "prompts.ocr=None")
+  assert config.to_dict() == {
+    "rewards": {"geneval": {"weight": 1.0}},
+    "eval": {"every": 5, "rewards": {}},
+    "systems": {},
+    "prompts": {},
+    "data": {"prompts": "prompts/ocr"},
+  }
+  with pytest.raises(UserError, match="no key rewards.ocr"):
+    apply_override(config, "rewards.ocr=none")
+  with pytest.raises(UserError, match="no key rewards.ocr"):
+    apply_override(config, "rewards.ocr.weight=2")
+
+
+@pytest.mark.parametrize(
+  "override, message",
+  [
+    (
+      "rewards.ocr=off",
+      "is a section; set one of its keys: weight, or remove it with --config.rewards.ocr=none$",
+    ),
+    ("eval.rewards.aesthetic=0", "remove it with --config.eval.rewards.aesthetic=none$"),
+    ("rewards=none", "is a section; set one of its keys: geneval, mine:make, ocr$"),
+    ("eval.rewards=none", "set one of its keys: aesthetic$"),
+    ("eval=none", "set one of its keys: every, rewards$"),
+    ("eval.every=none", "must be a whole number"),
+  ],
+)
+def test_what_none_does_not_remove(override, message):
+  with pytest.raises(UserError, match=message):
+    apply_override(_sections(), override)
+
+
+def test_a_text_may_be_called_none():
+  config = _sections()
+  apply_override(config, "data.prompts=none")
+  assert config.data.prompts == "none"

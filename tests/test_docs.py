@@ -39,6 +39,10 @@ NOT_RUN = {
     " --json=report.json": _TPU,
   },
   "docs/backbones.md": {"PYTHONPATH=. python tests/aot/offload_on_tpu.py": _TPU},
+  "docs/data.md": {
+    "git clone --depth=1 https://github.com/Harahan/RTDMD && mkdir -p prompts && cp -r"
+    " RTDMD/dataset/pickscore prompts/": "needs the network; its command of Python is run below it",
+  },
   "docs/evidence.md": {
     "python -m benchmarks.tilt.run                  # or --only=gaussian, mixture, long, even,"
     " estimators": _MEASURES,

@@ -1,13 +1,17 @@
 import json
 import math
+import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rtdmd_jax import cli, evaluate, sample
 from rtdmd_jax.config import load_config
 from rtdmd_jax.evaluate import Drawn
+from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.prompts import Prompt
 from rtdmd_jax.rewards.multi import make
 
@@ -65,12 +69,35 @@ def test_every_image_is_scored_and_systems_are_compared(tmp_path, capsys):
   assert "high" in capsys.readouterr().out
 
 
+def test_a_prompt_that_comes_again_is_another_image(tmp_path):
+  config = load_config(str(CONFIG))
+  name, twice = "test_evaluate:Brightness", [PROMPTS[0]] * 2
+  system = Drawn("one", 4, 1.0, {"set": drawn(tmp_path / "one", 50, twice)})
+  evaluate.compare(config, [system], {"set": twice}, {"set": make({name: 1.0})}, tmp_path)
+  lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+  assert [line["prompt_index"] for line in lines] == [0, 1]
+  assert lines[0]["scores"] != lines[1]["scores"]
+  (row,) = json.loads((tmp_path / "summary.json").read_text())["systems"]
+  assert row["scores"][name]["n"] == 2
+
+
 def test_images_of_other_prompts_are_refused(tmp_path):
   drawn(tmp_path, 9, PROMPTS[:2])
   with pytest.raises(evaluate.UserError, match="no image of prompt 2, 'broken'"):
     evaluate.images_of(tmp_path, PROMPTS)
   with pytest.raises(evaluate.UserError, match="00000_1.png is not an image of prompt 0, 'light'"):
     evaluate.images_of(tmp_path, PROMPTS[1::-1])
+
+
+def test_images_of_two_sizes_are_named(tmp_path):
+  drawn(tmp_path, 9, PROMPTS[:1], seeds=(1, 2, 3))
+  other = tmp_path / "00000_3.png"
+  Image.new("RGB", (16, 8)).save(other)
+  files = [tmp_path / f"00000_{i}.png" for i in (1, 2, 3)]
+  scorer = make({"test_evaluate:Brightness": 1.0})
+  for chunk in (2, 3):
+    with pytest.raises(evaluate.UserError, match="1.png is 8 x 8 ..*00000_3.png is 16 x 8"):
+      evaluate.score(scorer, files, PROMPTS[:1] * 3, chunk)
 
 
 def test_outputs_of_single_tags_are_left_to_the_summary(tmp_path):
@@ -136,6 +163,68 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, flags, message):
   assert run(tmp_path / "out", *flags) == 2
   err = capsys.readouterr().err
   assert err.startswith("error: ") and message in err and err.count("\n") == 1
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def two_pipelines(tmp_path):
+  """A config of `base` from a pipeline of its own and `same` from the config's."""
+  other = shutil.copytree(ROOT / "rtdmd_jax/assets/tiny", tmp_path / "other")
+  file = other / "scheduler/scheduler_config.json"
+  file.write_text(json.dumps(json.loads(file.read_text()) | {"shift": 9.0}))
+  own = tmp_path / "own.py"
+  own.write_text(
+    f"""from rtdmd_jax.config import load_config
+
+def get_config():
+  c = load_config({str(CONFIG)!r}, ["limit=1", "batch=1", "preview=1"]).unlock()
+  c.systems = dict(
+    base=dict(few_step=False, steps=2, guidance=1.0, loras=(), pipeline={str(other)!r}),
+    same=dict(few_step=False, steps=2, guidance=1.0, loras=()),
+  )
+  return c
+"""
+  )
+  return own, other
+
+
+def test_systems_are_drawn_pipeline_by_pipeline(two_pipelines):
+  config, other = load_config(str(two_pipelines[0])), str(two_pipelines[1])
+  with config.unlocked():
+    config.systems.again = config.systems.base
+  found = evaluate.by_pipeline(config, ["base", "same", "again"])
+  assert found == {other: ["base", "again"], config.pipeline: ["same"]}
+
+
+@pytest.mark.slow
+def test_a_system_has_a_pipeline_of_its_own(tmp_path, two_pipelines, monkeypatch):
+  config, other = two_pipelines
+  loaded, load = [], Pipeline.from_pretrained
+
+  def watch(directory, **options):
+    assert not any(reference() for _, reference in loaded), "the one before is still in memory"
+    pipeline = load(directory, **options)
+    loaded.append((str(directory), weakref.ref(pipeline)))
+    return pipeline
+
+  monkeypatch.setattr(evaluate.Pipeline, "from_pretrained", watch)
+  assert run(tmp_path / "out", f"--config={config}") == 0
+  assert [directory for directory, _ in loaded] == [str(other), load_config(str(config)).pipeline]
+  names = ("base", "same")
+  rows = json.loads((tmp_path / "out/summary.json").read_text())["systems"]
+  assert [row["name"] for row in rows] == list(names)
+  files = [tmp_path / f"out/images/{name}/shapes/00000_42.png" for name in names]
+  notes = [sample.read_notes(file)["pipeline"] for file in files]
+  assert notes == [directory for directory, _ in loaded]
+  base, same = (np.asarray(Image.open(file)) for file in files)
+  assert not np.array_equal(base, same)
+
+
+def test_every_pipeline_is_looked_for_before_the_first_image(tmp_path, two_pipelines, capsys):
+  config, other = two_pipelines
+  (other / "model_index.json").unlink()
+  assert run(tmp_path / "out", f"--config={config}") == 2
+  assert f"{other / 'model_index.json'} cannot be read" in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
 
 

@@ -118,7 +118,7 @@ def test_without_any_reward_the_images_are_still_drawn(tmp_path):
   table = Fake().compare(SYSTEMS, [HeldOut("colours", PROMPTS, ())], tmp_path)
   assert [s["scores"] for s in table["systems"]] == [{}, {}]
   assert table["differences"] == {"start": {}}
-  assert "no reward was asked" in write_report(tmp_path).read_text()
+  assert "no reward scored them" in write_report(tmp_path).read_text()
 
 
 def test_an_error_of_the_device_ends_all_of_several_processes(monkeypatch):

@@ -57,7 +57,7 @@ def case(tmp_path_factory):
 
 def run(root, *flags):
   argv = ["export", f"--pipeline={root / 'pipeline'}", *flags]
-  required = ("pipeline", "format", "out")
+  required = ("format", "out")
   return cli.run(export.main, argv, define_flags=export.define_flags, requires=required)
 
 
@@ -139,10 +139,13 @@ def test_an_exported_stack_reads_back_as_the_same_change(case, tmp_path, kind):
   [
     (["--format=peft"], "--lora is required"),
     (["--lora=x", "--format=zip"], "choose one of peft, comfyui, merged"),
-    (["--lora=nowhere", "--format=peft"], "nowhere is no adapter"),
+    (["--lora=nowhere", "--format=peft"], "lora nowhere does not exist"),
     (["--lora=x", "--format=peft", "--dtype=float32"], "--dtype applies to --format=merged only"),
     (["--lora={one}", "--format=merged", "--dtype=int8"], "--dtype=int8 is unknown"),
     (["--lora=x", "--format=peft", "--pipeline=nowhere"], "nowhere is not a directory"),
+    (["--lora=x", "--format=peft", "--pipeline="], "--pipeline is required with --lora"),
+    (["--lora=x", "--format=peft", "--role=fake_score"], "goes with --checkpoint"),
+    (["--lora=x", "--checkpoint=y", "--format=peft"], "in its place --checkpoint"),
   ],
 )
 def test_mistakes_are_one_sentence(case, tmp_path, capsys, flags, message):
@@ -193,7 +196,16 @@ def test_a_lora_is_a_path_with_a_scale():
 
 
 @pytest.mark.parametrize(
-  "value", [{"scale": 1.0}, {"path": "a", "alpha": 1}, {"path": "a", "scale": "x"}]
+  "value",
+  [
+    {"scale": 1.0},
+    {"path": "a", "alpha": 1},
+    {"path": "a", "scale": "x"},
+    {"path": "a", "scale": float("inf")},
+    "a:nan",
+    "a:-inf",
+    "a:1e999",
+  ],
 )
 def test_a_broken_lora_entry_is_named(value):
   with pytest.raises(export.UserError, match="lora"):

@@ -119,6 +119,20 @@ def test_both_stages_of_several_processes_equal_those_of_one(tmp_path):
       )
 
 
+@pytest.mark.slow
+def test_encodings_of_several_processes_equal_those_of_one(tmp_path):
+  mesh, found = "2,4,1", {}
+  for count in (1, 2):
+    folder = tmp_path / str(count)
+    folder.mkdir()
+    command = ["tests/encoded_run.py", 8 // count, folder, mesh]
+    for code, _, said in finish(start([command] * count, folder, 8 // count)):
+      assert code == 0, said
+    found[count] = np.load(folder / f"{mesh}.npz")
+  for name in ("tokens", "pooled", "reward"):
+    np.testing.assert_allclose(found[2][name], found[1][name], atol=1e-5, err_msg=name)
+
+
 SMALL = [
   *("--config=configs/tiny_stage2.py", "--config.batch.micro_batches=1"),
   *("--config.batch.prompts=2", "--config.batch.repeats=2", "--config.eval.final_prompts=3"),

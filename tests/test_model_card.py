@@ -3,7 +3,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from rtdmd_jax.files import save_tensors
 from rtdmd_jax.model_card import Run, find_run, write_card
+from rtdmd_jax.weights.peft import PEFT_NAME
 
 CONFIG = {
   "stage": "stage2",
@@ -53,7 +55,23 @@ def test_a_run_with_scores(tmp_path):
   assert "| system | steps | guidance | hpsv2 | geneval |" in text
   assert "| teacher | 50 | 4.5 | 0.3000 ± 0.0100 | failed |" in text
   assert "| result, few steps | 4 | 1 | 0.3333 | 0.9000 ± 0.0200 |" in text
-  assert "Means over 0 to 1,000 prompts" in text
+  assert "Means over 0 to 1,000 prompts, with 95 % intervals.\n" in text
+  assert "trained on" not in text  # nobody has compared
+
+
+def test_only_what_was_checked_is_said(tmp_path):
+  overlap = {"data.held_out": [0, 1632], "rewards.hpsv2.held_out": [2, 400]}
+  checked = SCORES | {"run": {"step": 400, "settings": "x", "overlap": overlap}}
+  text = card(tmp_path, run=Run(CONFIG, checked, 400, "moving average"))
+  assert "| training steps | 400 of 1,000 |" in text and "| weights | moving average |" in text
+  assert "None of the 1,632 prompts of data.held_out is trained on in this stage." in text
+  assert "2 of the 400 prompts of rewards.hpsv2.held_out are trained on" in text
+
+
+def test_without_rewards_there_are_no_scores(tmp_path):
+  systems = [system | {"scores": {}} for system in SCORES["systems"]]
+  text = card(tmp_path, run=Run(CONFIG | {"rewards": {}}, SCORES | {"systems": systems}))
+  assert "## Training" in text and "## Held-out scores" not in text
 
 
 def test_a_run_without_rewards_has_no_scores_to_tell(tmp_path):
@@ -92,3 +110,15 @@ def test_the_run_of_an_adapter_is_found_beside_it(tmp_path):
   (tmp_path / "evaluation.json").write_text(json.dumps(SCORES))
   assert find_run(adapter) == Run(CONFIG, SCORES)
   assert find_run(tmp_path / "export") is None
+
+
+def test_scores_of_another_step_are_not_told(tmp_path):
+  adapter = tmp_path / "export/generator"
+  save_tensors(adapter / PEFT_NAME, {}, {"step": "8", "weights": "moving average"})
+  (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+  for step, told in ((8, True), (4, False)):
+    scores = SCORES | {"run": {"step": step}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(scores))
+    assert find_run(adapter) == Run(CONFIG, scores if told else None, 8, "moving average")
+  (tmp_path / "evaluation.json").write_text('{"systems": [')
+  assert find_run(adapter) == Run(CONFIG, None, 8, "moving average")

@@ -5,12 +5,27 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from rtdmd_jax import evaluation
+from rtdmd_jax import captions, evaluation, held_out
 from rtdmd_jax.build import build, new_adapters
 from rtdmd_jax.config import load_config
+from rtdmd_jax.metrics import MetricWriter
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def test_prompts_that_no_font_can_draw_are_written_beside(tmp_path, monkeypatch):
+  monkeypatch.setattr(captions, "_faces", lambda: ("",))
+  texts = ("a cat", "一只红色的猫", "قطة حمراء")
+  said = []
+  monkeypatch.setattr(MetricWriter, "text", lambda *args: said.append(args[1:]))
+  with MetricWriter(tmp_path, resume_step=-1) as writer:
+    held_out._write_preview(5, Image.new("RGB", (8, 8)), list(texts), writer, tmp_path)
+  want = [f"prompt {i}: {text}" for i, text in enumerate(texts) if text != "a cat"]
+  assert (tmp_path / "previews/step_000005.txt").read_text("utf-8").splitlines() == want
+  ((step, name, table),) = said
+  assert (step, name) == (5, "preview") and all(text in table for text in texts[1:])
 
 
 @pytest.mark.slow

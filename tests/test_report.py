@@ -154,6 +154,12 @@ def test_everything_is_in_one_file(workdir):
   assert html.count('class="nonfinite"') == 2
 
 
+def test_captions_that_could_not_be_drawn_stand_below_the_previews(workdir):
+  (workdir / "previews/step_000825.txt").write_text("prompt 0: 猫 <a>\nprompt 3: قطة\n", "utf-8")
+  words = Page(write_report(workdir).read_text("utf-8")).words
+  assert "prompt 0: 猫 <a>" in words and "prompt 3: قطة" in words
+
+
 def test_best_is_bold_per_reward(workdir):
   html = write_report(workdir).read_text()
   assert html.count('class="best"') == 2 + 4

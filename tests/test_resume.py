@@ -4,8 +4,8 @@ import pytest
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.resume import (
+  check_content,
   check_resume,
-  check_weights,
   config_diff,
   read_stored_config,
   store_config,
@@ -44,12 +44,19 @@ def test_many_changes_are_counted_and_long_values_cut():
   assert len(str(refused.value)) < 2000
 
 
-def test_frozen_weights_must_not_change():
-  old, new = {"teacher": "aa", "generator": "bb"}, {"teacher": "aa", "generator": "cc"}
-  assert check_weights("run/3", old, old) == []
-  with pytest.raises(UserError, match='generator: "bb" -> "cc"'):
-    check_weights("run/3", old, new)
-  assert check_weights("run/3", old, new, allow=True) == ['generator: "bb" -> "cc"']
+def test_what_is_read_must_not_change():
+  old = {"teacher": "aa", "data.prompts": "bb", "model.pretrained, vae": "cc", "gone": "x"}
+  new = old | {"data.prompts": "dd", "model.pretrained, vae": "ee", "added": "y"}
+  del new["gone"]
+  assert check_content("run/3", old, old) == []
+  both = "data.prompts; model.pretrained, vae has changed under the same path"
+  with pytest.raises(UserError, match=f"cannot resume run/3: the content of {both}"):
+    check_content("run/3", old, new)
+  lines = ["the content of data.prompts", "the content of model.pretrained, vae"]
+  assert check_content("run/3", old, new, allow=True) == lines
+  # Another path was judged already, and has another content of course.
+  moved = ['model.pretrained: "a" -> "b"', 'data.prompts: "a" -> "b"']
+  assert check_content("run/3", old, new, moved) == []
 
 
 def test_stored_config(tmp_path):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from rtdmd_jax import cli, sample
 from rtdmd_jax.config import load_config
@@ -86,6 +88,20 @@ def test_the_number_of_devices_changes_nothing(tmp_path):
     assert_same_image(tmp_path / "one" / f"{i:05d}_42.png", tmp_path / "two" / f"{i:05d}_42.png")
 
 
+@pytest.mark.slow
+def test_images_that_are_not_finite_are_errors(tmp_path, capsys):
+  pipeline = shutil.copytree(ROOT / "rtdmd_jax/assets/tiny", tmp_path / "pipeline")
+  file = pipeline / "vae/diffusion_pytorch_model.safetensors"
+  weights = load_file(file)
+  weights["decoder.conv_out.bias"][:] = np.inf  # which clamping would make white
+  save_file(weights, file, {"format": "pt"})
+  out = tmp_path / "out"
+  assert run(out, f"--config.pipeline={pipeline}", "--config.batch=4", "--seeds=7,8") == 2
+  err = capsys.readouterr().err
+  assert f"the image of prompt 0 ({PROMPTS[0]!r}) with seed 7, 0 (" in err and "and 1 more" in err
+  assert "not finite" in err and err.count("\n") == 1 and not out.exists()
+
+
 @pytest.mark.parametrize(
   "flags, prompts, message",
   [
@@ -108,7 +124,7 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, flags, prompts, message):
   assert run(tmp_path / "out", *flags, prompts=prompts) == 2
   err = capsys.readouterr().err
   assert err.startswith("error: ") and message in err and err.count("\n") == 1
-  assert not (tmp_path / "out").exists()
+  assert not list((tmp_path / "out").glob("*"))
 
 
 @pytest.mark.parametrize("change", [{"extra": 1}, {"seed": None}])

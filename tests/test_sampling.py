@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,8 @@ def test_euler_schedule_equals_diffusers(steps):
     ("flux1", {"use_dynamic_shifting": True}),
     ("flux2", {"use_dynamic_shifting": True}),
     ("flux2", {"use_dynamic_shifting": True, "time_shift_type": "linear"}),
+    ("flux2", {"shift": 3.0, "use_dynamic_shifting": False}),
+    ("sd3", {"shift": 1.5, "time_shift_type": "linear", "max_shift": 2.0}),
   ],
 )
 def test_schedules_equal_the_pipelines_of_diffusers(family, options, steps):
@@ -83,11 +87,56 @@ def test_dynamic_few_steps_are_the_schedules_of_the_family():
     ("flux1", {"use_dynamic_shifting": True, "max_shift": 2.0}, "max_shift"),
     ("flux1", {"shift_terminal": 0.1}, "shift_terminal"),
     ("flux2", {"use_karras_sigmas": True}, "use_karras_sigmas"),
+    ("sd3", {"use_beta_sigmas": True}, "use_beta_sigmas"),
+    ("sd3", {"use_exponential_sigmas": True}, "use_exponential_sigmas"),
+    ("sd3", {"invert_sigmas": True}, "invert_sigmas"),
+    ("sd3", {"stochastic_sampling": True}, "stochastic_sampling"),
+    ("sd3", {"num_train_timesteps": 500}, "num_train_timesteps = 500"),
+    ("sd3", {"shift": None}, "shift = None"),
+    ("sd3", {"shift": float("nan")}, "shift = nan"),
+    ("sd3", {"shift": 0}, "shift = 0"),
+    ("sd3", {"use_dynamic_shifting": "no"}, "use_dynamic_shifting = 'no'"),
+    ("flux1", {"use_dynamic_shifting": True, "time_shift_type": "cubic"}, "time_shift_type"),
+    ("flux2", {"use_dynamic_shifting": True, "shift_terminal": 2}, "shift_terminal = 2"),
+    ("flux2", {"use_flow_sigmas": True}, "use_flow_sigmas = True"),
+    ("sd3", {"_class_name": "DPMSolverMultistepScheduler"}, "'DPMSolverMultistepScheduler'"),
+    ("sd3", {"_class_name": "FlowMatchHeunDiscreteScheduler"}, "'FlowMatchHeunDiscrete"),
   ],
 )
 def test_schedulers_that_are_not_supported(family, options, name):
   with pytest.raises(UserError, match=name):
     sampling.Schedule.from_config(family, options)
+
+
+def test_a_terminal_level_needs_two_steps():
+  schedule = sampling.Schedule("flux2", dynamic=True, terminal=0.1)
+  with pytest.raises(UserError, match="shift_terminal = 0.1 cannot be reached in 1 step"):
+    schedule.few_step_sigmas([1000], 1024)
+
+
+def test_every_key_that_diffusers_writes_is_read():
+  diffusers = pytest.importorskip("diffusers")
+  written = json.loads(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).to_json_string())
+  assert sampling.Schedule.from_config("sd3", written) == sampling.Schedule("sd3", shift=3.0)
+  assert set(written) - {"_class_name", "_diffusers_version"} == sampling._KEYS
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_images_that_are_not_finite_are_found(bad):
+  def decode(latents, *, clamp):
+    assert not clamp
+    return 2.0 * latents
+
+  latents = jnp.full((3, 2, 2, 3), 0.4).at[1, 0, 1, 2].set(bad).at[2].set(3.0)
+  images, finite = jax.jit(lambda x: sampling.checked_images(decode, x))(latents)
+  assert finite.tolist() == [True, False, True]
+  assert float(images[0].min()) == pytest.approx(0.8) and float(images[2].max()) == 1.0
+  # Latents that a decoder forgives are found, too.
+  plain = lambda latents, *, clamp: jnp.nan_to_num(latents)  # noqa: E731
+  assert sampling.checked_images(plain, latents)[1].tolist() == [True, False, True]
+  with pytest.raises(UserError, match="the image of prompt b has values that are not finite"):
+    sampling.refuse_nonfinite(np.asarray(finite), ["a", "b"])
+  sampling.refuse_nonfinite(np.asarray(finite), ["a"])
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.9])

@@ -104,6 +104,19 @@ def test_every_mesh_equals_one_device(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_devices_of_a_mesh_share_the_encoding_of_prompts(tmp_path):
+  meshes = ("2,4,1", "8,1,1", "2,2,2")
+  run_script("encoded_run.py", "8", tmp_path, "1,1,1", *meshes)
+  one = np.load(tmp_path / "1,1,1.npz")
+  for mesh in meshes:
+    many = np.load(tmp_path / f"{mesh}.npz")
+    assert many["split"] == (mesh != "8,1,1")  # the parameters are
+    assert many["flops"] < 1.1 / 8 * one["flops"], mesh
+    for name in ("tokens", "pooled", "reward"):
+      np.testing.assert_allclose(many[name], one[name], atol=1e-5, err_msg=f"{mesh} {name}")
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_numbers_of_devices(tmp_path):
   meshes = ("2,4,1", "1,4,1", "1,1,1", "2,4,1")
   run_script("resharded_run.py", "8", "2", tmp_path, *meshes)

@@ -4,15 +4,18 @@ import jax.numpy as jnp
 import pytest
 
 from rtdmd_jax.errors import EXIT_NUMBERS, Stopped
-from rtdmd_jax.skips import Skips, scalars
+from rtdmd_jax.skips import NETWORKS, Skips, scalars
 
 STATE = SimpleNamespace(
   generator={"block": {"to_q": {"a": jnp.ones(1), "b": jnp.ones(1)}}}, fake_score={"a": jnp.ones(1)}
 )
 
 
-def metrics(generator, fake_score=0.0, loss=1.0):
-  return {
+def metrics(generator, fake_score=0.0, loss=1.0, norm=1.0):
+  norms = {
+    f"{n}/{kind}": jnp.array(norm) for n in NETWORKS for kind in ("grad_norm", "update_norm")
+  }
+  return norms | {
     "generator/skipped": jnp.array(generator),
     "generator/finite": jnp.array([True, not generator]),
     "fake_score/skipped": jnp.array(fake_score),
@@ -47,6 +50,42 @@ def test_networks_are_counted_apart():
 
 
 def test_scalars_leave_vectors_out():
-  assert scalars(metrics(0.0)).keys() == {
-    "generator/skipped", "fake_score/skipped", "loss/policy"
-  }  # fmt: skip
+  vectors = {"generator/finite", "fake_score/finite"}
+  assert scalars(metrics(0.0)).keys() == metrics(0.0).keys() - vectors
+
+
+def test_updates_that_change_nothing_are_said_once(capsys):
+  skips = Skips(2, STATE)
+  for step in range(1, 25):
+    skips.follow(step, metrics(0.0, norm=0.0))
+  skips.finish()
+  said = capsys.readouterr().out
+  assert said.count("the last 10 updates of generator changed nothing") == 1
+  assert said.count("warning") == 2  # one a network
+
+
+def test_a_short_run_whose_updates_change_nothing_says_so_at_its_end(capsys):
+  skips = Skips(2, STATE)
+  for step in range(1, 4):
+    skips.follow(step, metrics(0.0, norm=0.0))
+  skips.finish()
+  assert "the last 3 updates of generator changed nothing" in capsys.readouterr().out
+
+
+def test_a_run_whose_every_update_was_skipped_ends_with_an_exit_code_of_its_own():
+  skips = Skips(20, STATE)
+  for step in range(1, 4):
+    skips.follow(step, metrics(1.0))
+  with pytest.raises(Stopped, match="every update of generator .3. was skipped") as stopped:
+    skips.finish()
+  assert stopped.value.code == EXIT_NUMBERS
+
+
+def test_counts_go_on_where_a_checkpoint_left_them():
+  first = Skips(20, STATE)
+  first.follow(1, metrics(1.0))
+  first.look()
+  later = Skips(20, STATE, first.counts())
+  later.follow(2, metrics(0.0))
+  later.finish()
+  assert later.totals()["generator/skipped_total"] == 1 and later.counts()["generator"] == (2, 1)

@@ -10,6 +10,7 @@ import toy
 from programs import call_sites
 
 from rtdmd_jax import stage2
+from rtdmd_jax.aot.flops import count_flops
 from rtdmd_jax.scoring import judge
 from rtdmd_jax.stage1 import DMDConfig
 from rtdmd_jax.stage2 import PolicyConfig
@@ -29,6 +30,12 @@ def _programs(policy, differentiable=("bright",)):
     jax.jit(partial(stage2.policy_step, scoring=scoring, optimizer=optimizer, **common)),
     jax.jit(partial(stage2.fake_score_step, optimizer=optimizer, **common)),
   )
+
+
+def _fake_score_step(updates):
+  common = dict(roles=toy.roles(), config=DMDConfig(), policy=PolicyConfig(micro_batches=3))
+  step = partial(stage2.fake_score_step, optimizer=toy.state()[1], updates=updates, **common)
+  return jax.jit(step)
 
 
 def _run(policy, rewards=None, state=None):
@@ -72,6 +79,34 @@ def test_what_is_compiled_once():
   rewards = samples.rewards | toy.host_rewards(12)
   sites = call_sites(update.trace(state, frozen, batch, samples, rewards, KEY).jaxpr)
   assert sites["tanh"] == 3 and "logistic" not in sites  # generator, teacher, fake score
+
+
+def test_several_fake_score_updates_are_single_ones_with_other_keys():
+  state, frozen, batch = toy.state()[0], toy.frozen(), toy.batch()
+  samples = _programs(PolicyConfig())[0](state, frozen, batch, ROLLOUT_KEY)
+  once, thrice = _fake_score_step(1), _fake_score_step(3)
+  want, losses = state, []
+  for i in range(3):
+    key = jax.random.fold_in(KEY, i) if i else KEY
+    want, metrics = once(want, frozen, batch, samples, key)
+    losses.append(float(metrics["loss/fake_score"]))
+  got, found = thrice(state, frozen, batch, samples, KEY)
+  _same(got, want, 1e-6)
+  assert len(set(losses)) == 3
+  assert float(found["loss/fake_score"]) == pytest.approx(np.mean(losses), rel=1e-5)
+  norm = float(metrics["fake_score/grad_norm"])
+  assert float(found["fake_score/grad_norm"]) == pytest.approx(norm, rel=1e-4)
+
+
+def test_arithmetic_of_several_updates_counts_and_the_network_is_compiled_once():
+  state, frozen, batch = toy.state()[0], toy.frozen(), toy.batch()
+  samples = _programs(PolicyConfig())[0].trace(state, frozen, batch, ROLLOUT_KEY).out_info
+  flops = []
+  for updates in (1, 5):
+    jaxpr = _fake_score_step(updates).trace(state, frozen, batch, samples, KEY).jaxpr
+    assert call_sites(jaxpr)["tanh"] == 1
+    flops.append(count_flops(jaxpr))
+  assert flops[1] == pytest.approx(5 * flops[0])
 
 
 def test_adapters_in_bfloat16_train_and_stay_so():
@@ -130,16 +165,47 @@ def test_policy_gradient_raises_the_log_probability_of_the_better_sample():
   assert gain[:, 0].mean() > gain[:, 1:].mean()
 
 
-def test_groups_without_spread_have_no_weight_and_no_spread_at_all_no_gradient():
+def test_groups_without_spread_have_no_weight_and_no_spread_at_all_no_policy_gradient():
   flat = {"bright": jnp.zeros(12), "host": jnp.zeros(12)}
-  state, _, new, metrics, _ = _run(PolicyConfig(), flat)
+  state, _, new, metrics, _ = _run(PolicyConfig(dm_weight=0.0, reward_weight=0.0), flat)
   assert float(metrics["samples/kept"]) == 0
-  assert float(metrics["generator/grad_norm"]) == 0
+  assert float(metrics["generator/grad_norm"]) == float(metrics["generator/update_norm"]) == 0
   _same(state.generator, new.generator, 0)
   # One live group of three: its samples count three times as much, the others not at all.
   live = flat | {"host": jnp.zeros(12).at[0].set(1.0)}
   *_, metrics, _ = _run(PolicyConfig(), live)
   assert float(metrics["samples/kept"]) == pytest.approx(1 / 3)
+
+
+def test_without_any_signal_matching_and_back_propagation_train_on_all_samples():
+  flat = {"bright": jnp.full(12, 0.3), "host": jnp.zeros(12)}
+  other = PolicyConfig(policy_weight=0.0)  # what is left of the update without the policy term
+  spread = flat | {"host": jnp.tile(jnp.array([0.0, 1.0]), 6)}
+  state, _, new, metrics, _ = _run(PolicyConfig(), flat)
+  assert float(metrics["samples/kept"]) == 0 and float(metrics["loss/policy"]) == 0
+  assert float(metrics["generator/update_norm"]) > 0
+  _, _, want, _, _ = _run(other, spread, state=state)
+  _same(new.generator, want.generator, 1e-6)
+
+
+def test_the_largest_drift_of_all_micro_batches_is_reported():
+  _, samples, *_ = _run(PolicyConfig())
+  moved = samples.replace(log_prob=samples.log_prob.at[:, 4].add(-0.1))
+  rewards = samples.rewards | toy.host_rewards(12)
+  for parts in (1, 12):
+    update = _programs(PolicyConfig(micro_batches=parts))[1]
+    _, metrics = update(toy.state()[0], toy.frozen(), toy.batch(), moved, rewards, KEY)
+    assert float(metrics["ratio/drift"]) == pytest.approx(np.expm1(0.1), rel=1e-4)
+
+
+def test_absurd_rewards_count_as_failed_and_leave_the_means_alone():
+  rewards = {"bright": jnp.linspace(0, 1, 12), "host": jnp.linspace(1, 0, 12)}
+  for absurd in (jnp.inf, 1e30):
+    wrong = rewards | {"host": rewards["host"].at[2].set(absurd)}
+    _, _, new, metrics, _ = _run(PolicyConfig(), wrong)
+    _, _, want, _, _ = _run(PolicyConfig(), rewards | {"host": rewards["host"].at[2].set(jnp.nan)})
+    assert int(metrics["reward_failed/host"]) == 1 and 0 < float(metrics["reward/host"]) < 1
+    _same(new.generator, want.generator, 0)
 
 
 def test_a_failed_sample_is_left_out():
@@ -211,3 +277,11 @@ def test_options_run_and_change_the_update(changes):
   assert max(jax.tree.leaves(difference)) > 0
   if "kl_weight" in changes:
     assert float(changed[3]["loss/kl"]) > 0
+
+
+@pytest.mark.slow
+def test_settings_of_the_policy_that_a_weight_of_0_leaves_out_change_nothing():
+  """Those that `unused_settings` names although the program differs."""
+  changes = dict(advantage_limit=0.1, kl_weight=0.1, subset_factor=True, gaussian_log_prob=True)
+  plain, changed = (_run(PolicyConfig(policy_weight=0.0, **c))[2].generator for c in ({}, changes))
+  _same(plain, changed, 1e-6)

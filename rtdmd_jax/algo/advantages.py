@@ -5,6 +5,13 @@ import jax.numpy as jnp
 
 # Added to every standard deviation, as published.
 STD_OFFSET = 1e-4
+# Beyond this the squares of a batch overflow float32, and with them every advantage of the reward.
+LARGEST = 1e15
+
+
+def usable(reward: jax.Array) -> jax.Array:
+  """Which scores [N] enter the statistics: finite ones up to `LARGEST` in magnitude, bool [N]."""
+  return jnp.abs(reward) <= LARGEST
 
 
 def _groups(prompt_ids: jax.Array) -> jax.Array:
@@ -34,19 +41,26 @@ def _normalize(
   reward: jax.Array, groups: jax.Array, per_prompt: bool, global_std: bool
 ) -> jax.Array:
   """One reward's advantages [N]; 0 where the reward is not finite."""
-  valid = jnp.isfinite(reward)
+  valid = usable(reward)
   reward = jnp.where(valid, reward, 0.0)
   mean = _mean(reward, valid, groups if per_prompt else None)
   std = _std(reward, valid, groups if per_prompt and not global_std else None)
   return jnp.where(valid, (reward - mean) / (std + STD_OFFSET), 0.0)
 
 
-def _stack(rewards: dict[str, jax.Array], weights: dict[str, float]) -> dict[str, jax.Array]:
-  """The rewards that have a weight, float32."""
+def _normalized_values(
+  rewards: dict[str, jax.Array], weights: dict[str, float], weight_advantages: bool
+) -> dict[str, tuple[float, jax.Array]]:
+  """What is normalised over the batch: each reward, or the sum, as (weight, float32 values [N])."""
   missing = sorted(set(weights) - set(rewards))
   if missing or not weights:
     raise ValueError(f"weights {sorted(weights)} need rewards, missing {missing}")
-  return {name: jnp.asarray(rewards[name], jnp.float32) for name in weights}
+  values = {
+    name: (weight, jnp.asarray(rewards[name], jnp.float32)) for name, weight in weights.items()
+  }
+  if weight_advantages:
+    return values
+  return {"sum": (1.0, sum(_weighted(*pair) for pair in values.values()))}
 
 
 def _weighted(weight: float, values: jax.Array) -> jax.Array:
@@ -65,7 +79,7 @@ def group_advantages(
 ) -> jax.Array:
   """Advantages of the samples of one epoch's global batch.
 
-  Standard deviations are population ones with 1e-4 added. A reward that is not finite is left out
+  Standard deviations are population ones with 1e-4 added. A reward that is not `usable` is left out
   of all statistics: with `weight_advantages` it adds 0 to its sample, and a sample without any
   finite reward has advantage 0; otherwise a sample with a missing reward has advantage 0.
 
@@ -84,37 +98,41 @@ def group_advantages(
   Raises:
     ValueError: no weights, or a weight without a reward.
   """
-  rewards = _stack(rewards, weights)
+  values = _normalized_values(rewards, weights, weight_advantages)
   groups = _groups(prompt_ids)
   if not weight_advantages:
-    total = sum(_weighted(weights[name], reward) for name, reward in rewards.items())
-    return _normalize(total, groups, per_prompt, global_std)
+    return _normalize(values["sum"][1], groups, per_prompt, global_std)
   total = sum(
-    weights[name] * _normalize(reward, groups, per_prompt, global_std)
-    for name, reward in rewards.items()
+    weight * _normalize(reward, groups, per_prompt, global_std)
+    for weight, reward in values.values()
   )
   # A sample counts if a reward with a weight was given to it.
-  given = [jnp.isfinite(r) & (jnp.asarray(weights[name]) != 0) for name, r in rewards.items()]
+  given = [usable(reward) & (jnp.asarray(weight) != 0) for weight, reward in values.values()]
   valid = jnp.any(jnp.stack(given), axis=0)
   return _normalize(jnp.where(valid, total, jnp.nan), groups, per_prompt=False, global_std=True)
 
 
 def signal_mask(
-  rewards: dict[str, jax.Array], prompt_ids: jax.Array, weights: dict[str, float]
+  rewards: dict[str, jax.Array],
+  prompt_ids: jax.Array,
+  weights: dict[str, float],
+  *,
+  per_prompt: bool = True,
+  weight_advantages: bool = True,
 ) -> jax.Array:
-  """Which samples carry a policy gradient: [N] bool, from the spread of the group's rewards.
+  """Which samples carry a policy gradient: [N] bool, from the spread of the rewards.
 
-  False where every weighted reward is constant within the sample's group, or missing for the
-  sample. The advantages themselves cannot tell: a second centring turns their zeros into rounding
-  noise.
+  False where whatever `group_advantages` normalises with the same settings is constant around the
+  sample's baseline (its group with `per_prompt`, else the batch), or missing for the sample. The
+  advantages themselves cannot tell: a second centring turns their zeros into rounding noise.
   """
-  rewards = _stack(rewards, weights)
-  groups = _groups(prompt_ids)
-  n = groups.shape[0]
+  values = _normalized_values(rewards, weights, weight_advantages)
+  groups = _groups(prompt_ids) if per_prompt else jnp.zeros(prompt_ids.shape, jnp.int32)
+  n = prompt_ids.shape[0]
   mask = jnp.zeros((n,), bool)
-  for name, reward in rewards.items():
-    valid = jnp.isfinite(reward)
+  for weight, reward in values.values():
+    valid = usable(reward)
     high = jax.ops.segment_max(jnp.where(valid, reward, -jnp.inf), groups, num_segments=n)[groups]
     low = jax.ops.segment_min(jnp.where(valid, reward, jnp.inf), groups, num_segments=n)[groups]
-    mask |= valid & (high > low) & (jnp.asarray(weights[name]) != 0)
+    mask |= valid & (high > low) & (jnp.asarray(weight) != 0)
   return mask

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rtdmd_jax import hub
 from rtdmd_jax.aot.published import read
 from rtdmd_jax.build import Setup, new_adapters
 from rtdmd_jax.data import PromptCache
@@ -26,6 +26,7 @@ from rtdmd_jax.models.text import (
   FLUX2_LENGTH,
   SD3_T5_LENGTH,
   TextEncoder,
+  has_t5,
 )
 from rtdmd_jax.models.transformer import Transformer
 from rtdmd_jax.models.vae import decode_images
@@ -175,6 +176,8 @@ def _text_params(directory: str, kind: str, dtype: Any) -> Tree:
   if kind == "FluxPipeline":
     return towers | {"text_encoder_2": t5_encoder("text_encoder_2")}
   towers["text_encoder_2"] = clip_text("text_encoder_2")
+  if not has_t5(read(directory, file="model_index.json")):
+    return towers
   return towers | {"text_encoder_3": t5_encoder("text_encoder_3")}
 
 
@@ -184,10 +187,12 @@ def _conditioning(directory: str, net: Transformer, count: int, dtype: Any) -> C
   def longest(part: str) -> int:
     return read(directory, part, "tokenizer_config.json")["model_max_length"]
 
+  def t5_length() -> int:
+    with_t5 = has_t5(read(directory, file="model_index.json"))
+    return min(SD3_T5_LENGTH, longest("tokenizer_3")) if with_t5 else SD3_T5_LENGTH
+
   length = {
-    "StableDiffusion3Pipeline": lambda: (
-      longest("tokenizer") + min(SD3_T5_LENGTH, longest("tokenizer_3"))
-    ),
+    "StableDiffusion3Pipeline": lambda: longest("tokenizer") + t5_length(),
     "FluxPipeline": lambda: min(FLUX1_T5_LENGTH, longest("tokenizer_2")),
     "Flux2KleinPipeline": lambda: min(FLUX2_LENGTH, longest("tokenizer")),
   }[_kind(directory)]()
@@ -202,8 +207,9 @@ def _earlier(config: Any, path: str, pipeline: Pipeline) -> Tree:
   """Shapes of an earlier stage's adapters; empty without a path."""
   if not path:
     return {}
-  if Path(path).exists():
-    load = load_adapters([Lora.parse(path)], pipeline.transformer)
+  lora = Lora.parse(path)
+  if hub.find(lora.path, "adapter") is not None:
+    load = load_adapters([lora], pipeline.transformer)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), load)
   return jax.eval_shape(lambda: new_adapters(config, pipeline, jax.random.key(0)))
 

@@ -6,9 +6,10 @@ shapes. Values are those of the model cards' repositories on huggingface.co, and
 """
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from rtdmd_jax import hub
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.weights.safetensors import read_config
 
@@ -124,22 +125,24 @@ PUBLISHED: dict[str, Files] = {
 
 
 def read(directory: str | Path, part: str = "", file: str = "config.json") -> dict[str, Any]:
-  """A config file of a checkpoint on disk, or what the table knows of a published one.
+  """A config file of a checkpoint on this machine, or what the table knows of a published one.
 
   Args:
-    directory: of the checkpoint; if it does not exist, its last component is looked up.
+    directory: of the checkpoint, or its repository; if it is not here, its last component is
+      looked up, and nothing is downloaded.
     part: the folder inside, such as "transformer", or "" for the directory itself.
     file: the file's name.
 
   Raises:
     UserError: neither exists.
   """
-  directory = Path(directory)
-  if directory.is_dir():
-    return read_config(directory / part, file)
-  if directory.name not in PUBLISHED:
+  found = hub.find_file(directory, str(PurePath(part, file)))
+  if found is not None:
+    return read_config(found.parent, found.name)
+  name = hub.base_name(directory)
+  if name not in PUBLISHED:
     raise UserError(
       f"{directory} does not exist, and no published checkpoint of that name is known; known are"
       f" {', '.join(PUBLISHED)}."
     )
-  return PUBLISHED[directory.name][part]
+  return PUBLISHED[name][part]

@@ -1,8 +1,9 @@
 """GenEval's prompts over the COCO classes: a training set of any size, and the published test.
 
 `python -m rtdmd_jax.datasets.geneval --out=prompts/geneval` writes `train_metadata.jsonl`, whose
-scenes do not occur in the test, and `test_metadata.jsonl`, the 553 published records. It reads
-nothing but the records of `--exclude`, whose scenes are left out besides.
+scenes do not occur in the test, and `test_metadata.jsonl`, the 553 published records four times in
+one random order after another: 2,212 lines, for four images of each. It reads nothing but the
+records of `--exclude`, whose scenes are left out besides.
 """
 
 import json
@@ -21,6 +22,7 @@ from rtdmd_jax.datasets.geneval_records import CLASSES, COLORS, COUNTS, RELATION
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.prompts import load_prompts
 
+IMAGES = 4  # of each record of the test, in the published evaluation
 _COLOURED = CLASSES[1:]  # there are no coloured persons
 # Flow-GRPO's shares (arXiv 2505.05470, section 5): harder tags more often.
 SHARES = {
@@ -81,6 +83,16 @@ def test_records() -> list[dict]:
   return [json.loads(text) for text in dict.fromkeys(map(json.dumps, records))]
 
 
+def evaluation_records() -> list[dict]:
+  """The published evaluation's records: `test_records()` four times, each time in another order.
+
+  An image a record makes four of each; of every 553 in a row, each comes once.
+  """
+  records = test_records()
+  orders = (np.random.default_rng(i).permutation(len(records)) for i in range(IMAGES))
+  return [records[i] for order in orders for i in order]
+
+
 def read_records(path: str | Path) -> list[dict]:
   """The records of a file of GenEval metadata, such as the published evaluation_metadata.jsonl.
 
@@ -134,14 +146,14 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(call: cli.Invocation) -> None:
   """Writes both files."""
-  test, exclude = test_records(), call.flags.exclude
-  excluded = test + (read_records(exclude) if exclude else [])
+  exclude = call.flags.exclude
+  excluded = test_records() + (read_records(exclude) if exclude else [])
   try:
     train = training_records(call.flags.count, call.flags.seed, exclude=excluded)
   except ValueError as error:
     raise UserError(f"--exclude={exclude} leaves too little: {error}.") from error
   out = cli.make_folder(call.flags.out, "--out")
-  files = {"train_metadata.jsonl": train, "test_metadata.jsonl": test}
+  files = {"train_metadata.jsonl": train, "test_metadata.jsonl": evaluation_records()}
   for name, records in files.items():
     text = "".join(json.dumps(record) + "\n" for record in records)
     (out / name).write_text(text, encoding="utf-8")

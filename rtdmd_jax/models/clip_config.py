@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.models.transformer import check_types
 
 ACTIVATIONS = ("quick_gelu", "gelu")
 
@@ -92,7 +93,9 @@ def _check_type(config: Mapping[str, Any], expected: str) -> None:
 
 def _build(cls: type, config: Mapping[str, Any], model_type: str) -> Any:
   _check_type(config, model_type)
-  built = cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
+  values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+  check_types(model_type, cls, values)
+  built = cls(**values)
   if built.hidden_act not in ACTIVATIONS:
     raise UserError(f"hidden_act is {built.hidden_act!r}, expected {' or '.join(ACTIVATIONS)}.")
   if built.hidden_size % built.num_attention_heads:

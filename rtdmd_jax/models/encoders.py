@@ -68,16 +68,27 @@ def load_clip_text(
 ) -> tuple[clip.CLIPText, Any]:
   """Loads a directory of `CLIPTextModel` or `CLIPTextModelWithProjection`; see `load_vae`."""
   config = read_config(directory)
-  name = (config.get("architectures") or [None])[0]
-  if name not in _TEXT_CLASSES:
-    raise UserError(
-      f'"architectures" in {directory}/config.json is {config.get("architectures")},'
-      f" expected one of {', '.join(_TEXT_CLASSES)}."
-    )
-  module = clip.CLIPText(TextConfig.from_dict(config), _TEXT_CLASSES[name], dtype)
+  try:
+    projection = has_projection(config)
+  except UserError as error:
+    raise UserError(f"{directory}/config.json: {error}") from error
+  module = clip.CLIPText(TextConfig.from_dict(config), projection, dtype)
   shapes = _abstract(module, jnp.zeros((1, 1), jnp.int32))
   table = clip_text_table(directory)
   return module, load_params(directory, shapes, table, dtype=dtype, ignore=clip.IGNORED_KEYS)
+
+
+def has_projection(config: Mapping[str, Any]) -> bool:
+  """Whether a CLIP text encoder's config.json has a projection of the pooled state.
+
+  Raises:
+    UserError: another class.
+  """
+  classes = config.get("architectures")
+  name = classes[0] if isinstance(classes, list) and classes else None
+  if not isinstance(name, str) or name not in _TEXT_CLASSES:
+    raise UserError(f'"architectures" is {classes}, expected one of {", ".join(_TEXT_CLASSES)}.')
+  return _TEXT_CLASSES[name]
 
 
 def clip_text_table(directory: str | os.PathLike) -> KeyTable:

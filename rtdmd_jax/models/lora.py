@@ -6,19 +6,26 @@ An adapter tree mirrors the parameter tree down to the module: at a dense layer'
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.weights.maps import Entry, KeyTable
 
-# Standard deviation of `a` at the start, given the rank; `b` starts at 0.
-INITS = {"gaussian": lambda rank: rank**-0.5, "normal": lambda rank: 1.0}
+# Standard deviation of `a` at the start, given the rank; `b` starts at 0. "gaussian" is PEFT's,
+# "normal" RTDMD's after a merge; with "rsqrt" a first update of `b` moves the layer's output as far
+# at every rank.
+INITS = {
+  "gaussian": lambda rank: 1.0 / rank,
+  "normal": lambda rank: 1.0,
+  "rsqrt": lambda rank: rank**-0.5,
+}
 # What adapters in training may be stored in.
 DTYPES = ("float32", "bfloat16")
 
@@ -89,7 +96,8 @@ def build_adapters(
       `attn.to_out.0`.
     rank: r, at least 1.
     key: each layer's draw depends on it and on the layer's path only.
-    init: "gaussian" draws `a` from N(0, 1/r) as PEFT does, "normal" from N(0, 1).
+    init: of `a`: normal with standard deviation 1/r ("gaussian", as PEFT), 1 ("normal") or r**-0.5
+      ("rsqrt").
     dtype: of the leaves; draws are float32, rounded at the end.
 
   Returns:
@@ -122,6 +130,36 @@ def fold_scale(adapters: dict[str, Any], alpha: float) -> dict[str, Any]:
   return unflatten_dict(
     {path: x * (alpha / x.shape[-2]) if path[-1] == "b" else x for path, x in flat.items()}
   )
+
+
+def stack_layers(
+  layers: Mapping[str, tuple[np.ndarray, np.ndarray]], entries: Sequence[Entry]
+) -> dict[str, Any]:
+  """The float32 adapter tree of single layers' adapters.
+
+  Layers of a stack have one rank: zeros fill up smaller ones, and are all that a layer without an
+  adapter has.
+
+  Args:
+    layers: (a [in, r], b [r, out]) by the checkpoint's module name.
+    entries: see `dense_entries`; all modules are among them.
+  """
+  flat = {}
+  for entry in entries:
+    names = module_names(entry)
+    rank = max((layers[name][0].shape[1] for name in names if name in layers), default=0)
+    if not rank:
+      continue
+    outputs, inputs = entry.shape
+    a = np.zeros((len(names), inputs, rank), np.float32)
+    b = np.zeros((len(names), rank, outputs), np.float32)
+    for i, name in enumerate(names):
+      if name in layers:
+        down, up = layers[name]
+        a[i, :, : down.shape[1]], b[i, : len(up)] = down, up
+    for part, array in (("a", a), ("b", b)):
+      flat[(*entry.path[:-1], part)] = jnp.asarray(array if entry.stacked else array[0])
+  return unflatten_dict(flat)
 
 
 def stack_adapters(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

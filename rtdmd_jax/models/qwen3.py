@@ -21,6 +21,7 @@ from rtdmd_jax.models.layers import Dense
 from rtdmd_jax.models.norms import RMSNorm
 from rtdmd_jax.models.rotary import Rotary, rotary_table, rotate_halves
 from rtdmd_jax.models.stack import stack_blocks
+from rtdmd_jax.models.transformer import check_types
 from rtdmd_jax.weights.maps import KeyTable, Stack
 
 # Config values that would change the computation, and the only ones supported.
@@ -63,6 +64,7 @@ class Qwen3Config:
     missing = [f.name for f in fields(cls) if f.name not in values]
     if missing:
       raise UserError(f"the Qwen3 config lacks {missing[0]!r}.")
+    check_types("Qwen3", cls, values)
     return cls(**values)
 
 

@@ -20,6 +20,7 @@ from rtdmd_jax.models.attention import attention
 from rtdmd_jax.models.layers import Dense
 from rtdmd_jax.models.norms import RMSNorm
 from rtdmd_jax.models.stack import stack_blocks
+from rtdmd_jax.models.transformer import check_types
 from rtdmd_jax.weights.maps import KeyTable, Stack
 
 _BIAS = "relative_attention_bias"
@@ -60,7 +61,9 @@ class T5Config:
     """
     if config.get("model_type") != "t5":
       raise UserError(f"model_type is {config.get('model_type')!r} in a T5 config, expected 't5'.")
-    built = cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
+    values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+    check_types("T5", cls, values)
+    built = cls(**values)
     if built.feed_forward_proj not in _FEED_FORWARDS:
       raise UserError(
         f"feed_forward_proj is {built.feed_forward_proj!r}, expected {' or '.join(_FEED_FORWARDS)}."

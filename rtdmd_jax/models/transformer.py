@@ -133,12 +133,23 @@ def config_values(cls: type, class_name: str, config: Mapping[str, Any]) -> dict
   unknown = sorted(values.keys() - {f.name for f in fields(cls)})
   if unknown:
     raise UserError(f"{class_name} config has an unknown key {unknown[0]!r}.")
+  check_types(class_name, cls, values)
+  return values
+
+
+def check_types(what: str, cls: type, values: Mapping[str, Any]) -> None:
+  """Raises UserError for a value of another type than its field of the dataclass `cls`.
+
+  Args:
+    what: the model, for the message.
+    cls: the dataclass; integers of it are positive.
+    values: by the names of its fields.
+  """
   hints = get_type_hints(cls)
   for name, value in values.items():
     if not _is_of(value, hints[name]):
       shown = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
-      raise UserError(f"{class_name} config: {name} is {_short(value)}, expected {shown}.")
-  return values
+      raise UserError(f"{what} config: {name} is {_short(value)}, expected {shown}.")
 
 
 def example_inputs(

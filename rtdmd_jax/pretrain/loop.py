@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from rtdmd_jax.checkpoint import Checkpoints
+from rtdmd_jax.optim import effective_decay
 
 Tree = Any
 Schedule = Callable[[jax.Array], jax.Array]
@@ -74,7 +75,7 @@ def train(
     (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
-    decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
+    decay = effective_decay(ema_decay, step, warmup=True)
     average = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, average, params)
     return params, opt_state, average, metrics | {"loss": loss}
 

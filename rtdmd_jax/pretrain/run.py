@@ -12,7 +12,7 @@ import numpy as np
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.encoders import load_clip_text, load_vae
-from rtdmd_jax.models.text import load_tokenizer, tokenize
+from rtdmd_jax.models.tokenizer import load_tokenizer, tokenize
 from rtdmd_jax.pretrain.autoencoder import train_autoencoder
 from rtdmd_jax.pretrain.contrastive import train_scorer, train_text_towers
 from rtdmd_jax.pretrain.data import draw_scenes
@@ -109,7 +109,9 @@ def _tokenize(captions: list[str], directory: Path, length: int):
     train_t5_tokenizer(captions, directory / "tokenizer_3", max_length=length)
   ids = []
   for name in ("tokenizer", "tokenizer_3"):
-    ids.append(tokenize(load_tokenizer(directory / name), [*captions, ""], length))
+    tokenizer = load_tokenizer(directory / name)
+    texts = [*captions, ""]
+    ids.append(tokenize(tokenizer, texts, length=length, vocabulary=len(tokenizer)))
   clip = load_tokenizer(directory / "tokenizer")
   special = {
     "vocab_size": len(clip),

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from rtdmd_jax.models.encoders import load_clip
-from rtdmd_jax.models.text import load_tokenizer, tokenize
+from rtdmd_jax.models.tokenizer import load_tokenizer, tokenize
 from rtdmd_jax.rewards.clip_reward import ClipReward, read_transform
 
 
@@ -42,6 +42,10 @@ class ClipScore(ClipReward):
     module, params = load_clip(directory, dtype=dtype)
     own = read_transform(directory, module.config.vision, method=method)
     transform = replace(own, rounding="bytes") if compat else own
-    length = module.config.text.max_position_embeddings
-    tokenizer = load_tokenizer(Path(directory))
-    return cls(module, transform, own, partial(tokenize, tokenizer, length=length), params)
+    words = partial(
+      tokenize,
+      load_tokenizer(Path(directory)),
+      length=module.config.text.max_position_embeddings,
+      vocabulary=module.config.text.vocab_size,
+    )
+    return cls(module, transform, own, words, params)

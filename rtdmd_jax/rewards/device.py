@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.rewards.files import local_options
 
 # Module and class. Each class has `from_pretrained`, whose arguments are the reward's options.
 _CLASSES = {
@@ -69,14 +70,15 @@ def load(name: str, options: Mapping[str, Any]) -> DeviceReward:
 
   Args:
     name: the reward.
-    options: arguments of its class's `from_pretrained`, such as `directory` or `weights`; `dtype`
-      by name.
+    options: arguments of its class's `from_pretrained`, such as `directory` or `weights`, where
+      repositories of the hub will do as well (see `hub`); `dtype` by name.
 
   Raises:
     OptionError: an unknown or a missing option.
     UserError: missing or broken files.
   """
-  return bind(name, options)()
+  bind(name, options)  # a wrong option is said before anything is downloaded
+  return bind(name, local_options(name, options))()
 
 
 def bind(name: str, options: Mapping[str, Any]) -> Callable[[], DeviceReward]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from rtdmd_jax.models.clip import TABLE
 from rtdmd_jax.models.encoders import abstract_clip
-from rtdmd_jax.models.text import load_tokenizer
+from rtdmd_jax.models.tokenizer import checked_ids, load_tokenizer
 from rtdmd_jax.rewards.clip_reward import ClipReward
 from rtdmd_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, PadTransform
 from rtdmd_jax.weights.open_clip import to_transformers
@@ -51,15 +51,18 @@ class HPSv2(ClipReward):
     params = params_from_tensors(tensors, shapes, TABLE, source=weights, dtype=dtype)
     own = PadTransform(module.config.vision.image_size, CLIP_MEAN, CLIP_STD)
     transform = replace(own, rounding="bytes") if compat else own
-    length = module.config.text.max_position_embeddings
-    return cls(module, transform, own, partial(_tokenize, tokenizer, length=length), params)
+    text = module.config.text
+    words = partial(
+      _tokenize, tokenizer, length=text.max_position_embeddings, vocabulary=text.vocab_size
+    )
+    return cls(module, transform, own, words, params)
 
 
-def _tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> np.ndarray:
+def _tokenize(tokenizer: Any, prompts: Sequence[str], length: int, vocabulary: int) -> np.ndarray:
   """open_clip's ids [B, length]: HTML entities resolved, 0 after the end.
 
   open_clip also repairs broken encodings of text (ftfy), which is left to the prompts' author.
   """
   plain = [html.unescape(html.unescape(prompt)).strip() for prompt in prompts]
   rows = tokenizer(plain, padding="max_length", max_length=length, truncation=True)
-  return np.where(rows.attention_mask, rows.input_ids, 0).astype(np.int32)
+  return checked_ids(tokenizer, np.where(rows.attention_mask, rows.input_ids, 0), vocabulary)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.rewards.files import local_option
 from rtdmd_jax.rewards.geneval2 import Query, instruction
 from rtdmd_jax.rewards.http import DEFAULT, JsonClient, Retry, TransientError
 from rtdmd_jax.rewards.protocol import encode_image
@@ -42,7 +43,7 @@ class OpenAIAnswerer:
     Args:
       url: of the endpoint, `http://host:port/v1`.
       model: the model's name there.
-      tokenizer: the model's `tokenizer.json`, or the folder that holds it.
+      tokenizer: the model's `tokenizer.json`, or the folder or repository that holds it.
       top: alternatives to ask for; 20 is the most that vLLM gives by default.
       concurrency: questions at once.
       token_env: name of the environment variable that holds the bearer token.
@@ -56,7 +57,7 @@ class OpenAIAnswerer:
     if top < 1 or concurrency < 1:
       raise UserError("geneval2: top and concurrency must be positive")
     self._model, self._top, self._concurrency = model, top, concurrency
-    self._tokenizer = None if tokenizer is None else _load_tokenizer(Path(tokenizer))
+    self._tokenizer = None if tokenizer is None else _load_tokenizer(tokenizer)
     self._client = JsonClient(url, Retry(timeout, attempts, backoff), token_env=token_env)
     try:
       models = self._client.ask("/models", None, _read_models)
@@ -126,9 +127,10 @@ def _read_models(answer: object) -> list[str]:
   return [str(entry.get("id")) for entry in data]
 
 
-def _load_tokenizer(path: Path):
+def _load_tokenizer(name: str):
   from tokenizers import Tokenizer
 
+  path = Path(local_option("geneval2", "tokenizer", name))
   file = path / "tokenizer.json" if path.is_dir() else path
   try:
     return Tokenizer.from_file(str(file))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rtdmd_jax.models.encoders import load_clip
-from rtdmd_jax.models.text import load_tokenizer, tokenize
+from rtdmd_jax.models.tokenizer import load_tokenizer, tokenize
 from rtdmd_jax.rewards.clip_reward import ClipReward, processor_transforms
 
 # Brings the scaled cosine near 1, as Flow-GRPO and RTDMD train on; published tables leave it out.
@@ -43,8 +43,13 @@ class PickScore(ClipReward):
     files = Path(directory if processor is None else processor)
     module, params = load_clip(directory, dtype=dtype)
     transforms = processor_transforms(files, module.config.vision, compat=compat)
-    length = module.config.text.max_position_embeddings
-    return cls(module, *transforms, partial(tokenize, load_tokenizer(files), length=length), params)
+    words = partial(
+      tokenize,
+      load_tokenizer(files),
+      length=module.config.text.max_position_embeddings,
+      vocabulary=module.config.text.vocab_size,
+    )
+    return cls(module, *transforms, words, params)
 
   def from_cosine(self, params: Any, cosine: jax.Array) -> jax.Array:
     """See the class."""

@@ -1,15 +1,18 @@
 """Adapters that a user names: one file or several, of any kind, each with its strength."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.models.lora import fold_scale, stack_adapters
+from rtdmd_jax.hub import local_path
+from rtdmd_jax.models.lora import dense_entries, stack_adapters, stack_layers
 from rtdmd_jax.models.transformer import Transformer
-from rtdmd_jax.roles import scale_adapters
-from rtdmd_jax.weights.native import is_native, load_native
-from rtdmd_jax.weights.peft import load_peft
+from rtdmd_jax.weights.adapter_layers import read_layers
+from rtdmd_jax.weights.adapter_names import layer_names
 
 
 class Lora(NamedTuple):
@@ -23,46 +26,64 @@ class Lora(NamedTuple):
     """Reads `PATH`, `PATH:SCALE` or `{"path": ..., "scale": ...}`.
 
     Raises:
-      UserError: another key, no path, or a scale that is no number.
+      UserError: another key, no path, or a scale that is no finite number.
     """
     if isinstance(value, str):
       path, separator, scale = value.rpartition(":")
       try:
-        return cls(Path(path), float(scale)) if separator else cls(Path(value))
+        lora = cls(Path(path), float(scale)) if separator else cls(Path(value))
       except ValueError:
-        return cls(Path(value))
-    if not isinstance(value, Mapping) or not {"path"} <= set(value) <= {"path", "scale"}:
+        lora = cls(Path(value))
+    elif not isinstance(value, Mapping) or not {"path"} <= set(value) <= {"path", "scale"}:
       raise UserError(f"a lora is {value!r}; write PATH, PATH:SCALE or a path and a scale.")
-    scale = value.get("scale", 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-      raise UserError(f"the scale of lora {value['path']} is {scale!r}; give a number.")
-    return cls(Path(value["path"]), float(scale))
+    else:
+      lora = cls(Path(value["path"]), value.get("scale", 1.0))
+    return lora.checked()
+
+  def checked(self) -> "Lora":
+    """Itself, with a scale that is a finite float.
+
+    Raises:
+      UserError: it is not.
+    """
+    number = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
+    if not number or not math.isfinite(self.scale):
+      raise UserError(f"the scale of lora {self.path} is {self.scale!r}; give a finite number.")
+    return self._replace(scale=float(self.scale))
 
 
 def load_adapters(loras: Sequence[Lora], transformer: Transformer) -> dict[str, Any]:
   """Reads adapters in order and stacks them into one tree.
 
   Args:
-    loras: each a PEFT or diffusers directory, a safetensors file with diffusers', PEFT's or the
-      original model's names (as ComfyUI has them), or a flat PyTorch file.
+    loras: each a directory or a file with the names of any trainer, see `adapter_names` for which,
+      or a repository or a file of one (see `hub`); without a word on alpha it is the rank, as in
+      diffusers.
     transformer: what they adapt.
 
   Returns:
     A float32 adapter tree with every scale folded in, ready to be a Flax collection; empty for no
-    adapters. Where several adapt a layer, ranks add up.
+    adapters. Where several adapt a layer, ranks add up; layers of a stack that are left out, or
+    have a smaller rank than others, have zeros.
 
   Raises:
-    UserError: no such path; see `load_peft` and `load_native`.
+    UserError: no such path, or see `read_layers`; or a scale that is not finite.
   """
   stacked: dict[str, Any] = {}
-  abstract = transformer.init_abstract() if loras else None
-  for lora in loras:
-    if not lora.path.exists():
-      raise UserError(f"lora {lora.path} does not exist; name an adapter's file or directory.")
-    if is_native(lora.path):
-      adapters = load_native(lora.path, transformer)
-    else:
-      unscaled, alpha = load_peft(lora.path, abstract, transformer.table)
-      adapters = fold_scale(unscaled, alpha)
-    stacked = stack_adapters(stacked, scale_adapters(adapters, lora.scale))
+  if not loras:
+    return stacked
+  entries = dense_entries(transformer.init_abstract(), transformer.table)
+  names = layer_names(transformer.config, entries)
+  for named, scale in (lora.checked() for lora in loras):
+    path = local_path(named, "adapter")
+    if not path.exists():
+      raise UserError(f"lora {path} does not exist; name an adapter's file or directory.")
+    layers = {}
+    for module, layer in read_layers(path, names).items():
+      with np.errstate(over="ignore"):
+        b = layer.b * np.float32(layer.scale * scale)
+      if not np.isfinite(b).all():
+        raise UserError(f"{path}: {module} overflows at a strength of {layer.scale * scale:g}.")
+      layers[module] = (layer.a, b)
+    stacked = stack_adapters(stacked, stack_layers(layers, entries))
   return stacked

@@ -8,27 +8,22 @@ without an `.alpha` key its strength is 1.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
 
-from rtdmd_jax.errors import UserError
+from rtdmd_jax.files import save_tensors
 from rtdmd_jax.models.flux1 import Flux1Config
 from rtdmd_jax.models.flux2 import Flux2Config
 from rtdmd_jax.models.lora import dense_entries, module_names
 from rtdmd_jax.models.sd3 import SD3Config
 from rtdmd_jax.models.transformer import Transformer
+from rtdmd_jax.weights.adapter_keys import Fused
+from rtdmd_jax.weights.maps import Entry
 from rtdmd_jax.weights.peft import adapter_layers
 
 PREFIX = "diffusion_model."
-_KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_(?:A|B|down|up)\.weight|alpha)")
-_PARTS = {f"lora_{n}.weight": p for n, p in (("A", "a"), ("down", "a"), ("B", "b"), ("up", "b"))}
 
 # (diffusers' module, the first release's) as regular expressions. `#n` numbers the parts of a fused
 # projection, `~` marks rows whose halves are swapped.
@@ -110,32 +105,30 @@ def _sd3(config: SD3Config) -> list[tuple[str, str]]:
 _RULES = {SD3Config: _sd3, Flux1Config: lambda _: _FLUX1, Flux2Config: lambda _: _FLUX2}
 
 
-class Fused(NamedTuple):
-  """One dense layer of the first release.
-
-  Attributes:
-    parts: (diffusers' module, its number of outputs), from the first row on.
-    swapped: the halves of its rows are in the other order.
-  """
-
-  parts: tuple[tuple[str, int], ...]
-  swapped: bool
-
-
 def native_layers(transformer: Transformer) -> dict[str, Fused]:
   """Every dense layer of the first release by its name there, without a prefix."""
-  rules = _RULES[type(transformer.config)](transformer.config)
+  return fused_layers(
+    transformer.config, dense_entries(transformer.init_abstract(), transformer.table)
+  )
+
+
+def fused_layers(config: Any, entries: Iterable[Entry]) -> dict[str, Fused]:
+  """`native_layers` of a family's config and its transformer's dense layers."""
+  rules = _RULES[type(config)](config)
   found: dict[str, list[tuple[int, str, int]]] = {}
-  swapped = set()
-  for entry in dense_entries(transformer.init_abstract(), transformer.table):
+  inputs, swapped = {}, set()
+  for entry in entries:
     for module in module_names(entry):
       name, part = _rename(module, rules)
       if name.endswith("~"):
         name = name.removesuffix("~")
         swapped.add(name)
-      found.setdefault(name, []).append((part, module, entry.shape[0]))
+      outputs, inputs[name] = entry.shape
+      found.setdefault(name, []).append((part, module, outputs))
   return {
-    name: Fused(tuple((module, rows) for _, module, rows in sorted(parts)), name in swapped)
+    name: Fused(
+      tuple((module, rows) for _, module, rows in sorted(parts)), inputs[name], name in swapped
+    )
     for name, parts in found.items()
   }
 
@@ -176,103 +169,7 @@ def save_native(
         column += part.shape[1]
       row += rows
     if fused.swapped:
-      up = _swap_halves(up)
+      up = np.roll(up, len(up) // 2, axis=0)
     tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(down)
     tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(up)
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".partial")
-  save_file(tensors, partial, metadata={"format": "pt"})
-  partial.replace(path)
-
-
-def _swap_halves(rows: np.ndarray) -> np.ndarray:
-  return np.roll(rows, len(rows) // 2, axis=0)
-
-
-def is_native(path: str | os.PathLike) -> bool:
-  """Whether a path is a safetensors file with the first release's names."""
-  path = Path(path)
-  if path.suffix != ".safetensors" or not path.is_file():
-    return False
-  try:
-    with safe_open(path, framework="numpy") as handle:
-      return any(key.startswith(PREFIX) for key in handle.keys())
-  except (SafetensorError, OSError) as error:
-    raise UserError(f"{path} is not a readable safetensors file ({error}).") from error
-
-
-def load_native(path: str | os.PathLike, transformer: Transformer) -> dict[str, Any]:
-  """Reads a file with the first release's names.
-
-  Args:
-    path: a safetensors file; `lora_down` and `lora_up` are taken for `lora_A` and `lora_B`.
-    transformer: what it adapts.
-
-  Returns:
-    A float32 adapter tree with the scale alpha / r folded in. Layers of a stack that the file
-    leaves out add nothing.
-
-  Raises:
-    UserError: a broken file, or an unknown, missing or mis-shaped key.
-  """
-  path = Path(path)
-  native = native_layers(transformer)
-  halves = _read(path, native)
-  layers: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-  for name, parts in halves.items():
-    if not {"a", "b"} <= parts.keys():
-      raise UserError(f"{path} lacks one of lora_A and lora_B of {PREFIX}{name}.")
-    down, up, fused = parts["a"], parts["b"], native[name]
-    rows = sum(n for _, n in fused.parts)
-    if down.ndim != 2 or up.shape != (rows, len(down)):
-      raise UserError(
-        f"{path}: {PREFIX}{name} has lora_B of shape {up.shape} for lora_A of shape {down.shape},"
-        f" expected {(rows, len(down))}."
-      )
-    up = up * (float(parts.get("alpha", len(down))) / len(down))
-    if fused.swapped:
-      up = _swap_halves(up)
-    for module, n in fused.parts:
-      part, up = up[:n], up[n:]
-      used = part.any(axis=0)
-      if used.any():
-        layers[module] = (down[used].T, part[:, used].T)
-  return _to_tree(path, layers, transformer)
-
-
-def _read(path: Path, native: Mapping[str, Fused]) -> dict[str, dict[str, np.ndarray]]:
-  """Arrays by native module and "a", "b" or "alpha"."""
-  halves: dict[str, dict[str, np.ndarray]] = {}
-  for key, tensor in load_file(path).items():
-    match = _KEY.fullmatch(key.removeprefix(PREFIX))
-    if not match or not key.startswith(PREFIX) or match["module"] not in native:
-      raise UserError(f"{path} holds key {key}, which adapts no layer of the model.")
-    part = _PARTS.get(match["part"], "alpha")
-    halves.setdefault(match["module"], {})[part] = tensor.astype(np.float32)
-  return halves
-
-
-def _to_tree(
-  path: Path, layers: Mapping[str, tuple[np.ndarray, np.ndarray]], transformer: Transformer
-) -> dict[str, Any]:
-  flat = {}
-  for entry in dense_entries(transformer.init_abstract(), transformer.table):
-    names = module_names(entry)
-    rank = max((layers[name][0].shape[1] for name in names if name in layers), default=0)
-    if not rank:
-      continue
-    outputs, inputs = entry.shape
-    a = np.zeros((len(names), inputs, rank), np.float32)
-    b = np.zeros((len(names), rank, outputs), np.float32)
-    for i, name in enumerate(names):
-      if name in layers:
-        down, up = layers[name]
-        if len(down) != inputs:
-          raise UserError(f"{path}: the adapter of {name} has {len(down)} inputs, not {inputs}.")
-        a[i, :, : down.shape[1]], b[i, : down.shape[1]] = down, up
-    for part, array in (("a", a), ("b", b)):
-      flat[(*entry.path[:-1], part)] = jnp.asarray(array if entry.stacked else array[0])
-  if not flat:
-    raise UserError(f"{path} holds no LoRA weights.")
-  return unflatten_dict(flat)
+  save_tensors(path, tensors)

@@ -20,6 +20,26 @@ _MARKS = (
   (r"(^|\.)input_blocks\.\d", "a U-Net, which is no transformer"),
 )
 
+# Tensors that lie beside quantised weights, by what writes them.
+_QUANTISED = (
+  (r"(^|\.)(scale_weight|scaled_fp8|comfy_quant)$", "scaled float8 weights of ComfyUI"),
+  (r"\.(absmax|quant_map|nested_absmax|SCB|weight_format)$", "weights quantised by bitsandbytes"),
+  (r"\.quant_state\.bitsandbytes", "weights quantised by bitsandbytes"),
+  (r"[.:_]qdata$", "weights quantised by torchao"),
+  (r"\.weight\._(data|scale)\b", "weights quantised by quanto"),
+  (r"\.(qzeros|g_idx|qweight|wscales|scales)$", "weights quantised by GPTQ, AWQ or SVDQuant"),
+  (r"\.(weight_packed|weight_scale|input_scale|weight_scale_inv)$", "scaled, quantised weights"),
+)
+
+
+def quantised(keys: Iterable[str]) -> tuple[str, str] | None:
+  """The first key that only quantised weights have, and the words for what it belongs to."""
+  for key in keys:
+    for pattern, words in _QUANTISED:
+      if re.search(pattern, key):
+        return key, words
+  return None
+
 
 def recognized(keys: Iterable[str]) -> str:
   """` (it looks like ...)` for the message about keys that do not fit; empty if unknown."""

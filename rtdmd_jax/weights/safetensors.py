@@ -13,21 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from rtdmd_jax import sharding as sharding_table
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.jsontext import parse_json
-from rtdmd_jax.weights import int8
+from rtdmd_jax.files import save_tensors
+from rtdmd_jax.weights import headers, int8
+from rtdmd_jax.weights.directory import read_config as read_config  # importable from here, too
+from rtdmd_jax.weights.directory import weight_files
 from rtdmd_jax.weights.maps import Entry, KeyTable
-from rtdmd_jax.weights.recognize import recognized
+from rtdmd_jax.weights.recognize import quantised, recognized
 from rtdmd_jax.weights.tensors import Array, Tensor, copy_rows
 
-_STEMS = ("diffusion_pytorch_model", "model")
+_WANTED = "give floating-point weights: float32, bfloat16, float16 or unscaled float8"
 _DTYPES = {
   "F64": np.float64,
   "F32": np.float32,
@@ -70,18 +72,20 @@ def load_params(
     A tree of jax arrays with the structure of `abstract_params`.
 
   Raises:
-    UserError: missing or broken file; unknown, missing, duplicate or mis-shaped key.
+    UserError: missing or broken file; unknown, missing, duplicate or mis-shaped key; quantised
+      weights.
   """
-  with _open_files(_checkpoint_files(Path(path))) as tensors:
+  with _open_files(weight_files(path)) as tensors:
     return _build(path, tensors, abstract_params, table, dtype, sharding, ignore)
 
 
 def check_params(
   path: str | os.PathLike, abstract_params: Any, table: KeyTable, *, ignore: Sequence[str] = ()
 ) -> None:
-  """What `load_params` would raise of keys and shapes; reads the files' headers alone."""
-  with _open_files(_checkpoint_files(Path(path))) as tensors:
-    _check_keys(path, table.entries(abstract_params), tensors, ignore)
+  """What `load_params` would raise of keys, shapes and types; reads the files' headers alone."""
+  entries, shapes = table.entries(abstract_params), flatten_dict(abstract_params)
+  with _open_files(weight_files(path)) as tensors:
+    _check_keys(path, entries, shapes, tensors, ignore)
 
 
 def params_from_tensors(
@@ -133,7 +137,11 @@ def _build(
     places = dict.fromkeys(shapes, sharding)
   else:
     places = flatten_dict(sharding)
-  _check_keys(path, entries, tensors, ignore)
+  _check_keys(path, entries, shapes, tensors, ignore)
+  if headers.wanted():
+    # Scales stay float32, as `_load` makes them.
+    own = {path: None if path[-1] == int8.SCALE else dtype for path in shapes}
+    return headers.shapes_of(shapes, lambda path, a: _leaf_dtype(a.dtype, own[path]))
   loaded = {}
   for entry in entries:
     loaded |= _load(entry, shapes, tensors, dtype, places)
@@ -151,7 +159,6 @@ def save_params(
     table: maps leaves to checkpoint keys.
     dtype: type of the floating-point tensors; None keeps the type of each leaf.
   """
-  path = Path(path)
   tensors = {}
   for entry, leaf in zip(table.entries(params), jax.tree.leaves(params), strict=True):
     array = np.asarray(leaf)
@@ -160,10 +167,7 @@ def save_params(
     for key, layer in zip(entry.keys, layers, strict=True):
       # safetensors writes the buffer as it lies in memory, so transposed views must be copied.
       tensors[key] = np.asarray(layer.transpose(entry.axes), order="C")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".partial")
-  save_file(tensors, partial, metadata={"format": "pt"})
-  partial.replace(path)
+  save_tensors(path, tensors)
 
 
 def save_model(
@@ -196,80 +200,36 @@ def checkpoint_keys(path: str | os.PathLike) -> frozenset[str]:
   Raises:
     UserError: missing or broken file, or a duplicate key.
   """
-  with _open_files(_checkpoint_files(Path(path))) as tensors:
+  with _open_files(weight_files(path)) as tensors:
     return frozenset(tensors)
 
 
 def checkpoint_dtype(path: str | os.PathLike) -> np.dtype:
-  """The one type of a checkpoint's floating-point tensors.
+  """The one type of a checkpoint's floating-point tensors, to write such weights again in.
 
   Args:
     path: a `.safetensors` file or a directory, as for `load_params`.
 
   Raises:
-    UserError: missing or broken file, or no or several such types.
+    UserError: missing or broken file, no or several such types, or float8, which would round
+      away what is added to the weights.
   """
-  with _open_files(_checkpoint_files(Path(path))) as tensors:
-    types = {t.dtype for t in tensors.values() if jax.numpy.issubdtype(t.dtype, jax.numpy.floating)}
-  if len(types) != 1:
+  with _open_files(weight_files(path)) as tensors:
+    types = {t.dtype for t in tensors.values() if jnp.issubdtype(t.dtype, jnp.floating)}
+  if len(types) != 1 or any(t.itemsize < 2 for t in types):
     listed = ", ".join(sorted(t.name for t in types)) or "none"
     raise UserError(f"{path} has floating-point types {listed}; say which one to use.")
   return types.pop()
 
 
-def read_config(directory: str | os.PathLike, name: str = "config.json") -> dict[str, Any]:
-  """Reads `config.json`, or another JSON file, of a model directory.
+def read_tensors(file: str | os.PathLike) -> dict[str, np.ndarray]:
+  """Every tensor of one safetensors file by its key, in its own type (float8 too).
 
   Raises:
-    UserError: no such directory or file, or the file is not a JSON object.
+    UserError: missing or broken file, or a type that is not supported.
   """
-  directory = Path(directory)
-  if not directory.is_dir():
-    raise UserError(f"{directory} is not a directory; give a model directory with a {name}.")
-  return _read_json(directory / name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-  try:
-    text = path.read_bytes()
-  except OSError as error:
-    raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-  value = parse_json(text, str(path))
-  if not isinstance(value, dict):
-    raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
-  return value
-
-
-def _checkpoint_files(path: Path) -> dict[Path, frozenset[str]]:
-  """The files of a checkpoint and the keys that its index promises in each."""
-  if path.is_file():
-    return {path: frozenset()}
-  if not path.is_dir():
-    raise UserError(f"{path} does not exist; give a .safetensors file or a model directory.")
-  names = [f"{stem}.safetensors{index}" for stem in _STEMS for index in ("", ".index.json")]
-  found = [path / name for name in names if (path / name).is_file()]
-  found = found or sorted([*path.glob("*.safetensors.index.json"), *path.glob("*.safetensors")])
-  if not found:
-    raise UserError(f"{path} holds no .safetensors file and no .safetensors.index.json.")
-  if len(found) > 1:
-    listed = ", ".join(f.name for f in found)
-    raise UserError(f"{path} holds several checkpoints ({listed}); keep one or name one file.")
-  if found[0].suffix != ".json":
-    return {found[0]: frozenset()}
-  return _indexed_files(found[0])
-
-
-def _indexed_files(index: Path) -> dict[Path, frozenset[str]]:
-  weight_map = _read_json(index).get("weight_map")
-  if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-    raise UserError(f'{index} has no "weight_map" from keys to file names.')
-  files: dict[Path, set[str]] = {}
-  for key, name in weight_map.items():
-    files.setdefault(index.parent / name, set()).add(key)
-  for file in files:
-    if not file.is_file():
-      raise UserError(f"{file} is missing, although {index} lists it.")
-  return {file: frozenset(keys) for file, keys in files.items()}
+  with _open_files({Path(file): frozenset()}) as tensors:
+    return {key: tensor.read() for key, tensor in tensors.items()}
 
 
 @contextmanager
@@ -311,6 +271,7 @@ def _tensors_of(file: Path, stack: ExitStack) -> dict[str, Tensor]:
 def _check_keys(
   path: str | os.PathLike,
   entries: Sequence[Entry],
+  shapes: Mapping[tuple[str, ...], Any],
   tensors: Mapping[str, Tensor | Array],
   ignore: Sequence[str],
 ) -> None:
@@ -319,6 +280,9 @@ def _check_keys(
   unknown = sorted(
     key for key in tensors.keys() - wanted.keys() if not any(re.fullmatch(p, key) for p in ignore)
   )
+  if found := quantised(unknown):
+    key, words = found
+    raise UserError(f"{tensors[key].file} holds {key}, a part of {words}; {_WANTED}.")
   if missing:
     more = f" and {len(missing) - 1} more keys" if len(missing) > 1 else ""
     # Where it has other keys instead, it is probably another model altogether.
@@ -333,10 +297,16 @@ def _check_keys(
     found = tensors[key]
     if found.shape != entry.shape:
       raise UserError(f"{found.file}: {key} has shape {found.shape}, expected {entry.shape}.")
+    # Of an int8 kernel the file has floating-point weights, too.
+    leaf = shapes[entry.path].dtype
+    whole = jnp.issubdtype(leaf, jnp.integer) and (*entry.path[:-1], int8.SCALE) not in shapes
+    if whole == jnp.issubdtype(found.dtype, jnp.floating):
+      kind = "whole numbers are meant" if whole else _WANTED
+      raise UserError(f"{found.file}: {key} has type {found.dtype.name}; {kind}.")
 
 
 def _leaf_dtype(own: Any, wanted: Any) -> np.dtype:
-  if wanted is None or not jax.numpy.issubdtype(own, jax.numpy.floating):
+  if wanted is None or not jnp.issubdtype(own, jnp.floating):
     return np.dtype(own)
   return np.dtype(wanted)
 

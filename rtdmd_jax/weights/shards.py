@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
+from rtdmd_jax.files import save_tensors
 from rtdmd_jax.weights.maps import Entry, KeyTable
 
 STEM = "diffusion_pytorch_model"
@@ -48,7 +48,7 @@ def save_sharded(
   for number, members in enumerate(shards, start=1):
     name = f"{STEM}-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else STEM
     tensors = {layers[m][0].keys[layers[m][2]]: _tensor(*layers[m]) for m in members}
-    save_file(tensors, directory / f"{name}.safetensors", metadata={"format": "pt"})
+    save_tensors(directory / f"{name}.safetensors", tensors)
     weight_map |= dict.fromkeys(tensors, f"{name}.safetensors")
   if len(shards) > 1:
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}

@@ -40,6 +40,12 @@ class Tensor(NamedTuple):
         raise UserError(f"{self.file} ended while it was read; is it still being written?")
       yield start, part.view(self.dtype).reshape((count, *row_shape) if self.shape else ())
 
+  def read(self) -> np.ndarray:
+    """The whole tensor."""
+    array = np.empty(self.shape, self.dtype)
+    copy_rows(self, array)
+    return array
+
 
 class Array(NamedTuple):
   """A tensor at hand, with what `Tensor` offers."""
@@ -51,6 +57,11 @@ class Array(NamedTuple):
   def shape(self) -> tuple[int, ...]:
     """Of the array."""
     return self.array.shape
+
+  @property
+  def dtype(self) -> np.dtype:
+    """Of the array."""
+    return self.array.dtype
 
   def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
     """The whole array, as the only run."""

@@ -33,6 +33,12 @@ _STORAGES = {
   "ByteStorage": np.uint8,
   "BoolStorage": np.bool_,
 }
+# Types of one byte without a storage of their own: bytes, and the type with each tensor.
+_BYTES = "UntypedStorage"
+_DTYPES = {
+  "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+  "float8_e5m2": ml_dtypes.float8_e5m2,
+}
 _MEMO = ("PUT", "BINPUT", "LONG_BINPUT")
 _PICKLE_NAME = "data.pkl"
 # Length of a zip entry's own header, and where its two variable lengths stand.
@@ -147,6 +153,17 @@ class _RebuildTensor(_Function):
     return np.lib.stride_tricks.as_strided(storage[offset:], tuple(size), strides, writeable=False)
 
 
+class _RebuildTyped(_Function):
+  """`torch._utils._rebuild_tensor_v3`: a strided view of bytes that are of a type."""
+
+  __slots__ = ()
+
+  def __call__(self, storage, offset, size, stride, _grad, _hooks, kind, *_: Any) -> np.ndarray:
+    if not isinstance(kind, _StorageType) or kind.dtype.itemsize != 1:
+      raise ValueError("a tensor without a type of one byte")
+    return _RebuildTensor()(storage, offset, size, stride).view(kind.dtype)
+
+
 class _RebuildParameter(_Function):
   """`torch._utils._rebuild_parameter`: the tensor inside."""
 
@@ -171,8 +188,12 @@ _GLOBALS: Mapping[tuple[str, str], Any] = {
   ("collections", "OrderedDict"): OrderedDict,
   ("torch", "Size"): _MakeTuple(),
   ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
+  ("torch._utils", "_rebuild_tensor_v3"): _RebuildTyped(),
   ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
-} | {("torch", name): _StorageType(np.dtype(dtype)) for name, dtype in _STORAGES.items()}
+  ("torch.storage", _BYTES): _StorageType(np.dtype(np.uint8)),
+} | {
+  ("torch", name): _StorageType(np.dtype(dtype)) for name, dtype in (_STORAGES | _DTYPES).items()
+}
 
 
 class _Unpickler(pickle.Unpickler):

@@ -121,3 +121,27 @@ def test_a_reward_of_weight_zero_may_fail(weight_advantages):
   both = group_advantages({"a": partly, "b": values}, ids, {"a": 1.0, "b": 0.0}, **options)
   np.testing.assert_allclose(both, alone, atol=1e-6)
   assert both[2] == 0.0
+
+
+def test_signal_and_advantage_share_their_baseline():
+  """Constant groups around the batch's mean: all samples have signal, and advantages sum to 0."""
+  ids = jnp.array([0, 0, 1, 1])
+  rewards = {"a": jnp.array([1.0, 1.0, 0.0, 0.0])}
+  settings = dict(per_prompt=False)
+  mask = signal_mask(rewards, ids, {"a": 1.0}, **settings)
+  advantages = group_advantages(rewards, ids, {"a": 1.0}, **settings)
+  assert mask.all() and abs(float(advantages.sum())) < 1e-5
+  assert not signal_mask(rewards, ids, {"a": 1.0}).any()
+  # Two rewards whose sum is the same everywhere.
+  both = {"a": rewards["a"], "b": 1.0 - rewards["a"]}
+  mask = signal_mask(both, ids, {"a": 1.0, "b": 1.0}, per_prompt=False, weight_advantages=False)
+  assert not mask.any()
+
+
+def test_values_whose_squares_overflow_are_left_out():
+  ids, weights = jnp.array([0, 0, 0, 0]), {"a": 1.0}
+  absurd = {"a": jnp.array([0.0, 1.0, 2.0, 1e30])}
+  missing = {"a": jnp.array([0.0, 1.0, 2.0, jnp.nan])}
+  np.testing.assert_array_equal(
+    group_advantages(absurd, ids, weights), group_advantages(missing, ids, weights)
+  )

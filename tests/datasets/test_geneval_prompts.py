@@ -84,7 +84,12 @@ def test_the_tool_writes_what_training_reads(tmp_path, capsys):
   assert _tool(f"--out={tmp_path / 'prompts'}", "--count=34") == 0
   assert len(load_prompts(tmp_path / "prompts", metadata=True)) == 34
   test = load_prompts(tmp_path / "prompts", split="test", metadata=True)
-  assert [p.record for p in test] == json.loads(json.dumps(geneval.test_records()))
+  assert [p.record for p in test] == json.loads(json.dumps(geneval.evaluation_records()))
+  # As in the published file: 2,212 lines, in every quarter each record once.
+  quarters = [test[i : i + 553] for i in range(0, 2212, 553)]
+  assert len(test) == 2212 and quarters[0] != quarters[1]
+  for quarter in quarters:
+    assert {p.text for p in quarter} == {r["prompt"] for r in geneval.test_records()}
   (tmp_path / "file").write_text("")
   assert _tool(f"--out={tmp_path / 'file'}") == 2
   assert "no folder can be made" in capsys.readouterr().err

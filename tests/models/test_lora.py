@@ -59,7 +59,7 @@ def test_explicit_layer_names():
     build(every[:2])
 
 
-@pytest.mark.parametrize(("init", "std"), [("gaussian", 0.125), ("normal", 1.0)])
+@pytest.mark.parametrize(("init", "std"), [("gaussian", 1 / 64), ("normal", 1.0), ("rsqrt", 0.125)])
 def test_initial_values(init, std):
   abstract = {"fc": dense(500, 20)}
   leaf = lora.build_adapters(abstract, TABLE, ["fc"], rank=64, key=KEY, init=init)["fc"]

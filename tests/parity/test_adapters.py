@@ -180,7 +180,7 @@ def test_peft_loads_what_training_exports(tmp_path, name):
     pipeline=SimpleNamespace(transformer=transformer),
     frozen=SimpleNamespace(generator={}, fake_score={}),
   )
-  state = SimpleNamespace(ema=adapters, fake_score=adapters)
+  state = SimpleNamespace(step=3, generator=adapters, ema=adapters, fake_score=adapters)
   export.export_adapters(config, setup, state, tmp_path)
   wrapped = peft.PeftModel.from_pretrained(model, tmp_path / "generator")
   loaded = {

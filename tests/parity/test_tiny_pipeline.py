@@ -1,5 +1,7 @@
 """The shipped pipeline and its LoRA in a real client: diffusers' StableDiffusion3Pipeline."""
 
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,7 +11,9 @@ import pytest
 
 import rtdmd_jax
 from rtdmd_jax import sampling
+from rtdmd_jax.aot.abstract import abstract_pipeline
 from rtdmd_jax.models.lora import fold_scale
+from rtdmd_jax.models.text import SD3_T5_LENGTH
 from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.weights.peft import load_peft, save_peft
 
@@ -43,6 +47,28 @@ def test_conditioning_equals_diffusers(ours, theirs):
   conditioning = ours.encode(PROMPTS)
   np.testing.assert_allclose(conditioning.tokens, tokens.numpy(), atol=1e-4)
   np.testing.assert_allclose(conditioning.pooled, pooled.numpy(), atol=1e-4)
+
+
+def test_without_t5_zeros_stand_for_it_as_in_diffusers(tmp_path):
+  directory = shutil.copytree(TINY, tmp_path / "tiny")
+  for part in ("text_encoder_3", "tokenizer_3"):
+    shutil.rmtree(directory / part)
+  index = json.loads((directory / "model_index.json").read_text())
+  index |= dict.fromkeys(("text_encoder_3", "tokenizer_3"), [None, None])
+  (directory / "model_index.json").write_text(json.dumps(index))
+  absent = dict(text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)
+  theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(directory, **absent)
+  ours = Pipeline.from_pretrained(directory)
+  with torch.no_grad():
+    tokens, _, pooled, _ = theirs.encode_prompt(
+      PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=SD3_T5_LENGTH
+    )
+  conditioning = ours.encode(PROMPTS)
+  np.testing.assert_allclose(conditioning.tokens, tokens.numpy(), atol=1e-4)
+  np.testing.assert_allclose(conditioning.pooled, pooled.numpy(), atol=1e-4)
+  # The abstract pipeline, which --check builds, agrees.
+  abstract = abstract_pipeline(str(directory), jnp.float32)
+  assert jax.tree.structure(abstract.text.params) == jax.tree.structure(ours.text.params)
 
 
 def test_guided_euler_samples_equal_diffusers(ours, theirs):

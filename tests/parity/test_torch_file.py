@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  registers its types with numpy
 import numpy as np
 import pytest
 
@@ -13,11 +13,12 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.parity
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8")
+DTYPES += ("float8_e4m3fn", "float8_e5m2")
 
 
 def as_numpy(tensor):
-  if tensor.dtype == torch.bfloat16:
-    return tensor.float().numpy().astype(ml_dtypes.bfloat16)
+  if tensor.dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+    return tensor.float().numpy().astype(str(tensor.dtype).removeprefix("torch."))
   return tensor.detach().numpy()
 
 

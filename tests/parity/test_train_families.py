@@ -25,6 +25,7 @@ COMMON = [
   "--config.train.steps=2",
   "--config.train.log_every=1",
   "--config.train.fake_update_ratio=2",
+  "--config.ema.every=1",
   "--config.eval.prompts=2",
   "--config.eval.final_prompts=2",
   "--config.eval.chunk=2",

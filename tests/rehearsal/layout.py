@@ -296,11 +296,7 @@ def write_prompts(root):
 
 
 def write_judges(directory):
-  """The PyTorch models behind the reward services: Mask2Former with CLIP, and Qwen3-VL.
-
-  Returns:
-    Options of `rewards.serve` for GenEval and for GenEval2.
-  """
+  """The models behind the reward services; options of `rewards.serve` by the reward's name."""
   for name, write in (
     ("mask2former", judge_files.write_mask2former),
     ("clip", judge_files.write_clip),
@@ -308,9 +304,12 @@ def write_judges(directory):
   ):
     (directory / name).mkdir(parents=True)
     write(directory / name)
+  (directory / "hpsv3").mkdir()
+  (directory / "hpsv3/HPSv3.safetensors").write_bytes(b"\0" * 16)
   return {
     "geneval": dict(
       detector="mask2former", directory=str(directory / "mask2former"), clip=str(directory / "clip")
     ),
     "geneval2": dict(directory=str(directory / "qwen3_vl"), device="cpu", dtype="float32"),
+    "hpsv3": dict(directory=str(directory / "hpsv3"), device="cpu"),
   }

@@ -78,12 +78,13 @@ def test_hpsv3_is_called_by_keyword_in_batches(monkeypatch, tmp_path):
   model = scorer.rewards["hpsv3"]._model
   assert model.batches == [2, 2, 1]
   assert model.loaded == (None, str(tmp_path / "HPSv3.safetensors"), "cpu")
+  with pytest.raises(UserError, match="HPSv3.safetensors does not exist"):
+    rewards.make({"hpsv3": 1.0}, options={"hpsv3": {"directory": "."}})
 
 
 @pytest.mark.parametrize(
   ("name", "options", "missing", "message"),
   [
-    ("hpsv3", {"directory": "."}, "hpsv3", "HPSv3.safetensors does not exist"),
     ("hpsv3", {"directory": "HERE"}, "hpsv3", "needs the package hpsv3"),
     ("geneval", {"detector": "mask2former", "directory": "d", "clip": "c"}, "torch", r"\[judges\]"),
     ("geneval", {"detector": "mask2former", "directory": "d"}, "torch", "argument: 'clip'"),

@@ -8,8 +8,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.weights.int8 import int8_shapes
 from rtdmd_jax.weights.maps import KeyTable, Stack
-from rtdmd_jax.weights.safetensors import load_params, read_config, save_model, save_params
+from rtdmd_jax.weights.safetensors import (
+  checkpoint_dtype,
+  load_params,
+  read_config,
+  save_model,
+  save_params,
+)
 
 TABLE = KeyTable(stacks=[Stack("blocks", "layers", 1)], renames=[(r"\bout_(\d+)\b", r"out.\1")])
 
@@ -105,6 +112,63 @@ def test_dtype_defaults_to_the_abstract_leaf_and_leaves_integers_alone(tmp_path)
   assert (got["ids"].dtype, got["w"].dtype) == (jnp.int32, jnp.float16)
   got = load_params(tmp_path, shapes, KeyTable(), dtype=jnp.bfloat16)
   assert (got["ids"].dtype, got["w"].dtype) == (jnp.int32, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_is_read_by_value(tmp_path, name):
+  stored = {k: v.astype(getattr(ml_dtypes, name)) for k, v in checkpoint().items()}
+  save_file(stored, tmp_path / "model.safetensors")
+  got = load_params(tmp_path, abstract(), TABLE)
+  assert_trees_equal(got, jax.tree.map(lambda a: a.astype(getattr(ml_dtypes, name)), tree()))
+  with pytest.raises(UserError, match=f"types {name}; say which one"):
+    checkpoint_dtype(tmp_path)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_float8_that_pytorch_wrote(tmp_path, name):
+  torch = pytest.importorskip("torch")
+  from safetensors.torch import save_file as save_torch
+
+  values = torch.linspace(-3, 3, 64).reshape(8, 8).to(getattr(torch, name))
+  save_torch({"q.weight": values}, tmp_path / "model.safetensors")
+  shapes = {"q": {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)}}
+  got = load_params(tmp_path, shapes, KeyTable())["q"]["kernel"]
+  np.testing.assert_array_equal(got.T, values.float().numpy())
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.bool_])
+@pytest.mark.parametrize("storage", ["native", "int8"])
+def test_whole_numbers_are_no_weights(tmp_path, dtype, storage):
+  shapes = {"q": {"kernel": jax.ShapeDtypeStruct((3, 3), jnp.float32)}}
+  shapes = int8_shapes(shapes, KeyTable()) if storage == "int8" else shapes
+  save_file({"q.weight": np.ones((3, 3), dtype)}, tmp_path / "model.safetensors")
+  with pytest.raises(
+    UserError, match=rf"q\.weight has type {np.dtype(dtype)}; give floating-point"
+  ):
+    load_params(tmp_path, shapes, KeyTable())
+  save_file({"q.weight": np.ones((3, 3), np.float16)}, tmp_path / "model.safetensors")
+  load_params(tmp_path, shapes, KeyTable())
+
+
+@pytest.mark.parametrize(
+  "key, words",
+  [
+    ("conv.scale_weight", "scaled float8 weights of ComfyUI"),
+    ("scaled_fp8", "scaled float8 weights of ComfyUI"),
+    ("conv.weight.absmax", "bitsandbytes"),
+    ("conv.weight.quant_state.bitsandbytes__nf4", "bitsandbytes"),
+    ("conv.SCB", "bitsandbytes"),
+    ("conv._weight_qdata", "torchao"),
+    ("conv.weight._data", "quanto"),
+    ("conv.qweight", "GPTQ, AWQ or SVDQuant"),
+    ("conv.weight_scale", "scaled, quantised weights"),
+  ],
+)
+def test_quantised_weights_are_refused_by_name(tmp_path, key, words):
+  save_file(checkpoint() | {key: np.ones(1, np.float32)}, tmp_path / "model.safetensors")
+  with pytest.raises(UserError, match=rf"model\.safetensors holds {key}, a part of .*{words}"):
+    load_params(tmp_path, abstract(), TABLE)
 
 
 def test_places_leaves_on_the_given_shardings(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.rewards.files import local_option
 
 
 class HPSv3:
@@ -21,16 +22,14 @@ class HPSv3:
     """Loads the model.
 
     Args:
-      directory: holds `HPSv3.safetensors`, and `config.yaml` if not the package's own is meant.
+      directory: holds `HPSv3.safetensors`, and `config.yaml` if not the package's own is meant;
+        or its repository.
       device: torch's name of a device.
       batch: images at once.
 
     Raises:
       UserError: the package or the checkpoint is missing.
     """
-    checkpoint = Path(directory) / "HPSv3.safetensors"
-    if not checkpoint.is_file():
-      raise UserError(f"reward 'hpsv3': {checkpoint} does not exist; download MizzenAI/HPSv3")
     try:
       package = importlib.import_module("hpsv3")
     except ImportError as error:
@@ -38,7 +37,10 @@ class HPSv3:
         f"reward 'hpsv3' needs the package hpsv3 ({error}); install it where the reward is served,"
         " as docs/rewards.md says, and give that service's url"
       ) from error
-    config = Path(directory) / "config.yaml"
+    folder = Path(local_option("hpsv3", "directory", directory))
+    checkpoint, config = folder / "HPSv3.safetensors", folder / "config.yaml"
+    if not checkpoint.is_file():
+      raise UserError(f"reward 'hpsv3': {checkpoint} does not exist; give MizzenAI/HPSv3")
     self._model = package.HPSv3RewardInferencer(
       config_path=str(config) if config.is_file() else None,
       checkpoint_path=str(checkpoint),

@@ -13,6 +13,7 @@ from PIL import Image
 from rtdmd_jax.datasets.geneval_records import CLASSES, COLORS
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards.backends.pytorch import pretrained, require_torch
+from rtdmd_jax.rewards.files import local_option
 from rtdmd_jax.rewards.geneval import SCORE_THRESHOLD, Detection
 
 _TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
@@ -31,8 +32,8 @@ class Mask2FormerDetector:
     """Loads both models.
 
     Args:
-      directory: Mask2Former for COCO instances, in Hugging Face layout.
-      clip: CLIP (ViT-L/14 as published), in Hugging Face layout with its tokenizer.
+      directory: Mask2Former for COCO instances, in Hugging Face layout, or its repository.
+      clip: CLIP (ViT-L/14 as published), in Hugging Face layout with its tokenizer, likewise.
       device: torch's name of a device.
       batch: images in the detector, and crops in CLIP, at once.
 
@@ -43,6 +44,9 @@ class Mask2FormerDetector:
     from transformers import AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmentation
 
     self._device, self._batch = device, batch
+    directory, clip = (
+      local_option("geneval", key, name) for key, name in (("directory", directory), ("clip", clip))
+    )
     model = pretrained("geneval", Mask2FormerForUniversalSegmentation, directory, device)
     if model.config.num_labels != len(CLASSES):
       raise UserError(

@@ -8,6 +8,7 @@ from PIL import Image
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards.backends.pytorch import pretrained, require_torch
+from rtdmd_jax.rewards.files import local_option
 from rtdmd_jax.rewards.geneval2 import Query, instruction
 
 _IMAGE = "<|image_pad|>"
@@ -25,7 +26,7 @@ class Qwen3VLAnswerer:
     """Loads the model.
 
     Args:
-      directory: Qwen3-VL (8B-Instruct as published), in Hugging Face layout.
+      directory: Qwen3-VL (8B-Instruct as published), in Hugging Face layout, or its repository.
       device: torch's name of a device.
       dtype: of the weights; float16 as RTDMD scores.
       batch: questions at once.
@@ -43,6 +44,7 @@ class Qwen3VLAnswerer:
     if not isinstance(kind, self._torch.dtype):
       raise UserError(f"reward 'geneval2': {dtype!r} is no dtype of torch; use float16 or bfloat16")
     self._device, self._batch = device, batch
+    directory = local_option("geneval2", "directory", directory)
     self._model = pretrained(
       "geneval2", Qwen3VLForConditionalGeneration, directory, device, dtype=kind
     )

@@ -1,0 +1,239 @@
+"""Every file of `configs/` is run as it ships, with sizes alone made smaller.
+
+Each published family goes the whole way of a user: --check, stage 1, stage 2 on its export, sample,
+evaluate, export in each format, and diffusers loads the result. Checkpoints, prompts and reward
+services lie where the configs look for them (`layout.py`, `services.py`).
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+pytest.importorskip("rapidocr")
+from rehearsal import layout, services  # noqa: E402  after torch is known to be there
+
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+FAMILIES = ("sd3", "sd35", "flux1", "flux2", "flux2_9b")
+KINDS = ("stage1", "stage2", "infer", "eval")
+LIBRARIES = ("common", "families")  # what configs share; no configs themselves
+STEPS = 8  # the moving average of stage 2 moves at every eighth
+# Sizes: steps, images, pixels, prompts scored.
+TRAIN = {
+  "model.image_size": 64, "batch.prompts": 2, "batch.micro_batches": 1, "train.steps": STEPS,
+  "train.log_every": 1, "train.save_every": 4, "eval.every": 8, "eval.prompts": 2,
+  "eval.final_prompts": 3, "eval.chunk": 2, "eval.preview": 2, "eval.teacher_steps": 2,
+}  # fmt: skip
+STAGE1 = TRAIN | {"train.fake_update_ratio": 4}
+STAGE2 = TRAIN | {"batch.repeats": 2, "batch.micro_batches": 2}
+INFER = {"height": 64, "width": 64, "batch": 2}
+EVAL = INFER | {"limit": 2, "preview": 2}
+PRETRAIN = {
+  "images": 48, "vae.steps": 2, "vae.batch_size": 4, "text.steps": 2, "text.batch_size": 4,
+  "scorer.steps": 2, "scorer.batch_size": 4, "teacher.steps": 2, "teacher.batch_size": 4,
+}  # fmt: skip
+TINY_TRAIN = {key: value for key, value in TRAIN.items() if key != "model.image_size"}
+TINY_CONFIGS = {
+  "tiny_stage1": TINY_TRAIN,
+  "tiny_stage2": TINY_TRAIN | {"batch.repeats": 2, "eval.final_images": 1},
+  "tiny_stage2_long": TINY_TRAIN | {"batch.repeats": 2, "eval.final_images": 1},
+  "tiny_infer": {},
+  "tiny_eval": {"limit": 2, "batch": 2, "preview": 2},
+  "tiny_pretrain": PRETRAIN,
+  "tiny_pretrain_mixed": {
+    key: PRETRAIN[key] for key in PRETRAIN if key[:4] not in ("text", "scor")
+  },
+}
+PIPELINES = {
+  "sd3": "StableDiffusion3Pipeline", "sd35": "StableDiffusion3Pipeline", "flux1": "FluxPipeline",
+  "flux2": "Flux2KleinPipeline", "flux2_9b": "Flux2KleinPipeline",
+}  # fmt: skip
+
+
+class User:
+  """Types commands in a folder that has `configs/`."""
+
+  def __init__(self, folder, cache):
+    self.folder = folder
+    self._times = []
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    self._environment = os.environ | {
+      "PYTHONPATH": str(ROOT),
+      "JAX_PLATFORMS": "cpu",
+      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+      "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache)),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+      "HF_HUB_OFFLINE": "1",
+    }
+
+  def run(self, module, *flags, sizes=None, code=0):
+    """`python -m rtdmd_jax.<module>`; returns what it printed, stdout and stderr as they came."""
+    overrides = [f"--config.{key}={value}" for key, value in (sizes or {}).items()]
+    start = time.monotonic()
+    ended = subprocess.run(
+      [sys.executable, "-m", f"rtdmd_jax.{module}", *flags, *overrides],
+      cwd=self.folder, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      text=True, timeout=900,
+    )  # fmt: skip
+    self._times.append((time.monotonic() - start, module, flags))
+    assert ended.returncode == code, f"{module} {flags}: {ended.returncode}\n{ended.stdout[-4000:]}"
+    assert "Traceback" not in ended.stdout, ended.stdout[-4000:]
+    return ended.stdout
+
+  def print_times(self):
+    """Seconds of each command, for `pytest -rP`."""
+    for seconds, module, flags in self._times:
+      print(f"{seconds:6.1f} s  {module} {' '.join(flags)}")
+
+  def json(self, path):
+    """A JSON file of the folder."""
+    return json.loads((self.folder / path).read_text())
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+  """A folder for all workers of the session, with the reward services up."""
+  base = tmp_path_factory.getbasetemp()
+  folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "rehearsal"
+  folder.mkdir(exist_ok=True)
+  with services.running(folder):
+    yield folder
+
+
+def test_every_config_is_rehearsed():
+  shipped = {path.stem for path in (ROOT / "configs").glob("*.py")} - set(LIBRARIES)
+  assert shipped == {f"{f}_{kind}" for f in FAMILIES for kind in KINDS} | set(TINY_CONFIGS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family, shared, tmp_path):
+  user = User(tmp_path, shared / "compiled")
+  layout.lay_out(tmp_path, family)
+  try:
+    train(user, family)
+    use(user, family)
+  finally:
+    user.print_times()
+
+
+@pytest.mark.parametrize("name", [n for n in TINY_CONFIGS if "stage" in n])
+def test_tiny_stage(name, tmp_path):
+  user = User(tmp_path, tmp_path / "compiled")
+  config, sizes = f"--config=configs/{name}.py", TINY_CONFIGS[name]
+  checked = user.run("main", "--check", config, sizes=sizes)
+  assert checked.splitlines()[-1] == "no problem found", checked
+  user.run("main", config, f"--workdir=runs/{name}", sizes=sizes)
+  assert_trained(user, f"runs/{name}")
+
+
+def test_tiny_images_and_scores(tmp_path):
+  user = User(tmp_path, tmp_path / "compiled")
+  user.run("sample", "--config=configs/tiny_infer.py", "--prompt=a photo of a red circle")
+  assert len(list((tmp_path / "runs/tiny_infer").glob("*.png"))) == 1
+  sizes = TINY_CONFIGS["tiny_eval"]
+  user.run("evaluate", "--config=configs/tiny_eval.py", "--workdir=runs/eval", sizes=sizes)
+  systems = user.json("runs/eval/summary.json")["systems"]
+  assert {score["n"] for system in systems for score in system["scores"].values()} == {2}
+
+
+def test_tiny_pretraining(tmp_path):
+  user = User(tmp_path, tmp_path / "compiled")
+  for name, workdir in (("tiny_pretrain", "runs/clean"), ("tiny_pretrain_mixed", "runs/mixed")):
+    flags = (f"--config=configs/{name}.py", f"--workdir={workdir}")
+    user.run("main", "--check", *flags, sizes=TINY_CONFIGS[name])
+    user.run("main", *flags, sizes=TINY_CONFIGS[name])
+    assert diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / workdir / "pipeline")
+
+
+def train(user, family):
+  """--check and training of both stages."""
+  for stage, sizes in (("stage1", STAGE1), ("stage2", STAGE2)):
+    config, workdir = f"--config=configs/{family}_{stage}.py", f"--workdir=runs/{family}_{stage}"
+    checked = user.run("main", "--check", config, workdir, sizes=sizes)
+    assert checked.splitlines()[-1] == "no problem found", checked
+    user.run("main", config, workdir, sizes=sizes)
+    assert_trained(user, f"runs/{family}_{stage}")
+  table = user.json(f"runs/{family}_stage2/evaluation.json")
+  rewards = layout.families().HELD_OUT
+  for system in table["systems"]:
+    assert set(rewards) <= set(system["scores"])
+    assert {name: s["n"] for name, s in system["scores"].items()} == dict.fromkeys(rewards, 3)
+
+
+def assert_trained(user, workdir):
+  """A run of `STEPS` steps whose networks moved, with its export, evaluation and report."""
+  lines = (user.folder / workdir / "metrics.jsonl").read_text().splitlines()
+  seen = {}
+  for line in lines:
+    seen |= json.loads(line)["scalars"]
+  assert seen["generator/skipped_total"] == seen["fake_score/skipped_total"] == 0
+  assert seen["generator/grad_norm"] > 0 and seen["fake_score/grad_norm"] > 0
+  for role in ("generator", "fake_score"):
+    file = user.folder / workdir / f"export/{role}/adapter_model.safetensors"
+    assert any(np.abs(b).max() > 0 for b in _tensors(file, "lora_B").values())
+  for name in ("evaluation.json", "report.html", "export/generator/README.md"):
+    assert (user.folder / workdir / name).is_file()
+
+
+def use(user, family):
+  """Images, scores and exports of the result, and diffusers with each export."""
+  adapter = f"runs/{family}_stage2/export/generator"
+  out = f"--workdir=runs/{family}_infer"
+  prompt = ("--prompt=a photo of a red apple", "--seeds=1,2", "--grid")
+  user.run("sample", f"--config=configs/{family}_infer.py", out, *prompt, sizes=INFER)
+  for seed in (1, 2):
+    image = np.asarray(Image.open(user.folder / f"runs/{family}_infer/00000_{seed}.png"))
+    assert image.shape == (64, 64, 3) and image.std() > 0
+  out = f"--workdir=runs/{family}_eval"
+  user.run("evaluate", f"--config=configs/{family}_eval.py", out, sizes=EVAL)
+  for system in user.json(f"runs/{family}_eval/summary.json")["systems"]:
+    published = {name: system["scores"][name]["n"] for name in layout.families().HELD_OUT}
+    assert set(published.values()) == {2}, (system["name"], published)
+  base = Path(layout.families().infer(family).pipeline).name
+  for form in ("peft", "comfyui", "merged"):
+    dtype = ("--dtype=float32",) if form == "merged" else ()
+    flags = (f"--pipeline=checkpoints/{base}", f"--lora={adapter}", f"--format={form}")
+    user.run("export", *flags, f"--out=out/{form}", *dtype)
+  assert_same_in_diffusers(user, family, base, adapter)
+
+
+def assert_same_in_diffusers(user, family, base, adapter):
+  """diffusers adds to each weight what the merged export holds beyond the base."""
+  pipeline = getattr(diffusers, PIPELINES[family])
+  root = user.folder
+
+  def load():
+    return pipeline.from_pretrained(root / "checkpoints" / base, torch_dtype=torch.float32)
+
+  before = load().transformer.state_dict()
+  network = type(load().transformer)
+  merged = network.from_pretrained(root / "out/merged", torch_dtype=torch.float32).state_dict()
+  changed = {key for key in before if not torch.equal(before[key], merged[key])}
+  assert changed
+  for directory in (root / adapter, root / "out/peft"):
+    pipe = load()
+    pipe.load_lora_weights(directory)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    after = pipe.transformer.state_dict()
+    for key in before:
+      wanted, got = merged[key] - before[key], after[key] - before[key]
+      assert (wanted - got).abs().max() <= 1e-3 * wanted.abs().max() + 1e-9, key
+
+
+def _tensors(file, part):
+  from safetensors.numpy import load_file
+
+  return {key: value for key, value in load_file(file).items() if part in key}
