@@ -229,5 +229,5 @@ def test_stage_1_without_rewards_ends_well(tmp_path):
   table = json.loads((work / "evaluation.json").read_text())
   assert [system["scores"] for system in table["systems"]] == [{}, {}, {}]
   assert "Held-out scores" not in (work / "export/generator/README.md").read_text()
-  assert "no reward was asked" in (work / "report.html").read_text()
+  assert "no reward scored them" in (work / "report.html").read_text()
   assert list((work / "previews").glob("*.png"))
