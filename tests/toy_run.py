@@ -76,6 +76,7 @@ class Toy:
 
     return SimpleNamespace(
       transformer=SimpleNamespace(apply=toy.apply, embedded_guidance=False, config=None),
+      text=SimpleNamespace(limits=()),
       params=toy.frozen().bases["base"],
       vae=SimpleNamespace(clone=clone),
       vae_params={},
