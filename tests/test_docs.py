@@ -43,6 +43,11 @@ NOT_RUN = {
     "git clone --depth=1 https://github.com/Harahan/RTDMD && mkdir -p prompts && cp -r"
     " RTDMD/dataset/pickscore prompts/": "needs the network; its command of Python is run below it",
   },
+  "docs/evaluation.md": {
+    "python -m rtdmd_jax.main --config=configs/sd35_stage1.py:scored --workdir=runs/sd35_stage1": (
+      "needs checkpoints, prompts and services; tests/rehearsal runs it for SD3-M"
+    ),
+  },
   "docs/evidence.md": {
     "python -m benchmarks.tilt.run                  # or --only=gaussian, mixture, long, even,"
     " estimators": _MEASURES,
