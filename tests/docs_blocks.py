@@ -79,6 +79,9 @@ def appended(argv: list[str]) -> list[str]:
       keys |= {"train.profile_steps": 1}
     if "geneval" in config.get("rewards", {}) and "url" in config.rewards.geneval:
       keys |= {"rewards.geneval.url": os.environ[GENEVAL_URL]}
+    # The other services are up in tests/rehearsal; a page is read without them.
+    watched = config.get("eval", {}).get("rewards", {})
+    keys |= {f"eval.rewards.{name}": "none" for name in watched if "url" in watched[name]}
   elif name == "rtdmd_jax.sample" and "tiny" not in spec:
     keys = _REAL_IMAGES
   else:
