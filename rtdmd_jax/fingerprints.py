@@ -14,10 +14,8 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.hosts import digest
 from rtdmd_jax.hub import find
 from rtdmd_jax.prompts import Prompt, load_prompts
-from rtdmd_jax.rewards.files import option_kind
+from rtdmd_jax.rewards.files import PATHS, option_kind
 
-# Options of rewards that name files or directories.
-REWARD_PATHS = ("directory", "weights", "tokenizer", "processor", "clip", "questions")
 # Of a pipeline; the transformer's weights are compared as they lie on the devices.
 _PIPELINE_FILES = (
   "model_index.json",
@@ -78,7 +76,7 @@ def of_files(config: Any, sets: Mapping[str, Sequence[Prompt]]) -> dict[str, str
   for part, files in _pipeline_files(directory).items() if directory else ():
     found[f"model.pretrained, {part}"] = _digest(files)
   for name, options in _rewards(config):
-    for key in REWARD_PATHS:
+    for key in PATHS:
       if isinstance(options.get(key), str) and (path := _reward_path(name, key, options)):
         found[f"{name}.{key}"] = _digest(_files(path))
   return found

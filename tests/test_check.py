@@ -51,7 +51,8 @@ def test_a_sound_run_is_described_without_reading_weights(tmp_path, capsys, monk
   assert run(f"--workdir={tmp_path / 'new'}", config=config) == 0
   out, err = capsys.readouterr()
   assert err == "" and not (tmp_path / "new").exists()
-  for part in ("devices: ", "a new run", "344 to train on", "optimizers", "TFLOP a step"):
+  parts = ("devices: ", "a new run", "344 to train on", "optimizers", "TFLOP a step")
+  for part in (*parts, "encoded prompts: 0.01 MB each"):
     assert part in out
   propagated = " (back-propagated)" if "stage2" in config else ""
   assert f"clipscore x 1{propagated}, geneval x 1" in out

@@ -16,10 +16,12 @@ from rtdmd_jax.aot.published import PUBLISHED
 from rtdmd_jax.build import Setup, micro_batches, optimizer_config, policy_config
 from rtdmd_jax.check import hardware
 from rtdmd_jax.check.report import Report
+from rtdmd_jax.data import encoding_bytes
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.hub import base_name
 from rtdmd_jax.optim import make_optimizer
 from rtdmd_jax.rewards import device
+from rtdmd_jax.stage1 import Batch
 from rtdmd_jax.throughput import loop_turns
 
 # What a value that does not fit raises while a program is traced.
@@ -59,9 +61,11 @@ def check_programs(report: Report, config: Any, unreadable: Sequence[str]) -> No
     if state is None:
       return
     report.lines += hardware.memory(report, _trees(usable, setup, state), mesh)
+    batch = abstract_batch(usable, setup)
+    report.lines.append(_encodings(config, batch))
     # Without any reward that is known there is no program of a policy to build.
     if len(report.problems) == before and (usable.rewards or config.stage == "stage1"):
-      costs = report.attempt(_trace, usable, setup, optimizers, state)
+      costs = report.attempt(_trace, usable, setup, optimizers, state, batch)
       if costs is not None:
         report.lines.append(hardware.time(config, costs))
 
@@ -131,13 +135,24 @@ def _trees(config: Any, setup: Setup, state: Any) -> Mapping[str, Any]:
   }
 
 
-def _trace(config: Any, setup: Setup, optimizers: Any, state: Any) -> dict[str, float]:
+def _encodings(config: Any, batch: Batch) -> str:
+  """What encoded prompts take of a host's memory."""
+  one = encoding_bytes(batch)
+  return (
+    f"encoded prompts: {one / 1e6:.2f} MB each, {one * config.batch.prompts / 1e9:.2f} GB a step; a"
+    f" host keeps {config.data.cache_gb:g} GB of the last used (data.cache_gb)"
+  )
+
+
+def _trace(
+  config: Any, setup: Setup, optimizers: Any, state: Any, batch: Batch
+) -> dict[str, float]:
   """Runs the programs on shapes, where values that do not fit together meet.
 
   Returns:
     The operations of each, all devices together.
   """
-  known = {"state": state, "frozen": setup.frozen, "batch": abstract_batch(config, setup)}
+  known = {"state": state, "frozen": setup.frozen, "batch": batch}
   costs = {}
   for name, program in train.PROGRAMS[config.stage](config, setup, optimizers).items():
     args = [known[key] for key in program_arguments(config.stage, name)]

@@ -18,7 +18,7 @@ from rtdmd_jax.rewards.backends.hpsv3 import HPSv3
 from rtdmd_jax.rewards.backends.mask2former import Mask2FormerDetector
 from rtdmd_jax.rewards.backends.pytorch import require_torch
 from rtdmd_jax.rewards.backends.qwen3_vl import Qwen3VLAnswerer
-from rtdmd_jax.rewards.files import option_kind
+from rtdmd_jax.rewards.files import PATHS, option_kind
 from rtdmd_jax.rewards.geneval2 import GenEval2
 from rtdmd_jax.rewards.multi import RUN_KEYS
 from rtdmd_jax.rewards.needs import check_training_prompts, shortage, unscorable
@@ -26,8 +26,6 @@ from rtdmd_jax.weights.headers import headers_only
 
 # Options of GenEval2's rule, beside those of the model that answers.
 _RULE = ("aggregate", "questions")
-# Options of the built-in rewards that name files or directories.
-_PATHS = ("directory", "weights", "tokenizer", "processor", "clip", "questions")
 
 
 def check_rewards(report: Report, config: Any, prompts: Prompts) -> None:
@@ -72,7 +70,7 @@ def _reward(
 def _paths(report: Report, key: str, name: str, options: Mapping[str, Any]) -> dict[str, str]:
   """The options that name files, as paths on this machine; each missing one is a problem."""
   found = {}
-  for option in _PATHS:
+  for option in PATHS:
     value = options.get(option)
     if isinstance(value, str):
       path = report.attempt(_option_path, key, name, option, options)

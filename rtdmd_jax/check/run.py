@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from rtdmd_jax.check import hardware
-from rtdmd_jax.check.files import check_workdir, read_prompts
+from rtdmd_jax.check.files import Prompts, check_workdir, read_prompts
 from rtdmd_jax.check.networks import ROLES, check_networks
 from rtdmd_jax.check.programs import check_programs
 from rtdmd_jax.check.report import Report
 from rtdmd_jax.check.rewards import check_rewards
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.hub import find
 from rtdmd_jax.idle import warnings
 from rtdmd_jax.limits import check_stage, violations
+from rtdmd_jax.models.text import cut_prompts
+from rtdmd_jax.pipeline import text_limits
 from rtdmd_jax.prompts import Prompt
 from rtdmd_jax.wandb_log import import_wandb
 
@@ -58,6 +61,7 @@ def _run(report: Report, config: Any, wrong: list[str]) -> None:
   if not wrong:
     for sentence in warnings(config):
       report.warning(sentence)
+  prompts = None
   if not _wrong_in(wrong, "rewards", "eval.rewards"):
     report.lines += _described(config)
     prompts = read_prompts(report, config)
@@ -67,6 +71,8 @@ def _run(report: Report, config: Any, wrong: list[str]) -> None:
       check_rewards(report, config, prompts)
   if not _wrong_in(wrong, "model."):
     networks = check_networks(report, config)
+    if prompts is not None and networks.transformer is not None:
+      report.lines += report.attempt(_cut, config, prompts) or []
     if networks.transformer is not None and not wrong:
       check_programs(report, config, networks.unreadable)
   if not wrong:
@@ -84,6 +90,24 @@ def _enough(config: Any, prompts: Sequence[Prompt]) -> None:
       f"batch.prompts is {config.batch.prompts}, but {config.data.prompts} has {len(prompts)}"
       " prompts; lower it."
     )
+
+
+def _cut(config: Any, prompts: Prompts) -> list[str]:
+  """Which prompts are too long for a text encoder, if the tokenizers are here."""
+  directory = find(config.model.pretrained)
+  if directory is None:
+    return []
+  sets = {"training prompts": prompts.train}
+  for key, held_out in prompts.held_out.items():
+    same = any(held_out is other for other in sets.values())
+    sets |= {} if same else {f"held-out prompts of {key}": held_out}
+  limits = text_limits(directory)
+  return [
+    line
+    for what, own in sets.items()
+    if own
+    for line in cut_prompts(limits, [prompt.text for prompt in own], what)
+  ]
 
 
 def _described(config: Any) -> list[str]:

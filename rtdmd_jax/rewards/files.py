@@ -5,6 +5,8 @@ from typing import Any
 
 from rtdmd_jax.hub import local_path
 
+# Options of the built-in rewards that name files or directories.
+PATHS = ("directory", "weights", "tokenizer", "processor", "clip", "questions")
 # What each option takes of a repository, a name in `hub_files.KINDS`.
 _KINDS = {
   "clipscore": {"directory": "model"},

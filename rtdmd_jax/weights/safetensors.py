@@ -79,15 +79,6 @@ def load_params(
     return _build(path, tensors, abstract_params, table, dtype, sharding, ignore)
 
 
-def check_params(
-  path: str | os.PathLike, abstract_params: Any, table: KeyTable, *, ignore: Sequence[str] = ()
-) -> None:
-  """What `load_params` would raise of keys, shapes and types; reads the files' headers alone."""
-  entries, shapes = table.entries(abstract_params), flatten_dict(abstract_params)
-  with _open_files(weight_files(path)) as tensors:
-    _check_keys(path, entries, shapes, tensors, ignore)
-
-
 def params_from_tensors(
   tensors: Mapping[str, np.ndarray],
   abstract_params: Any,

@@ -5,7 +5,7 @@ from safetensors.numpy import save_file
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.weights.recognize import recognized
-from rtdmd_jax.weights.safetensors import check_params
+from rtdmd_jax.weights.safetensors import load_params
 
 CLASSES = {
   "SD3Transformer2DModel": "an SD3 transformer",
@@ -27,7 +27,7 @@ def test_another_familys_checkpoint_is_recognized_by_its_keys(tmp_path, name):
   save_file({key: np.zeros(1, np.float32) for key in keys(name)[1]}, file)
   built, _ = keys(other)
   with pytest.raises(UserError, match=rf"model.safetensors.* \(it looks like {CLASSES[name]}\)"):
-    check_params(file, built.init_abstract(), built.table)
+    load_params(file, built.init_abstract(), built.table)
 
 
 def test_a_checkpoint_that_only_lacks_a_key_is_not_called_another(tmp_path):
@@ -35,7 +35,7 @@ def test_a_checkpoint_that_only_lacks_a_key_is_not_called_another(tmp_path):
   file = tmp_path / "model.safetensors"
   save_file({key: np.zeros(1, np.float32) for key in names[1:]}, file)
   with pytest.raises(UserError, match=f"lacks key {names[0]}.$"):
-    check_params(file, built.init_abstract(), built.table)
+    load_params(file, built.init_abstract(), built.table)
 
 
 def test_adapters_and_parts():
