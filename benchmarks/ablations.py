@@ -18,10 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax import evaluation, sharding, train
-from rtdmd_jax.build import build, optimizer_config
+from rtdmd_jax import train
 from rtdmd_jax.config import load_config
-from rtdmd_jax.optim import make_optimizer
+from rtdmd_jax.evaluate import systems
+from rtdmd_jax.evaluate.evaluator import Evaluator
+from rtdmd_jax.runtime import sharding
+from rtdmd_jax.training.optim import make_optimizer
+from rtdmd_jax.training.setup import build, optimizer_config
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/ablations.json"
@@ -94,9 +97,9 @@ def run(stage: str, variant: str, seed: int) -> dict:
       batch, prompts = train.step_batch(config, setup, number)
       state, _ = jax.block_until_ready(step(state, batch, prompts, number))
       times.append(time.perf_counter() - begin)
-    system = evaluation.generator(setup, config, variant, state.ema)
+    system = systems.generator(setup, config, variant, state.ema)
     held_out = [p for p in setup.held_out for _ in range(IMAGES)]
-    evaluator = evaluation.Evaluator(setup, config)
+    evaluator = Evaluator(setup, config)
     images = evaluator.images(system, held_out)
     found = evaluator.scores(images, held_out).values
     scores = {name: float(values.mean()) for name, values in found.items()}
@@ -116,7 +119,7 @@ def _distance(setup, config, evaluator, images: np.ndarray) -> float:
   of_bytes = lambda params, x: reward.image_features(params, x.astype(jnp.float32) / 255.0)  # noqa: E731
   features = lambda x: np.asarray(jax.jit(of_bytes)(params, x), np.float64)  # noqa: E731
   if not _TEACHER:  # the same for all variants
-    _TEACHER.append(features(evaluator.images(evaluation.teacher(setup, config), setup.held_out)))
+    _TEACHER.append(features(evaluator.images(systems.teacher(setup, config), setup.held_out)))
   # Sets of one image a prompt, as the teacher's; the mean over these sets.
   return 1000 * float(
     np.mean([_kid(features(images[i::IMAGES]), *_TEACHER) for i in range(IMAGES)])

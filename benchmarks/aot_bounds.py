@@ -55,8 +55,8 @@ def main() -> None:
 
 def measure(config: str, overrides: list[str], topology: str, name: str) -> tuple[str, ...]:
   """One program's cells between its name and the seconds."""
-  from rtdmd_jax.aot import chips
   from rtdmd_jax.aot.hlo import traffic
+  from rtdmd_jax.runtime import chips
 
   with tempfile.TemporaryDirectory() as folder:
     args = (config, overrides, topology, name, folder)
@@ -100,10 +100,10 @@ def traced(config: str, overrides: list[str], topology: str, name: str):
   import jax
   from jax.sharding import NamedSharding, PartitionSpec
 
-  from rtdmd_jax import sharding
   from rtdmd_jax.aot import compile as aot
   from rtdmd_jax.aot.abstract import abstract_setup
   from rtdmd_jax.config import load_config
+  from rtdmd_jax.runtime import sharding
 
   config = load_config(config, overrides)
   setup = abstract_setup(config)

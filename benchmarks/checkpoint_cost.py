@@ -15,12 +15,12 @@ from pathlib import Path
 
 import jax
 
-from rtdmd_jax.build import build, optimizer_config
-from rtdmd_jax.checkpoint import Checkpoints
 from rtdmd_jax.config import load_config
-from rtdmd_jax.optim import make_optimizer
-from rtdmd_jax.sharding import make_mesh
+from rtdmd_jax.runtime.checkpoint import Checkpoints
+from rtdmd_jax.runtime.sharding import make_mesh
 from rtdmd_jax.train import STAGES, Optimizers, initial_state, step_batch
+from rtdmd_jax.training.optim import make_optimizer
+from rtdmd_jax.training.setup import build, optimizer_config
 
 
 def measure(config, blocks: int, steps: int, folder: Path) -> str:

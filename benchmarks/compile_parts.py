@@ -21,11 +21,11 @@ from jax.sharding import PartitionSpec
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from rtdmd_jax import sharding  # noqa: E402  reachable only now
 from rtdmd_jax.aot.compile import get_devices  # noqa: E402
 from rtdmd_jax.aot.hlo import traffic  # noqa: E402
 from rtdmd_jax.models.convolution import convolve, convolve_blocks  # noqa: E402
 from rtdmd_jax.models.vae import Decoder, MidAttention, ResnetBlock, VAEConfig  # noqa: E402
+from rtdmd_jax.runtime import sharding  # noqa: E402  reachable only now
 
 CONFIG = VAEConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16)
 DTYPE = jnp.bfloat16

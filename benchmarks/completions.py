@@ -14,19 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax import evaluation, sharding
 from rtdmd_jax.algo.subgrpo import sample_noise
 from rtdmd_jax.algo.transitions import cps_step
-from rtdmd_jax.build import build
 from rtdmd_jax.config import load_config
-from rtdmd_jax.roles import role_variables, role_velocity
+from rtdmd_jax.evaluate import systems
+from rtdmd_jax.evaluate.evaluator import Evaluator
+from rtdmd_jax.evaluate.scores import prompt_means
+from rtdmd_jax.pipeline.velocity import role_variables, role_velocity
+from rtdmd_jax.runtime import sharding
+from rtdmd_jax.training.setup import build
 
 EULER_STEPS = 24
 
 
 def completed(setup, config, steps: int):
   """A program from (frozen, conditioning, index) to uint8 images after `steps` generator steps."""
-  cold, teacher = evaluation.generator(setup, config, "", None), evaluation.teacher(setup, config)
+  cold, teacher = systems.generator(setup, config, "", None), systems.teacher(setup, config)
   unconditional = jax.device_get(setup.unconditional)
   # The teacher's own grid, scaled to begin at the level reached; nothing is left to do at level 0.
   rest = setup.pipeline.euler_sigmas(EULER_STEPS, config.model.image_size)
@@ -62,7 +65,7 @@ def main():
   config = load_config(options.config, [o.removeprefix("--config.") for o in overrides])
   with jax.set_mesh(sharding.make_mesh(**config.mesh)):
     setup = build(config)
-    evaluator, prompts = evaluation.Evaluator(setup, config), [*setup.held_out] * options.images
+    evaluator, prompts = Evaluator(setup, config), [*setup.held_out] * options.images
     names = sorted(setup.scoring.weights)
     print(
       f"| generator steps | then from level | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}"
@@ -79,7 +82,7 @@ def main():
       scores = evaluator.scores(np.concatenate(parts)[: len(prompts)], prompts).values
       cells = []
       for name in names:
-        means = evaluation.prompt_means(scores[name], len(setup.held_out))
+        means = prompt_means(scores[name], len(setup.held_out))
         error = 1.96 * means.std(ddof=1) / math.sqrt(len(means))
         cells.append(f"{means.mean():.3f} ± {error:.3f}")
       print(f"| {steps} | {sigmas[steps]:.2f} | {' | '.join(cells)} |", flush=True)

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rtdmd_jax import sharding, stage1
 from rtdmd_jax.aot.abstract import abstract_setup
 from rtdmd_jax.aot.compile import get_devices
 from rtdmd_jax.aot.hlo import traffic
-from rtdmd_jax.build import new_adapters
 from rtdmd_jax.config import load_config
 from rtdmd_jax.models import heads
+from rtdmd_jax.runtime import sharding
+from rtdmd_jax.training import stage1
+from rtdmd_jax.training.setup import new_adapters
 
 IMAGES = 4
 HEAD = (

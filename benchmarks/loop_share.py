@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from rtdmd_jax import train  # noqa: E402  reachable only now
 from rtdmd_jax.config import load_config  # noqa: E402
-from rtdmd_jax.state import TrainState  # noqa: E402
-from rtdmd_jax.throughput import Meter  # noqa: E402
+from rtdmd_jax.runtime.throughput import Meter  # noqa: E402
+from rtdmd_jax.training.state import TrainState  # noqa: E402
 
 NEVER = 10**9
 WARM = 2  # steps that compile

@@ -13,12 +13,12 @@ from pathlib import Path
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from rtdmd_jax import sharding
 from rtdmd_jax.aot.abstract import abstract_setup
-from rtdmd_jax.build import optimizer_config
 from rtdmd_jax.config import load_config
-from rtdmd_jax.optim import make_optimizer
+from rtdmd_jax.runtime import sharding
 from rtdmd_jax.train import Optimizers, initial_state
+from rtdmd_jax.training.optim import make_optimizer
+from rtdmd_jax.training.setup import optimizer_config
 from rtdmd_jax.weights.int8 import STORAGES
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -11,11 +11,14 @@ from collections import Counter
 import jax
 import numpy as np
 
-from rtdmd_jax import evaluation, sharding
-from rtdmd_jax.build import build
 from rtdmd_jax.config import load_config
-from rtdmd_jax.rewards import geneval
-from rtdmd_jax.rewards.shapes_detector import detect_shapes
+from rtdmd_jax.datasets.geneval_records import TAGS
+from rtdmd_jax.evaluate import systems
+from rtdmd_jax.evaluate.evaluator import Evaluator
+from rtdmd_jax.rewards.host import geneval
+from rtdmd_jax.rewards.host.shapes_detector import detect_shapes
+from rtdmd_jax.runtime import sharding
+from rtdmd_jax.training.setup import build
 
 VERDICTS = (
   "right",
@@ -53,16 +56,16 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--config", required=True)
   parser.add_argument("--images", type=int, default=2, help="of a prompt")
-  parser.add_argument("--tag", choices=geneval.TAGS, default="color_attr")
+  parser.add_argument("--tag", choices=TAGS, default="color_attr")
   options, overrides = parser.parse_known_args()
   config = load_config(options.config, [o.removeprefix("--config.") for o in overrides])
   with jax.set_mesh(sharding.make_mesh(**config.mesh)):
     setup = build(config)
-    evaluator = evaluation.Evaluator(setup, config)
+    evaluator = Evaluator(setup, config)
     prompts = [p for p in setup.held_out if p.record["tag"] == options.tag] * options.images
-    cold = evaluation.generator(setup, config, "cold start", None)
+    cold = systems.generator(setup, config, "cold start", None)
     print(f"| system | {' | '.join(VERDICTS)} |\n|---|{'---|' * len(VERDICTS)}")
-    for system in (cold, evaluation.teacher(setup, config)):
+    for system in (cold, systems.teacher(setup, config)):
       images = evaluator.images(system, prompts)
       counts = Counter()
       judged = zip(prompts, detect_shapes(images), washed_out(images), strict=True)

@@ -14,10 +14,11 @@ import jax
 import numpy as np
 import optax
 
-from rtdmd_jax import sharding, stage2
-from rtdmd_jax.build import Setup, build, dmd_config, policy_config
 from rtdmd_jax.config import load_config
+from rtdmd_jax.runtime import sharding
 from rtdmd_jax.train import Optimizers, initial_state, step_batch
+from rtdmd_jax.training import stage2
+from rtdmd_jax.training.setup import Setup, build, dmd_config, policy_config
 
 
 def score(setup: Setup, samples, prompts) -> dict[str, np.ndarray]:

@@ -26,12 +26,12 @@ sys.path.insert(0, str(ROOT))
 from rtdmd_jax import train  # noqa: E402  reachable only now
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup  # noqa: E402
 from rtdmd_jax.aot.compile import program_arguments  # noqa: E402
-from rtdmd_jax.aot.flops import count_flops  # noqa: E402
-from rtdmd_jax.build import optimizer_config  # noqa: E402
 from rtdmd_jax.config import load_config  # noqa: E402
-from rtdmd_jax.optim import make_optimizer  # noqa: E402
-from rtdmd_jax.sharding import current, make_mesh, shardings  # noqa: E402
-from rtdmd_jax.throughput import loop_turns, peak_tflops  # noqa: E402
+from rtdmd_jax.runtime.flops import count_flops  # noqa: E402
+from rtdmd_jax.runtime.sharding import current, make_mesh, shardings  # noqa: E402
+from rtdmd_jax.runtime.throughput import loop_turns, peak_tflops  # noqa: E402
+from rtdmd_jax.training.optim import make_optimizer  # noqa: E402
+from rtdmd_jax.training.setup import optimizer_config  # noqa: E402
 
 # Config and attention kernel, for one GPU of 80 GB or more.
 GPU_CASES = (

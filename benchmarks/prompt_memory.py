@@ -20,8 +20,9 @@ import psutil
 
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup
 from rtdmd_jax.config import load_config
-from rtdmd_jax.data import PromptCache, encoding_bytes, encoding_chunk, make_batch
-from rtdmd_jax.prompts import Prompt
+from rtdmd_jax.datasets.prompts import Prompt
+from rtdmd_jax.pipeline.prompt_cache import PromptCache, encoding_chunk
+from rtdmd_jax.training.batch import encoding_bytes, make_batch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FAMILIES = ("sd3", "sd35", "flux1", "flux2", "flux2_9b")

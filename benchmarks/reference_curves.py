@@ -13,7 +13,7 @@ import matplotlib
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from rtdmd_jax.metrics import read_metrics  # noqa: E402  reachable only now
+from rtdmd_jax.runtime.metrics import read_metrics  # noqa: E402  reachable only now
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -15,7 +15,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from rtdmd_jax.grids import save_png, side_by_side  # noqa: E402  reachable only now
+from rtdmd_jax.report.grids import save_png, side_by_side  # noqa: E402  reachable only now
 
 
 def main():

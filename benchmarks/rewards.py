@@ -29,7 +29,7 @@ from blip_files import write_imagereward  # noqa: E402
 from open_clip_files import write_open_clip  # noqa: E402
 
 from rtdmd_jax.models.blip import BlipVisionConfig  # noqa: E402
-from rtdmd_jax.rewards import device  # noqa: E402
+from rtdmd_jax.rewards import device_rewards  # noqa: E402
 
 # "full" is the published one.
 CLIP_L = {
@@ -138,8 +138,8 @@ def measure(name, size, images, prompts, batch):
   """One row of the table."""
   with tempfile.TemporaryDirectory() as folder:
     options, reference = BUILDERS[name](size, Path(folder))
-    model = device.load(name, options | {"compat": True})
-    score = device.host_reward(model)
+    model = device_rewards.load(name, options | {"compat": True})
+    score = device_rewards.host_reward(model)
 
     def torch_scores():
       parts = []
@@ -163,7 +163,9 @@ def main():
   parser.add_argument("--pixels", type=int, default=512, help="side of the images")
   parser.add_argument("--batch", type=int, default=64, help="images a torch call")
   parser.add_argument("--repeats", type=int, default=8, help="images a prompt")
-  parser.add_argument("--rewards", nargs="*", choices=device.NAMES, default=device.NAMES)
+  parser.add_argument(
+    "--rewards", nargs="*", choices=device_rewards.NAMES, default=device_rewards.NAMES
+  )
   parser.add_argument("--json", help="write the rows to this file")
   args = parser.parse_args()
   transformers.logging.set_verbosity_error()

@@ -27,16 +27,18 @@ import numpy as np
 import torch
 
 from benchmarks import torch_peer as peer
-from rtdmd_jax import stage1, stage2
+from rtdmd_jax.adapters.peft import load_peft
 from rtdmd_jax.algo import timesteps
 from rtdmd_jax.algo.advantages import group_advantages
 from rtdmd_jax.algo.subgrpo import sample_noise
-from rtdmd_jax.aot.flops import count_flops
 from rtdmd_jax.models import build_transformer
-from rtdmd_jax.optim import OptimizerConfig, make_optimizer
-from rtdmd_jax.scoring import Scoring
-from rtdmd_jax.state import Conditioning, Frozen, TrainState
-from rtdmd_jax.weights.peft import load_peft
+from rtdmd_jax.pipeline.conditioning import Conditioning
+from rtdmd_jax.runtime.flops import count_flops
+from rtdmd_jax.training import stage1, stage2
+from rtdmd_jax.training.latent_rewards import Scoring
+from rtdmd_jax.training.optim import make_optimizer
+from rtdmd_jax.training.settings import DMDConfig, OptimizerConfig, PolicyConfig
+from rtdmd_jax.training.state import Batch, Frozen, Roles, TrainState
 from rtdmd_jax.weights.safetensors import load_params, read_config
 
 SIZES = dict(
@@ -50,7 +52,7 @@ STOP = 3
 BATCH, TEXT_LENGTH = 4, 77
 LEARNING_RATE, GUIDANCE = 3e-5, 4.5
 # Two prompts of two samples each, the first two of four steps.
-POLICY = stage2.PolicyConfig(num_train_steps=2, dm_weight=0.1, reward_weight=0.0)
+POLICY = PolicyConfig(num_train_steps=2, dm_weight=0.1, reward_weight=0.0)
 CHOSEN = [0, 1]
 TRAINED = {"fake_score": "fake_score", "generator": "generator", "policy": "generator"}
 UPDATES = tuple(TRAINED)
@@ -178,7 +180,7 @@ def seed_with_stop(name: str) -> int:
 
 def peer_draws(name: str, key: Any, batch: int, latents: tuple[int, int, int]) -> Any:
   """What an update of ours draws from `key`, for the peer."""
-  index, config = jnp.arange(batch), stage1.DMDConfig()
+  index, config = jnp.arange(batch), DMDConfig()
   column = lambda a: torch.tensor(np.array(a)).reshape(-1, 1, 1, 1)  # noqa: E731
 
   def noise(key, shape=latents):
@@ -228,12 +230,12 @@ def our_updates(models, directory: Path, texts, empty, latents, seeds, epoch):
   frozen = Frozen(bases, {}, {}, {}, {})
   count = jnp.arange(len(texts[0]))
   conditioning, unconditional = (Conditioning(*map(jnp.asarray, t)) for t in (texts, empty))
-  batch = stage1.Batch(conditioning, count, count, unconditional)
-  roles = stage1.Roles(
+  batch = Batch(conditioning, count, count, unconditional)
+  roles = Roles(
     transformer.apply, "base", "base", "teacher", peer.ALPHA / peer.RANK,
     jnp.array(SIGMAS), latents,
   )  # fmt: skip
-  config = stage1.DMDConfig(eta=peer.ETA, guidance_low=GUIDANCE, guidance_high=GUIDANCE)
+  config = DMDConfig(eta=peer.ETA, guidance_low=GUIDANCE, guidance_high=GUIDANCE)
   scoring = Scoring(lambda params, x: x, {}, {"reward": 1.0}, ())
   steps = {
     "fake_score": stage1.fake_score_step,

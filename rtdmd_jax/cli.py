@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from rtdmd_jax.config import load_config
 from rtdmd_jax.errors import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_USER_ERROR, Stopped, UserError
-from rtdmd_jax.extras import install_line
+from rtdmd_jax.runtime.extras import install_line
 
 _OVERRIDE = "--config."
 # What a disk answers is not a defect of the program. What to do about it, by its answer:

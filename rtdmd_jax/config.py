@@ -4,6 +4,7 @@ import ast
 import difflib
 import importlib.util
 import inspect
+import json
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,8 @@ from rtdmd_jax.errors import UserError
 
 # Sections whose entries stand for themselves: a run without one of them is another whole run.
 _REMOVABLE = ("rewards", "eval.rewards", "systems", "prompts")
+_ABSENT = object()
+_LONGEST = 200  # letters of a value in a message
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -214,3 +217,25 @@ def _parse_sequence(key: str, text: str, current: tuple) -> tuple:
 
 
 _NAMES = {int: "a whole number", float: "a number"}
+
+
+def config_diff(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+  """Changed keys of two nested dicts as sorted lines `a.b: old -> new`.
+
+  Values are compared as JSON, so a tuple equals the same list. A key of one side only is `absent`
+  on the other.
+  """
+  old_values, new_values = (dict(flatten(json.loads(json.dumps(tree)))) for tree in (old, new))
+  lines = []
+  for key in sorted(old_values | new_values):
+    before, after = old_values.get(key, _ABSENT), new_values.get(key, _ABSENT)
+    if before != after:
+      lines.append(f"{key}: {_show(before)} -> {_show(after)}")
+  return lines
+
+
+def _show(value: Any) -> str:
+  if value is _ABSENT:
+    return "absent"
+  text = json.dumps(value)
+  return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

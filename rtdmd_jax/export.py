@@ -21,19 +21,25 @@ import jax.numpy as jnp
 from absl import flags
 
 from rtdmd_jax import cli
-from rtdmd_jax.build import Setup
+from rtdmd_jax.adapters.comfyui import save_native
+from rtdmd_jax.adapters.load import Lora, load_adapters
+from rtdmd_jax.adapters.lora import equal_ranks, fold_scale, merge, stack_adapters
+from rtdmd_jax.adapters.peft import adapter_layers, read_notes, save_peft
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.hosts import is_main
-from rtdmd_jax.hub import local_path
-from rtdmd_jax.model_card import Run, find_run, read_scores, write_card
 from rtdmd_jax.models import Transformer, build_transformer
-from rtdmd_jax.models.lora import equal_ranks, fold_scale, merge, stack_adapters
-from rtdmd_jax.sharding import fetch
-from rtdmd_jax.state import TrainState
-from rtdmd_jax.stored_run import FLAG_HELP, IN_TRAINING, ROLES, StoredRun, generator_weights
-from rtdmd_jax.weights.adapters import Lora, load_adapters
-from rtdmd_jax.weights.native import save_native
-from rtdmd_jax.weights.peft import adapter_layers, read_notes, save_peft
+from rtdmd_jax.report.model_card import Run, find_run, read_scores, write_card
+from rtdmd_jax.runtime.multihost import is_main
+from rtdmd_jax.runtime.sharding import to_numpy
+from rtdmd_jax.training.setup import Setup
+from rtdmd_jax.training.state import TrainState
+from rtdmd_jax.training.stored_run import (
+  FLAG_HELP,
+  IN_TRAINING,
+  ROLES,
+  StoredRun,
+  generator_weights,
+)
+from rtdmd_jax.weights.hub import local_path
 from rtdmd_jax.weights.safetensors import checkpoint_dtype, load_params, read_config
 from rtdmd_jax.weights.shards import SHARD_BYTES, save_sharded
 
@@ -58,7 +64,7 @@ def export_adapters(config: Any, setup: Setup, state: TrainState, directory: Pat
   ):
     trained = jax.tree.map(lambda a: a.astype(jnp.float32), trained)
     adapters, rank = equal_ranks(stack_adapters(frozen, fold_scale(trained, config.lora.alpha)))
-    adapters = fetch(adapters)
+    adapters = to_numpy(adapters)
     if not is_main():
       continue
     # Full names: in FLUX.2 the suffix `attn.to_out` also names a list of two modules in the double

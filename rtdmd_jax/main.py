@@ -13,9 +13,10 @@ import sys
 
 from absl import flags
 
-from rtdmd_jax import cli, distributed
+from rtdmd_jax import cli
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.lock import WorkdirLock
+from rtdmd_jax.runtime import distributed
+from rtdmd_jax.runtime.lock import WorkdirLock
 
 
 def main(call: cli.Invocation) -> None:
@@ -42,7 +43,7 @@ def main(call: cli.Invocation) -> None:
 
 def _check(call: cli.Invocation) -> None:
   """Prints what would run, and what is wrong; a problem makes the exit code 2."""
-  from rtdmd_jax.check import check, show
+  from rtdmd_jax.aot.check import check, show
 
   report = check(call.config, call.workdir, allow_config_change=call.flags.allow_config_change)
   if code := show(report):

@@ -26,19 +26,20 @@ import numpy as np
 from absl import flags
 from PIL import Image, PngImagePlugin
 
-from rtdmd_jax import __version__, cli, sampling, sharding
-from rtdmd_jax.captions import labels, write_names
-from rtdmd_jax.compilation import jit
-from rtdmd_jax.data import PromptCache
+from rtdmd_jax import __version__, cli
+from rtdmd_jax.adapters.load import Lora, load_adapters
+from rtdmd_jax.datasets.prompts import load_prompts
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.grids import grid, save_png
-from rtdmd_jax.models.text import cut_prompts
 from rtdmd_jax.models.vae import decode_images
-from rtdmd_jax.pipeline import Pipeline
-from rtdmd_jax.prompts import load_prompts
-from rtdmd_jax.roles import role_variables, role_velocity
-from rtdmd_jax.stored_run import FLAG_HELP, StoredRun
-from rtdmd_jax.weights.adapters import Lora, load_adapters
+from rtdmd_jax.pipeline import Pipeline, sampling
+from rtdmd_jax.pipeline.prompt_cache import PromptCache
+from rtdmd_jax.pipeline.text import cut_prompts
+from rtdmd_jax.pipeline.velocity import role_variables, role_velocity
+from rtdmd_jax.report.captions import labels, write_names
+from rtdmd_jax.report.grids import grid, save_png
+from rtdmd_jax.runtime import sharding
+from rtdmd_jax.runtime.compilation import jit
+from rtdmd_jax.training.stored_run import FLAG_HELP, StoredRun
 
 METADATA_KEY = "rtdmd_jax"
 GRID_NAME = "grid.png"

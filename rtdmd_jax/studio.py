@@ -20,11 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from rtdmd_jax import cli, evaluate, sample, sharding
+from rtdmd_jax import cli, sample
+from rtdmd_jax.adapters.load import Lora, load_adapters
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.extras import missing
+from rtdmd_jax.evaluate import suite
 from rtdmd_jax.pipeline import Pipeline
-from rtdmd_jax.weights.adapters import Lora, load_adapters
+from rtdmd_jax.runtime import sharding
+from rtdmd_jax.runtime.extras import missing
 
 
 class Studio:
@@ -73,8 +75,8 @@ def systems(config: Any, loras: Sequence[str]) -> dict[str, sample.Settings]:
   Raises:
     UserError: a bad config, a malformed or unknown adapter, or no few-step system to follow.
   """
-  evaluate.check_config(config)
-  found = {name: evaluate.settings(config, name) for name in config.systems}
+  suite.check_config(config)
+  found = {name: suite.settings(config, name) for name in config.systems}
   for text in loras:
     name, _, path = text.partition("=")
     if not name or not path:

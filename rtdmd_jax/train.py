@@ -10,8 +10,36 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rtdmd_jax import evaluation, hosts, sharding, stage1, stage2
-from rtdmd_jax.build import (
+from rtdmd_jax.config import flatten
+from rtdmd_jax.datasets.prompts import Prompt
+from rtdmd_jax.evaluate.evaluator import Evaluator
+from rtdmd_jax.evaluate.finish import facts_of, finish, is_finished, say_finished
+from rtdmd_jax.evaluate.held_out import evaluate
+from rtdmd_jax.export import export_adapters
+from rtdmd_jax.pipeline.text import cut_prompts
+from rtdmd_jax.rewards.per_process import score_held
+from rtdmd_jax.runtime import multihost, sharding
+from rtdmd_jax.runtime.checked_jit import checked_jit
+from rtdmd_jax.runtime.checkpoint import Checkpoints
+from rtdmd_jax.runtime.compilation import keep_programs
+from rtdmd_jax.runtime.files import replace_text
+from rtdmd_jax.runtime.lock import WorkdirLock
+from rtdmd_jax.runtime.metrics import MetricWriter, markdown
+from rtdmd_jax.runtime.preemption import Preemption
+from rtdmd_jax.runtime.profiling import profiled
+from rtdmd_jax.runtime.progress import Progress
+from rtdmd_jax.runtime.sharding import make_mesh, pin, replicate
+from rtdmd_jax.runtime.throughput import Meter, peak_tflops
+from rtdmd_jax.runtime.wandb_log import WandbRun, import_wandb
+from rtdmd_jax.training import stage1, stage2
+from rtdmd_jax.training.batch import make_batch
+from rtdmd_jax.training.fingerprints import of_files, of_weights, overlap, prompt_sets
+from rtdmd_jax.training.idle import warnings
+from rtdmd_jax.training.nonfinite import Skips, scalars
+from rtdmd_jax.training.optim import effective_decay, ema_update, make_optimizer
+from rtdmd_jax.training.resume import FIXED as FIXED  # check.py looks for it here
+from rtdmd_jax.training.resume import check_start, restore, store_config, versions
+from rtdmd_jax.training.setup import (
   Setup,
   build,
   dmd_config,
@@ -20,35 +48,8 @@ from rtdmd_jax.build import (
   optimizer_config,
   policy_config,
 )
-from rtdmd_jax.checkpoint import Checkpoints
-from rtdmd_jax.compilation import keep_programs
-from rtdmd_jax.config import flatten
-from rtdmd_jax.data import make_batch
-from rtdmd_jax.export import export_adapters
-from rtdmd_jax.files import replace_text
-from rtdmd_jax.fingerprints import of_files, of_weights, overlap, prompt_sets
-from rtdmd_jax.finish import facts_of, finish, is_finished, say_finished
-from rtdmd_jax.held_out import evaluate
-from rtdmd_jax.idle import warnings
-from rtdmd_jax.limits import check_limits, check_stage
-from rtdmd_jax.lock import WorkdirLock
-from rtdmd_jax.metrics import MetricWriter, markdown
-from rtdmd_jax.models.text import cut_prompts
-from rtdmd_jax.numbers import checked_jit
-from rtdmd_jax.optim import effective_decay, ema_update, make_optimizer
-from rtdmd_jax.preemption import Preemption
-from rtdmd_jax.profile import profiled
-from rtdmd_jax.progress import Progress
-from rtdmd_jax.prompts import Prompt
-from rtdmd_jax.resume import FIXED as FIXED  # check.py looks for it here
-from rtdmd_jax.resume import check_start, restore, store_config, versions
-from rtdmd_jax.rewards.spread import score_held
-from rtdmd_jax.sharding import make_mesh, pin, replicate
-from rtdmd_jax.skips import Skips, scalars
-from rtdmd_jax.stage1 import Batch, Metrics
-from rtdmd_jax.state import TrainState
-from rtdmd_jax.throughput import Meter, peak_tflops
-from rtdmd_jax.wandb_log import WandbRun, import_wandb
+from rtdmd_jax.training.state import Batch, Metrics, TrainState
+from rtdmd_jax.training.validate import check_limits, check_stage
 
 # (state, batch, prompts, step) -> (state, metrics); metrics stay on the device.
 StepFn = Callable[[TrainState, Batch, list[Prompt], int], tuple[TrainState, Metrics]]
@@ -240,9 +241,9 @@ def train(config: Any, workdir: Path, *, allow_config_change: bool = False) -> N
     Stopped: a signal came, or too many updates in a row were not finite.
   """
   check_stage(config)
-  with hosts.quiet():
+  with multihost.quiet():
     settings = json.loads(config.to_json_best_effort())
-    hosts.agree({"config": settings, "versions": versions(), "code": hosts.code_digest()})
+    multihost.agree({"config": settings, "versions": versions(), "code": multihost.code_digest()})
     check_limits(config)
     for sentence in warnings(config):
       print(f"warning: {sentence}")
@@ -253,11 +254,11 @@ def train(config: Any, workdir: Path, *, allow_config_change: bool = False) -> N
       ExitStack() as held,
       Preemption(config.train.grace_seconds) as stop,
     ):
-      with hosts.together():
-        if hosts.is_main():
+      with multihost.together():
+        if multihost.is_main():
           held.enter_context(WorkdirLock(workdir))
       _train(config, settings, workdir, stop, allow_config_change)
-      hosts.gather(None)  # process 0 has written everything
+      multihost.gather(None)  # process 0 has written everything
 
 
 def _train(config: Any, settings: dict, workdir: Path, stop: Preemption, allow: bool) -> None:
@@ -275,13 +276,13 @@ def _train(config: Any, settings: dict, workdir: Path, stop: Preemption, allow: 
         say_finished(workdir, latest)
         return
     setup = build(config)
-    if hosts.is_main():
+    if multihost.is_main():
       store_config(workdir / "config.json", settings)
       replace_text(workdir / "versions.json", json.dumps(versions(), indent=2))
       _print_cut(setup)
-    hosts.agree({"files": record["files"], "newest checkpoint": latest})
+    multihost.agree({"files": record["files"], "newest checkpoint": latest})
     file = workdir / "config.json"
-    hosts.agree({str(file): hosts.file_digest(file)})
+    multihost.agree({str(file): multihost.file_digest(file)})
     optimizers = Optimizers(
       *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
     )
@@ -293,7 +294,7 @@ def _train(config: Any, settings: dict, workdir: Path, stop: Preemption, allow: 
     meter = Meter(len(config.dmd.steps))
     step_fn = STAGES[config.stage](config, setup, optimizers, meter.watch)
     step_fn = profiled(step_fn, config.train, workdir)
-    evaluator = evaluation.Evaluator(setup, config)
+    evaluator = Evaluator(setup, config)
     with _writer(config, int(state.step), record, workdir) as writer:
       state = _loop(
         config, setup, evaluator, step_fn, meter, state, saved, record, stop, writer, workdir
@@ -331,7 +332,7 @@ def _print_placement(setup: Setup, state: TrainState) -> None:
 def _loop(
   config: Any,
   setup: Setup,
-  evaluator: evaluation.Evaluator,
+  evaluator: Evaluator,
   step_fn: StepFn,
   meter: Meter,
   state: TrainState,
@@ -344,7 +345,7 @@ def _loop(
   start, last = int(state.step), config.train.steps
   samples, logged = config.batch.prompts * config.batch.repeats, start
   skips = Skips(config.train.max_skipped, state, record.pop("updates", {}))
-  agreed = hosts.Agreement()
+  agreed = multihost.Agreement()
   counted, recent = 0.0, {}
   shown = Progress(
     last,
@@ -386,7 +387,7 @@ def _loop(
         if leaving:
           stop.share(leaving)
           stop.stop(f"checkpoint {done} is saved; the same command goes on from it")
-      stop.share(max(hosts.gather(stop.number)))
+      stop.share(max(multihost.gather(stop.number)))
       skips.finish()
   return state
 
@@ -394,6 +395,6 @@ def _loop(
 def _writer(config: Any, start: int, record: dict[str, Any], workdir: Path) -> MetricWriter:
   """Where the main process writes metrics; nothing in the other ones."""
   mirror = None
-  if config.log.wandb and hosts.is_main():
+  if config.log.wandb and multihost.is_main():
     mirror = WandbRun(workdir, project=config.log.wandb_project, config=record["config"])
-  return MetricWriter(workdir, resume_step=start or -1, active=hosts.is_main(), mirror=mirror)
+  return MetricWriter(workdir, resume_step=start or -1, active=multihost.is_main(), mirror=mirror)

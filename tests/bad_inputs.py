@@ -23,19 +23,19 @@ from PIL import Image
 from reward_faults import number, running
 from safetensors.numpy import save
 
-from rtdmd_jax import build
+from rtdmd_jax.adapters.peft import CONFIG_NAME, PEFT_NAME, load_peft
 from rtdmd_jax.config import flatten, load_config
+from rtdmd_jax.datasets.prompts import load_prompts
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.limits import check_limits
 from rtdmd_jax.models import build_transformer
-from rtdmd_jax.prompts import load_prompts
-from rtdmd_jax.resume import FIXED, check_resume, read_stored_config
-from rtdmd_jax.rewards import protocol
-from rtdmd_jax.rewards.server import RewardServer
-from rtdmd_jax.rewards.service import Limits, Service, TooMany
-from rtdmd_jax.sharding import make_mesh
-from rtdmd_jax.weights.maps import KeyTable, Stack
-from rtdmd_jax.weights.peft import CONFIG_NAME, PEFT_NAME, load_peft
+from rtdmd_jax.rewards.remote import protocol
+from rtdmd_jax.rewards.serve.server import RewardServer
+from rtdmd_jax.rewards.serve.service import Limits, Service, TooMany
+from rtdmd_jax.runtime.sharding import make_mesh
+from rtdmd_jax.training import setup
+from rtdmd_jax.training.resume import FIXED, check_resume, read_stored_config
+from rtdmd_jax.training.validate import check_limits
+from rtdmd_jax.weights.key_table import KeyTable, Stack
 from rtdmd_jax.weights.safetensors import load_params, read_config
 from rtdmd_jax.weights.state_dict import read_state_dict
 
@@ -138,8 +138,8 @@ def _read_overrides(folder: Path, case: list[tuple[str, str]]) -> None:
   config = load_config(str(CONFIGS / "tiny_stage2.py"), overrides)
   check_limits(config)
   make_mesh(**config.mesh)
-  build.policy_config(config)
-  build.optimizer_config(config.generator)
+  setup.policy_config(config)
+  setup.optimizer_config(config.generator)
 
 
 _STORED = json.loads(_BASE.to_json_best_effort())

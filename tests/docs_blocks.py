@@ -161,7 +161,7 @@ def take_for_granted(folder: Path) -> None:
   import numpy as np
 
   from rtdmd_jax import sample
-  from rtdmd_jax.prompts import load_prompts
+  from rtdmd_jax.datasets.prompts import load_prompts
 
   prompts = TINY / "prompts"
   for name, source in (

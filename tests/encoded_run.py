@@ -16,10 +16,11 @@ import numpy as np
 from sharded_run import on
 
 import rtdmd_jax
-from rtdmd_jax import build, distributed, hosts, sharding
-from rtdmd_jax.data import PromptCache, encoding_chunk
 from rtdmd_jax.pipeline import Pipeline
-from rtdmd_jax.rewards import device
+from rtdmd_jax.pipeline.prompt_cache import PromptCache, encoding_chunk
+from rtdmd_jax.rewards import device_rewards
+from rtdmd_jax.runtime import distributed, multihost, sharding
+from rtdmd_jax.training import setup
 
 TINY = Path(rtdmd_jax.__file__).parent / "assets/tiny"
 PROMPTS = [f"a photo of {n} red circles and a blue square" for n in range(16)]
@@ -28,9 +29,9 @@ PROMPTS = [f"a photo of {n} red circles and a blue square" for n in range(16)]
 def run():
   """The encodings of all prompts, and what the text encoders compute on a device."""
   pipeline = Pipeline.from_pretrained(TINY)
-  models = {"clipscore": device.load("clipscore", {"directory": TINY / "clip"})}
+  models = {"clipscore": device_rewards.load("clipscore", {"directory": TINY / "clip"})}
   chunk = encoding_chunk(len(PROMPTS), sharding.batch_parts())
-  cache = PromptCache(build._encoder(pipeline, models), chunk=chunk)
+  cache = PromptCache(setup._encoder(pipeline, models), chunk=chunk)
   encoded = cache(PROMPTS)
   ids = sharding.spread(pipeline.text.tokenize(PROMPTS))
   compiled = jax.jit(pipeline.text.encode).lower(pipeline.text.params, ids).compile()
@@ -51,5 +52,5 @@ if __name__ == "__main__":
   for mesh in sys.argv[3:]:
     with on(mesh):
       out = run()
-    if hosts.is_main():
+    if multihost.is_main():
       np.savez(f"{sys.argv[2]}/{mesh}.npz", **out)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 from sharded_run import advance, on, stages, values
 
-from rtdmd_jax.checkpoint import Checkpoints
+from rtdmd_jax.runtime.checkpoint import Checkpoints
 
 
 def main():

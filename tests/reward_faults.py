@@ -8,8 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 
-from rtdmd_jax.rewards.server import RewardServer
-from rtdmd_jax.rewards.service import LIMITS, Service
+from rtdmd_jax.rewards.serve.server import RewardServer
+from rtdmd_jax.rewards.serve.service import LIMITS, Service
 
 
 def numbered(count, size=8):

@@ -16,15 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax import distributed, hosts, sharding
-from rtdmd_jax import stage1 as s1
-from rtdmd_jax import stage2 as s2
+from rtdmd_jax.adapters.lora import build_adapters
 from rtdmd_jax.algo.schedules import sd3_sigmas
 from rtdmd_jax.models import build_transformer
-from rtdmd_jax.models.lora import build_adapters
-from rtdmd_jax.optim import OptimizerConfig, make_optimizer
-from rtdmd_jax.scoring import Scoring
-from rtdmd_jax.state import Conditioning, Frozen, TrainState
+from rtdmd_jax.pipeline.conditioning import Conditioning
+from rtdmd_jax.runtime import distributed, multihost, sharding
+from rtdmd_jax.training import stage1 as s1
+from rtdmd_jax.training import stage2 as s2
+from rtdmd_jax.training.latent_rewards import Scoring
+from rtdmd_jax.training.optim import make_optimizer
+from rtdmd_jax.training.settings import OptimizerConfig
+from rtdmd_jax.training.state import Frozen, TrainState
 
 SHAPE, PROMPTS, REPEATS = (4, 4, 4), 4, 8
 MODEL = {
@@ -134,7 +136,9 @@ def advance(programs, state, number):
 
 def values(state, role):
   """All adapters of a role in one array."""
-  return np.concatenate([a.ravel() for a in jax.tree.leaves(sharding.fetch(getattr(state, role)))])
+  return np.concatenate(
+    [a.ravel() for a in jax.tree.leaves(sharding.to_numpy(getattr(state, role)))]
+  )
 
 
 def run(steps):
@@ -169,5 +173,5 @@ if __name__ == "__main__":
   for mesh in sys.argv[4:]:
     with on(mesh):
       out = run(int(sys.argv[2]))
-    if hosts.is_main():
+    if multihost.is_main():
       np.savez(f"{sys.argv[3]}/{mesh}.npz", **out)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from rtdmd_jax import sharding
-from rtdmd_jax.microbatches import sorted_parts
+from rtdmd_jax.runtime import sharding
+from rtdmd_jax.training.micro_batching import sorted_parts
 
 jax.config.update("jax_num_cpu_devices", 4)
 

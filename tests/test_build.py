@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rtdmd_jax import build
 from rtdmd_jax.config import load_config
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.evaluation import Evaluator
+from rtdmd_jax.evaluate.evaluator import Evaluator
 from rtdmd_jax.pipeline import Pipeline
+from rtdmd_jax.training.setup import _bases, build
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -40,7 +40,7 @@ def other(tmp_path):
 
 
 def test_without_inits_all_roles_share_the_pipelines_arrays(pipeline):
-  bases, keys = build._bases(_model(), pipeline)
+  bases, keys = _bases(_model(), pipeline)
   assert len(set(keys.values())) == 1 and len(bases) == 1
   assert bases[keys["teacher"]] is pipeline.params
 
@@ -49,7 +49,7 @@ def test_a_role_may_have_its_own_base_and_equal_paths_are_loaded_once(pipeline, 
   # A pipeline's directory, its transformer's, and a detour to it are the same path.
   detour = other / "transformer" / ".." / "transformer"
   model = _model(generator_init=other, teacher_init=detour)
-  bases, keys = build._bases(model, pipeline)
+  bases, keys = _bases(model, pipeline)
   assert len(bases) == 2 and keys["generator"] == keys["teacher"]
   own, new = (bases[keys[role]]["proj_out"] for role in ("fake_score", "generator"))
   # The checkpoint is float16, where adding 1 rounds.
@@ -58,7 +58,7 @@ def test_a_role_may_have_its_own_base_and_equal_paths_are_loaded_once(pipeline, 
 
 
 def test_a_roles_own_base_is_stored_as_the_config_says(pipeline, other):
-  bases, keys = build._bases(_model(generator_init=other, base_storage="int8"), pipeline)
+  bases, keys = _bases(_model(generator_init=other, base_storage="int8"), pipeline)
   layer = bases[keys["generator"]]["blocks_0"]["attn"]["to_q"]
   exact = pipeline.params["blocks_0"]["attn"]["to_q"]["kernel"]
   assert layer["kernel"].dtype == np.int8 and layer["bias"].dtype == exact.dtype
@@ -68,7 +68,7 @@ def test_a_roles_own_base_is_stored_as_the_config_says(pipeline, other):
 
 def test_a_single_file_is_a_base_too(pipeline, other):
   model = _model(fake_score_init=other / "transformer" / WEIGHTS)
-  bases, keys = build._bases(model, pipeline)
+  bases, keys = _bases(model, pipeline)
   assert len(bases) == 2 and keys["fake_score"].endswith(WEIGHTS)
 
 
@@ -76,7 +76,7 @@ def test_a_base_of_another_network_is_refused(pipeline, other):
   file = other / "transformer/config.json"
   file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": 3}))
   with pytest.raises(UserError, match="teacher_init.*another network"):
-    build._bases(_model(teacher_init=other), pipeline)
+    _bases(_model(teacher_init=other), pipeline)
 
 
 def brightness():
@@ -107,7 +107,7 @@ def test_watched_rewards_are_evaluated_and_not_trained(tmp_path):
     aesthetic={"directory": "nowhere", "weights": "nowhere.pth"},
     test_build__nothing=own,
   )
-  setup = build.build(config)
+  setup = build(config)
   assert set(setup.scoring.weights) == {"geneval"} and not setup.scoring.device
   assert [part.rewards for part in setup.held_out_sets] == [
     ("geneval", "aesthetic", "clipscore"),
@@ -141,7 +141,7 @@ def test_a_reward_is_either_trained_or_watched():
   with config.unlocked():
     config.rewards["clipscore"] = {"weight": 1.0, **_clip()}
   with pytest.raises(UserError, match="eval.rewards.clipscore"):
-    build.build(config)
+    build(config)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_reward_is_either_trained_or_watched():
 )
 def test_a_wrong_option_of_a_watched_reward_is_an_error_at_the_start(rewards, message):
   with pytest.raises(UserError, match=message):
-    build.build(_watching(**rewards))
+    build(_watching(**rewards))
 
 
 def test_prompts_without_records_are_refused_before_anything_is_loaded(tmp_path, capsys):
@@ -165,12 +165,12 @@ def test_prompts_without_records_are_refused_before_anything_is_loaded(tmp_path,
     config.model.pretrained = "nowhere"
     config.data.held_out = str(tmp_path / "plain.txt")
   with pytest.raises(UserError, match="nowhere"):
-    build.build(config)
+    build(config)
   assert "warning: rewards.geneval cannot score 2 of the 2 prompts" in capsys.readouterr().out
   with config.unlocked():
     config.data.prompts = str(tmp_path / "plain.txt")
   with pytest.raises(UserError, match="rewards.geneval cannot score 2 of the 2 prompts"):
-    build.build(config)
+    build(config)
 
 
 def nothing():

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from rtdmd_jax import captions
-from rtdmd_jax.grids import grid, side_by_side
+from rtdmd_jax.report import captions
+from rtdmd_jax.report.grids import grid, side_by_side
 
 SCRIPTS = {
   "chinese": "一只红色的猫坐在桌子上",

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rtdmd_jax import cli, main, sharding
-from rtdmd_jax.aot.chips import CHIPS
-from rtdmd_jax.check import Report, check, files, hardware, networks, programs, show
-from rtdmd_jax.check import run as whole
+from rtdmd_jax import cli, main
+from rtdmd_jax.aot.check import Report, check, files, hardware, networks, programs, show
+from rtdmd_jax.aot.check import run as whole
 from rtdmd_jax.config import load_config
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.runtime import sharding
+from rtdmd_jax.runtime.chips import CHIPS
 from rtdmd_jax.weights import safetensors
 
 CONFIGS = Path(__file__).parents[1] / "configs"

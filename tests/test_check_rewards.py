@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from reward_faults import Proxy, number, running, serving
 
-from rtdmd_jax.check import files, rewards
-from rtdmd_jax.check.report import Report
+from rtdmd_jax.aot.check import files, rewards
+from rtdmd_jax.aot.check.report import Report
 from rtdmd_jax.config import load_config
-from rtdmd_jax.rewards import ocr
+from rtdmd_jax.rewards.host import ocr
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = CONFIGS.parent / "rtdmd_jax/assets/tiny"

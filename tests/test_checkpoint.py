@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rtdmd_jax.checkpoint import Checkpoints
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.runtime.checkpoint import Checkpoints
 
 
 class Moments(NamedTuple):
@@ -198,7 +198,7 @@ def test_a_full_disk_is_one_sentence_and_older_checkpoints_survive(tmp_path, cap
 
 SAVES = """
 import sys, jax, jax.numpy as jnp
-from rtdmd_jax.checkpoint import Checkpoints
+from rtdmd_jax.runtime.checkpoint import Checkpoints
 with Checkpoints(sys.argv[1], keep=2) as checkpoints:
   start = checkpoints.latest_step or 0
   if start:
@@ -262,6 +262,8 @@ def test_some_leaves_alone(tmp_path, monkeypatch, capfd):
     assert checkpoints.read_leaves(["ema"])["ema/x/a"][3] == 6
     with pytest.raises(UserError, match="has no checkpoint 3; it has 1, 2"):
       checkpoints.read_leaves(["ema"], 3)
-    monkeypatch.setattr("rtdmd_jax.checkpoint.checksums", lambda leaves: dict.fromkeys(leaves, -1))
+    monkeypatch.setattr(
+      "rtdmd_jax.runtime.checkpoint.checksums", lambda leaves: dict.fromkeys(leaves, -1)
+    )
     with pytest.raises(UserError, match="damaged: the leaf ema/x/a is not what was written"):
       checkpoints.read_leaves(["ema"], 2)

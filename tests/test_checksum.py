@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rtdmd_jax.checksum import checksums, fingerprint
+from rtdmd_jax.runtime.checksum import checksums, fingerprint
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint32", "int8", "bool"])

@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from rtdmd_jax.compilation import keep_programs
+from rtdmd_jax.runtime.compilation import keep_programs
 
 
 @pytest.mark.parametrize(

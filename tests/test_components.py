@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import rtdmd_jax
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.pipeline import Pipeline, check_components, component_problems
+from rtdmd_jax.pipeline import Pipeline
+from rtdmd_jax.pipeline.pipeline import check_components, component_problems
 
 TINY = Path(rtdmd_jax.__file__).parent / "assets/tiny"
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}

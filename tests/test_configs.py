@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from rtdmd_jax import evaluate
+from rtdmd_jax.adapters import lora
 from rtdmd_jax.config import flatten, load_config
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.models import build_transformer, lora
-from rtdmd_jax.rewards import device
+from rtdmd_jax.models import build_transformer
+from rtdmd_jax.rewards import device_rewards
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NETWORKS = {
@@ -209,7 +209,7 @@ def test_rewards_are_computed_in_float32_as_published(family):
   for kind in ("stage1", "stage2", "eval"):
     config = _load(f"{family}_{kind}")
     for rewards in (config.rewards, config.get("eval", {}).get("rewards", {})):
-      for name in set(rewards) & set(device.NAMES):
+      for name in set(rewards) & set(device_rewards.NAMES):
         assert rewards[name].dtype == "float32"
   rewards = _load(f"{family}_stage2").rewards
   assert {name: reward.weight for name, reward in rewards.items()} == dict.fromkeys(
@@ -232,7 +232,7 @@ def test_images_are_drawn_as_published(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_suite_compares_the_published_systems_with_the_published_preprocessing(family):
   suite, training = _load(f"{family}_eval"), _load(f"{family}_stage1")
-  drawn = {name: evaluate.settings(suite, name) for name in suite.systems}
+  drawn = {name: suite.settings(suite, name) for name in suite.systems}
   base, distilled = drawn["base"], training.model.generator_init
   assert (base.steps, base.guidance, base.few_step) == (50, training.dmd.guidance_low, False)
   assert base.pipeline == training.model.pretrained and not base.loras
@@ -248,7 +248,7 @@ def test_the_suite_compares_the_published_systems_with_the_published_preprocessi
   sets = dict.fromkeys(("pickscore", "aesthetic", "clipscore", "hpsv2", "imagereward"), "drawbench")
   sets |= {name: name for name in ("hpsv3", "geneval", "geneval2", "ocr")}
   assert {name: reward.prompts for name, reward in suite.rewards.items()} == sets
-  assert all(suite.rewards[name].compat for name in set(sets) & set(device.NAMES))
+  assert all(suite.rewards[name].compat for name in set(sets) & set(device_rewards.NAMES))
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import rtdmd_jax
 from rtdmd_jax import train
-from rtdmd_jax.held_out_sets import HeldOut
-from rtdmd_jax.pipeline import text_limits
-from rtdmd_jax.prompts import Prompt
+from rtdmd_jax.datasets.prompts import Prompt
+from rtdmd_jax.pipeline.pipeline import text_limits
+from rtdmd_jax.rewards.held_out_sets import HeldOut
 
 TINY = Path(rtdmd_jax.__file__).parent / "assets/tiny"
 

@@ -2,10 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax.data import PromptCache, encoding_bytes, encoding_chunk, make_batch
-from rtdmd_jax.prompts import Prompt
-from rtdmd_jax.stage1 import Batch
-from rtdmd_jax.state import Conditioning
+from rtdmd_jax.datasets.prompts import Prompt
+from rtdmd_jax.pipeline.conditioning import Conditioning
+from rtdmd_jax.pipeline.prompt_cache import PromptCache, encoding_chunk
+from rtdmd_jax.training.batch import encoding_bytes, make_batch
+from rtdmd_jax.training.state import Batch
 
 
 def _encode(calls):

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from rtdmd_jax import distributed
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.runtime import distributed
 
 
 def variables(coordinator=None, processes=None, process=None):
@@ -60,7 +60,7 @@ def test_two_processes_find_each_other():
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
   code = (
-    "from rtdmd_jax.distributed import initialize\ninitialize()\nimport jax\n"
+    "from rtdmd_jax.runtime.distributed import initialize\ninitialize()\nimport jax\n"
     "print(jax.process_index(), jax.process_count(), jax.device_count())"
   )
   running = [

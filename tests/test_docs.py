@@ -24,7 +24,7 @@ from docs_blocks import (
 )
 
 from rtdmd_jax.config import flatten, load_config
-from rtdmd_jax.rewards import device, hosted, make, multi
+from rtdmd_jax.rewards import device_rewards, host_rewards, make, multi
 
 DOCS = ROOT / "docs"
 BLOCKS = collect()
@@ -225,14 +225,14 @@ def test_lines_of_a_configuration(block, tmp_path, monkeypatch):
   for section in (config.rewards, config.eval.rewards):
     for name, reward in section.items():
       options = {k: v for k, v in reward.items() if k not in multi.RUN_KEYS and k != "max_failed"}
-      if name in device.NAMES:
-        device.bind(name, options)
-      elif name in hosted.FACTORIES:
-        inspect.signature(hosted.FACTORIES[name]).bind(**options)
+      if name in device_rewards.NAMES:
+        device_rewards.bind(name, options)
+      elif name in host_rewards.FACTORIES:
+        inspect.signature(host_rewards.FACTORIES[name]).bind(**options)
       else:
         scores = make({name: 1.0}, options={name: options})(_flat(1, 2), ["a", "b"])
         assert scores[name].shape == (2,) and np.isfinite(scores[name]).all()
-      assert not getattr(reward, "backpropagate", False) or name in device.NAMES
+      assert not getattr(reward, "backpropagate", False) or name in device_rewards.NAMES
 
 
 def _flat(*levels):
@@ -260,7 +260,9 @@ def test_keys_of_the_configuration():
   for page in dict.fromkeys(block.page for block in BLOCKS):
     for key in named.findall((ROOT / page).read_text()):
       options = re.fullmatch(r"(?:eval\.)?rewards\.(\w+)(?:\.(\w+))?", key)
-      known_reward = options and (options[1] in (*device.NAMES, *hosted.FACTORIES, "serve"))
+      known_reward = options and (
+        options[1] in (*device_rewards.NAMES, *host_rewards.FACTORIES, "serve")
+      )
       assert (
         key in known or known_reward or key.endswith((".md", ".py", ".json", ".txt", ".jsonl"))
       ), (page, key)

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from rtdmd_jax import downloads
 from rtdmd_jax.config import flatten, load_config
+from rtdmd_jax.datasets.prompts import load_prompts
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.hub import Repository, fetch_command
-from rtdmd_jax.hub_files import KINDS
-from rtdmd_jax.prompts import load_prompts
-from rtdmd_jax.rewards.files import _KINDS
+from rtdmd_jax.weights import downloads
+from rtdmd_jax.weights.hub import Repository, fetch_command
+from rtdmd_jax.weights.hub_files import KINDS
+from rtdmd_jax.weights.reward_files import _KINDS
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = [p for p in sorted((ROOT / "configs").glob("*_*.py")) if not p.name.startswith("tiny")]

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtdmd_jax import cli, evaluate, sample
+from rtdmd_jax import cli, sample
 from rtdmd_jax.config import load_config
-from rtdmd_jax.evaluate import Drawn
+from rtdmd_jax.datasets.prompts import Prompt
+from rtdmd_jax.evaluate import suite
+from rtdmd_jax.evaluate.suite import Drawn
 from rtdmd_jax.pipeline import Pipeline
-from rtdmd_jax.prompts import Prompt
 from rtdmd_jax.rewards.multi import make
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ class Brightness:
 def run(workdir, *flags):
   argv = ["evaluate", f"--config={CONFIG}", f"--workdir={workdir}", *flags]
   required = ("config", "workdir")
-  return cli.run(evaluate.main, argv, define_flags=evaluate.define_flags, requires=required)
+  return cli.run(suite.main, argv, define_flags=suite.define_flags, requires=required)
 
 
 def drawn(directory, level, prompts=PROMPTS, seeds=(1,)):
@@ -53,7 +54,7 @@ def test_every_image_is_scored_and_systems_are_compared(tmp_path, capsys):
     for n, level in (("low", 50), ("high", 150))
   ]
   work = tmp_path / "work"
-  evaluate.compare(config, systems, {"set": PROMPTS}, {"set": make({name: 1.0})}, work)
+  suite.compare(config, systems, {"set": PROMPTS}, {"set": make({name: 1.0})}, work)
   lines = [json.loads(line) for line in (work / "scores.jsonl").read_text().splitlines()]
   assert len(lines) == 12
   assert lines[3]["scores"][name] == pytest.approx(60 / 255)
@@ -73,7 +74,7 @@ def test_a_prompt_that_comes_again_is_another_image(tmp_path):
   config = load_config(str(CONFIG))
   name, twice = "test_evaluate:Brightness", [PROMPTS[0]] * 2
   system = Drawn("one", 4, 1.0, {"set": drawn(tmp_path / "one", 50, twice)})
-  evaluate.compare(config, [system], {"set": twice}, {"set": make({name: 1.0})}, tmp_path)
+  suite.compare(config, [system], {"set": twice}, {"set": make({name: 1.0})}, tmp_path)
   lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
   assert [line["prompt_index"] for line in lines] == [0, 1]
   assert lines[0]["scores"] != lines[1]["scores"]
@@ -83,10 +84,10 @@ def test_a_prompt_that_comes_again_is_another_image(tmp_path):
 
 def test_images_of_other_prompts_are_refused(tmp_path):
   drawn(tmp_path, 9, PROMPTS[:2])
-  with pytest.raises(evaluate.UserError, match="no image of prompt 2, 'broken'"):
-    evaluate.images_of(tmp_path, PROMPTS)
-  with pytest.raises(evaluate.UserError, match="00000_1.png is not an image of prompt 0, 'light'"):
-    evaluate.images_of(tmp_path, PROMPTS[1::-1])
+  with pytest.raises(suite.UserError, match="no image of prompt 2, 'broken'"):
+    suite.images_of(tmp_path, PROMPTS)
+  with pytest.raises(suite.UserError, match="00000_1.png is not an image of prompt 0, 'light'"):
+    suite.images_of(tmp_path, PROMPTS[1::-1])
 
 
 def test_images_of_two_sizes_are_named(tmp_path):
@@ -96,15 +97,15 @@ def test_images_of_two_sizes_are_named(tmp_path):
   files = [tmp_path / f"00000_{i}.png" for i in (1, 2, 3)]
   scorer = make({"test_evaluate:Brightness": 1.0})
   for chunk in (2, 3):
-    with pytest.raises(evaluate.UserError, match="1.png is 8 x 8 ..*00000_3.png is 16 x 8"):
-      evaluate.score(scorer, files, PROMPTS[:1] * 3, chunk)
+    with pytest.raises(suite.UserError, match="1.png is 8 x 8 ..*00000_3.png is 16 x 8"):
+      suite.score(scorer, files, PROMPTS[:1] * 3, chunk)
 
 
 def test_outputs_of_single_tags_are_left_to_the_summary(tmp_path):
   file = drawn(tmp_path, 9, PROMPTS[:1]) / "00000_1.png"
   scorer = make({"geneval": 1.0}, options={"geneval": {"detector": "shapes"}})
   record = {"tag": "colors", "include": [{"class": "ring", "count": 1, "color": "red"}]}
-  scores = evaluate.score(scorer, [file], [Prompt("a", record)], 4)
+  scores = suite.score(scorer, [file], [Prompt("a", record)], 4)
   assert scores.values.keys() == {"geneval", "strict_accuracy", "accuracy"}
   assert scores.values["geneval"] == 0 and not scores.reasons
 
@@ -123,16 +124,16 @@ def Absent():
 
 
 def test_a_reward_that_fails_or_is_missing_is_counted_and_named(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(evaluate, "_SCORED", 2)
+  monkeypatch.setattr(suite, "_SCORED", 2)
   fails, absent = "test_evaluate:Fails", "test_evaluate:Absent"
   with load_config(str(CONFIG)).unlocked() as config:
     config.batch = 2
     config.rewards = {fails: {"prompts": "set"}, absent: {"prompts": "other"}}
-  scorers = evaluate.rewards_by_set(config)
+  scorers = suite.rewards_by_set(config)
   assert "prompt set other is not drawn" in capsys.readouterr().out
   systems = [Drawn("low", 4, 1.0, {"set": drawn(tmp_path / "low", 50)})]
   sets = {"other": PROMPTS[:1], "set": PROMPTS}
-  evaluate.compare(config, systems, sets, scorers, tmp_path / "work")
+  suite.compare(config, systems, sets, scorers, tmp_path / "work")
   (row,) = json.loads((tmp_path / "work/summary.json").read_text())["systems"]
   first = row["scores"][fails]  # of the first call, of two images
   assert (first["n"], first["failed"], first["reason"]) == (2, 1, "TimeoutError: no answer")
@@ -192,7 +193,7 @@ def test_systems_are_drawn_pipeline_by_pipeline(two_pipelines):
   config, other = load_config(str(two_pipelines[0])), str(two_pipelines[1])
   with config.unlocked():
     config.systems.again = config.systems.base
-  found = evaluate.by_pipeline(config, ["base", "same", "again"])
+  found = suite.by_pipeline(config, ["base", "same", "again"])
   assert found == {other: ["base", "again"], config.pipeline: ["same"]}
 
 
@@ -207,7 +208,7 @@ def test_a_system_has_a_pipeline_of_its_own(tmp_path, two_pipelines, monkeypatch
     loaded.append((str(directory), weakref.ref(pipeline)))
     return pipeline
 
-  monkeypatch.setattr(evaluate.Pipeline, "from_pretrained", watch)
+  monkeypatch.setattr(suite.Pipeline, "from_pretrained", watch)
   assert run(tmp_path / "out", f"--config={config}") == 0
   assert [directory for directory, _ in loaded] == [str(other), load_config(str(config)).pipeline]
   names = ("base", "same")

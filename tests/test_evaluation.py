@@ -5,11 +5,13 @@ import jax
 import numpy as np
 import pytest
 
+from rtdmd_jax.datasets.prompts import Prompt
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.evaluation import Evaluator, System, failure_texts, prompt_means
-from rtdmd_jax.held_out_sets import HeldOut, held_out_sets, shortages
-from rtdmd_jax.prompts import Prompt
-from rtdmd_jax.report import write_report
+from rtdmd_jax.evaluate.evaluator import Evaluator
+from rtdmd_jax.evaluate.scores import failure_texts, prompt_means
+from rtdmd_jax.evaluate.systems import System
+from rtdmd_jax.report.page import write_report
+from rtdmd_jax.rewards.held_out_sets import HeldOut, held_out_sets, shortages
 from rtdmd_jax.rewards.isolated import Scores
 
 PROMPTS = [Prompt(text, {"tag": "colors"}) for text in ("red", "blue", "green")]

@@ -9,10 +9,10 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 from rtdmd_jax import cli, export
+from rtdmd_jax.adapters.load import Lora, load_adapters
+from rtdmd_jax.adapters.lora import build_adapters, equal_ranks, fold_scale, stack_adapters
+from rtdmd_jax.adapters.peft import save_peft
 from rtdmd_jax.models import build_transformer
-from rtdmd_jax.models.lora import build_adapters, equal_ranks, fold_scale, stack_adapters
-from rtdmd_jax.weights.adapters import Lora, load_adapters
-from rtdmd_jax.weights.peft import save_peft
 from rtdmd_jax.weights.safetensors import load_params, save_model
 
 # Several heads, a dual-attention block, and a last block without text output.

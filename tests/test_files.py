@@ -6,7 +6,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from rtdmd_jax.files import replace_file, replace_text, save_tensors
+from rtdmd_jax.runtime.files import replace_file, replace_text, save_tensors
 
 
 def mode(path):

@@ -12,12 +12,13 @@ from PIL import Image
 from safetensors.numpy import load_file
 from test_train import SMALL, _expect, _run, _tiny
 
-from rtdmd_jax import cli, evaluate, export, finish, main, sample, train
+from rtdmd_jax import cli, export, main, sample, train
+from rtdmd_jax.adapters.peft import read_notes
 from rtdmd_jax.config import load_config
 from rtdmd_jax.errors import EXIT_INTERRUPTED, UserError
-from rtdmd_jax.finish import facts_of, final_scores, is_finished
-from rtdmd_jax.lock import WorkdirLock
-from rtdmd_jax.weights.peft import read_notes
+from rtdmd_jax.evaluate import finish, suite
+from rtdmd_jax.evaluate.finish import facts_of, final_scores, is_finished
+from rtdmd_jax.runtime.lock import WorkdirLock
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ADAPTERS = "adapter_model.safetensors"
@@ -195,7 +196,7 @@ def test_a_checkpoint_stands_in_for_the_export(finished, tmp_path, capsys):
   argv = ["evaluate", f"--config={CONFIGS / 'tiny_eval.py'}", f"--workdir={tmp_path / 'eval'}"]
   argv += ["--config.limit=2", "--config.batch=2", f"--checkpoint={root / 'run'}:1"]
   argv += [f"--config.systems.{name}.steps=1" for name in ("teacher", "base", "cold_start")]
-  assert cli.run(evaluate.main, argv, define_flags=evaluate.define_flags) == 0
+  assert cli.run(suite.main, argv, define_flags=suite.define_flags) == 0
   systems = json.loads((tmp_path / "eval/summary.json").read_text())["systems"]
   assert [s["name"] for s in systems] == ["teacher", "base", "cold_start", "checkpoint_1"]
   assert systems[-1]["steps"] == 4 and systems[-1]["guidance"] == 1.0

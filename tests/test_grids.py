@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from rtdmd_jax.grids import grid, save_png, side_by_side, wrap
+from rtdmd_jax.report.grids import grid, save_png, side_by_side, wrap
 
 
 def flat(*values, size=160):

@@ -5,7 +5,7 @@ import pytest
 from docs_blocks import Block, checkout, collect, execute
 from PIL import Image
 
-from rtdmd_jax.prompts import load_prompts
+from rtdmd_jax.datasets.prompts import load_prompts
 
 BLOCKS = [block for block in collect() if block.page == "docs/guides.md"]
 

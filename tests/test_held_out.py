@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from reward_faults import number, serving
 
-from rtdmd_jax import cli, evaluation, held_out, main
-from rtdmd_jax.evaluation import Look
-from rtdmd_jax.held_out_sets import HeldOut
-from rtdmd_jax.metrics import MetricWriter, read_metrics
-from rtdmd_jax.prompts import Prompt
+from rtdmd_jax import cli, main
+from rtdmd_jax.datasets.prompts import Prompt
+from rtdmd_jax.evaluate import evaluator, held_out
+from rtdmd_jax.evaluate.evaluator import Look
+from rtdmd_jax.rewards.held_out_sets import HeldOut
 from rtdmd_jax.rewards.isolated import Scores
+from rtdmd_jax.runtime.metrics import MetricWriter, read_metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 COLOURS = [Prompt(text, {}) for text in ("red", "green", "blue")]
@@ -49,8 +50,8 @@ class Fake:
 @pytest.fixture
 def look(tmp_path, monkeypatch):
   """Evaluates step 7 of a run with an evaluator; the lines of metrics.jsonl."""
-  monkeypatch.setattr(evaluation, "generator", lambda *_: "generator")
-  monkeypatch.setattr(evaluation, "teacher", lambda *_: SimpleNamespace(steps=2))
+  monkeypatch.setattr(evaluator, "generator", lambda *_: "generator")
+  monkeypatch.setattr(evaluator, "teacher", lambda *_: SimpleNamespace(steps=2))
   config = SimpleNamespace(
     rewards={"clipscore": SimpleNamespace(weight=1.0)},
     eval=SimpleNamespace(prompts=2, preview=2),

@@ -10,48 +10,49 @@ import pytest
 from processes import finish, start
 from safetensors.numpy import load_file
 
-from rtdmd_jax import errors, hosts, sharding
+from rtdmd_jax import errors
+from rtdmd_jax.datasets.prompts import Prompt
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.prompts import Prompt
 from rtdmd_jax.rewards.multi import MultiReward
-from rtdmd_jax.rewards.spread import score_held, score_shared
+from rtdmd_jax.rewards.per_process import score_held, score_shared
+from rtdmd_jax.runtime import multihost, sharding
 
 
 def test_a_process_alone_hears_itself():
   value = {"a": [1, None, "ä" * 300], "b": 0.1}
-  assert hosts.gather(value) == [value]
-  hosts.agree(value)
-  agreement = hosts.Agreement()
+  assert multihost.gather(value) == [value]
+  multihost.agree(value)
+  agreement = multihost.Agreement()
   assert [agreement(n) for n in (0, 15, 0)] == [0, 15, 0]
-  assert hosts.is_main()
+  assert multihost.is_main()
 
 
 def test_an_error_passes_through():
-  with pytest.raises(UserError, match="^mine$"), hosts.together():
+  with pytest.raises(UserError, match="^mine$"), multihost.together():
     raise UserError("mine")
 
 
 def test_an_error_of_another_process_ends_this_one(monkeypatch):
-  monkeypatch.setattr(hosts, "gather", lambda own: [own, "no such file"])
-  with pytest.raises(UserError, match="^process 1: no such file$"), hosts.together():
+  monkeypatch.setattr(multihost, "gather", lambda own: [own, "no such file"])
+  with pytest.raises(UserError, match="^process 1: no such file$"), multihost.together():
     pass
 
 
 def test_what_differs_is_named(monkeypatch):
   others = [{"config": {"seed": 1, "x": 2}}, {"config": {"seed": 2, "x": 2}}]
-  monkeypatch.setattr(hosts, "gather", lambda own: [own, *others])
+  monkeypatch.setattr(multihost, "gather", lambda own: [own, *others])
   with pytest.raises(UserError, match="process 2 differs from process 0 in config.seed: 1 -> 2;"):
-    hosts.agree(others[0])
+    multihost.agree(others[0])
   others[:] = [{"config": {"seed": 1}}]
   with pytest.raises(UserError, match="process 1 .* config.x: 2 -> absent"):
-    hosts.agree({"config": {"seed": 1, "x": 2}})
+    multihost.agree({"config": {"seed": 1, "x": 2}})
 
 
 def test_the_other_processes_print_nothing(capsys, monkeypatch):
-  with hosts.quiet():
+  with multihost.quiet():
     print("main")
-  monkeypatch.setattr(hosts, "is_main", lambda: False)
-  with hosts.quiet():
+  monkeypatch.setattr(multihost, "is_main", lambda: False)
+  with multihost.quiet():
     print("other")
   assert capsys.readouterr().out == "main\n"
 
@@ -76,7 +77,7 @@ def test_rows_and_scores_of_one_process(monkeypatch):
   # Two processes take turns; what the other one scores arrives by `gather`.
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   other = [[1, 3], {"r": [1 / 7, float("nan")]}, {"r": "no memory"}]
-  monkeypatch.setattr(hosts, "gather", lambda own: [own, None if own is None else other])
+  monkeypatch.setattr(multihost, "gather", lambda own: [own, None if own is None else other])
   shared = score_shared(rewards, images, prompts, ["r"])
   np.testing.assert_allclose(shared.values["r"], want)
   assert shared.reasons == {"r": "process 1: no memory"}
@@ -90,7 +91,7 @@ def test_a_reward_that_fails_in_one_process_of_an_evaluation_costs_its_rows_alon
   images, prompts = np.zeros((4, 2, 2, 3), np.uint8), [Prompt(str(i), {}) for i in range(4)]
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   other = [[1, 3], {"r": [0.5, 0.5]}, {}]
-  monkeypatch.setattr(hosts, "gather", lambda own: [json.loads(json.dumps(own)), other])
+  monkeypatch.setattr(multihost, "gather", lambda own: [json.loads(json.dumps(own)), other])
   shared = score_shared(rewards, images, prompts, ["r"])
   np.testing.assert_array_equal(shared.values["r"], np.float32([np.nan, 0.5, np.nan, 0.5]))
   assert shared.reasons == {"r": "process 0: no such service"}

@@ -12,10 +12,10 @@ import pytest
 from hub_cache import COMMIT, OTHER, cache
 from huggingface_hub import constants, errors
 
-from rtdmd_jax import downloads, hub
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.hub import Repository, find, find_file, local_path
-from rtdmd_jax.hub_files import patterns
+from rtdmd_jax.weights import downloads, hub
+from rtdmd_jax.weights.hub import Repository, find, find_file, local_path
+from rtdmd_jax.weights.hub_files import patterns
 
 SD35 = "stabilityai/stable-diffusion-3.5-medium"
 PIPELINE = {
@@ -256,7 +256,7 @@ def test_a_download_that_fails_is_one_sentence(monkeypatch, error, message):
 def test_the_environment_of_the_hub_counts(machine):
   """HF_HOME and HF_HUB_OFFLINE as a user sets them."""
   found = cache(machine, "org/name", {"f.json": "1"})
-  code = "from rtdmd_jax.hub import local_path; print(local_path('org/name/f.json'))"
+  code = "from rtdmd_jax.weights.hub import local_path; print(local_path('org/name/f.json'))"
   root = str(Path(hub.__file__).parents[1])
   env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
   env |= {"HF_HOME": str(machine), "HF_HUB_OFFLINE": "1", "PYTHONPATH": root}

@@ -9,14 +9,16 @@ import pytest
 from safetensors.numpy import load_file
 
 import rtdmd_jax
-from rtdmd_jax import build, cli, export
+from rtdmd_jax import cli, export
+from rtdmd_jax.adapters.load import Lora, load_adapters
 from rtdmd_jax.aot.published import PUBLISHED, read
 from rtdmd_jax.config import load_config
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.pipeline import Pipeline
-from rtdmd_jax.rewards import device, files, make
-from rtdmd_jax.weights.adapters import Lora, load_adapters
+from rtdmd_jax.rewards import device_rewards, make
+from rtdmd_jax.training import setup
+from rtdmd_jax.weights import reward_files
 from rtdmd_jax.weights.safetensors import read_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -41,7 +43,7 @@ def test_a_pipeline_and_the_bases_of_its_roles(machine):
     str(CONFIGS / "tiny_stage1.py"), [*overrides, f"model.generator_init=org/tiny/{WEIGHTS}"]
   ).model
   pipeline = Pipeline.from_pretrained(model.pretrained)
-  bases, keys = build._bases(model, pipeline)
+  bases, keys = setup._bases(model, pipeline)
   # The copy's transformer, under whatever name, is loaded once; a file of it is another base.
   assert keys["teacher"] == keys["fake_score"] == str(copy / "transformer")
   assert keys["generator"] == str(copy / WEIGHTS) and len(bases) == 2
@@ -67,19 +69,21 @@ def test_adapters(machine):
 
 def test_rewards(machine):
   hub_cache.copy(machine, "org/clip", TINY / "clip")
-  here, there = (device.load("clipscore", {"directory": d}) for d in (TINY / "clip", "org/clip"))
+  here, there = (
+    device_rewards.load("clipscore", {"directory": d}) for d in (TINY / "clip", "org/clip")
+  )
   assert equal(here.params, there.params)
   options = {"directory": "org/gone", "weights": "org/gone/head.pth", "dtype": "bfloat16"}
   with pytest.raises(
     UserError, match="reward 'aesthetic' cannot be built: .*`hf download org/gone"
   ):
     make({"aesthetic": 1.0}, options={"aesthetic": options})
-  with pytest.raises(device.OptionError, match="size"):  # before anything is looked for
-    device.load("clipscore", {"directory": "org/gone", "size": 1})
+  with pytest.raises(device_rewards.OptionError, match="size"):  # before anything is looked for
+    device_rewards.load("clipscore", {"directory": "org/gone", "size": 1})
   with pytest.raises(UserError, match=r'--include "model\*.safetensors" --exclude "\*/\*"'):
-    files.local_options("geneval", {"detector": "mask2former", "clip": "org/gone"})
+    reward_files.local_options("geneval", {"detector": "mask2former", "clip": "org/gone"})
   mine = {"directory": "org/gone", "url": "http://127.0.0.1:9"}
-  assert files.local_options("pkg.mod:Mine", mine) == mine
+  assert reward_files.local_options("pkg.mod:Mine", mine) == mine
 
 
 def test_export(machine, capsys):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rtdmd_jax.image_statistics import diversity, image_statistics
+from rtdmd_jax.evaluate.image_statistics import diversity, image_statistics
 
 
 def _flat(*colour):

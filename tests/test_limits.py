@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from rtdmd_jax import idle, limits
 from rtdmd_jax.config import load_config
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.limits import check_limits, check_stage, violations
+from rtdmd_jax.training import idle, validate
+from rtdmd_jax.training.validate import check_limits, check_stage, violations
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TRAINING = sorted(p.name for p in CONFIGS.glob("*_stage?.py"))
@@ -140,7 +140,7 @@ def test_all_violations_are_named():
 def test_float16_is_refused_on_tpus(monkeypatch):
   config = load_config(str(CONFIGS / "tiny_stage2.py"), ["model.dtype=float16"])
   assert not violations(config)
-  monkeypatch.setattr(limits.jax, "default_backend", lambda: "tpu")
+  monkeypatch.setattr(validate.jax, "default_backend", lambda: "tpu")
   assert violations(config) == [
     "model.dtype is 'float16', in which TPUs do not compute; use bfloat16."
   ]

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from rtdmd_jax import lock
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.lock import WorkdirLock
+from rtdmd_jax.runtime import lock
+from rtdmd_jax.runtime.lock import WorkdirLock
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from rtdmd_jax.lock import WorkdirLock
+from rtdmd_jax.runtime.lock import WorkdirLock
 with WorkdirLock(Path(sys.argv[1])):
   print("held", flush=True)
   time.sleep(60)

@@ -7,7 +7,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.metrics import MetricWriter, markdown, read_metrics
+from rtdmd_jax.runtime.metrics import MetricWriter, markdown, read_metrics
 
 
 def events(workdir):

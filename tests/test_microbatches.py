@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rtdmd_jax.microbatches import sorted_parts
+from rtdmd_jax.training.micro_batching import sorted_parts
 
 ROOT = Path(__file__).parents[1]
 

@@ -3,9 +3,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from rtdmd_jax.files import save_tensors
-from rtdmd_jax.model_card import Run, find_run, write_card
-from rtdmd_jax.weights.peft import PEFT_NAME
+from rtdmd_jax.adapters.peft import PEFT_NAME
+from rtdmd_jax.report.model_card import Run, find_run, write_card
+from rtdmd_jax.runtime.files import save_tensors
 
 CONFIG = {
   "stage": "stage2",

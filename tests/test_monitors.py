@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rtdmd_jax.monitors import Monitor, image_values, moves
+from rtdmd_jax.evaluate.monitors import Monitor, image_values, moves
 
 
 @pytest.mark.parametrize(

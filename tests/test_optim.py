@@ -7,14 +7,9 @@ import pytest
 
 from rtdmd_jax import train
 from rtdmd_jax.config import load_config
-from rtdmd_jax.optim import (
-  OptimizerConfig,
-  ema_update,
-  guarded_update,
-  make_optimizer,
-  repeated_update,
-)
-from rtdmd_jax.state import TrainState
+from rtdmd_jax.training.optim import ema_update, guarded_update, make_optimizer, repeated_update
+from rtdmd_jax.training.settings import OptimizerConfig
+from rtdmd_jax.training.state import TrainState
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

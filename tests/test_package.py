@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import pytest
 from ml_collections import ConfigDict
 
-from rtdmd_jax import evaluate
-from rtdmd_jax.build import dmd_config, optimizer_config, policy_config
 from rtdmd_jax.config import load_config
+from rtdmd_jax.evaluate import suite
 from rtdmd_jax.sample import Settings
+from rtdmd_jax.training.setup import dmd_config, optimizer_config, policy_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(
@@ -128,7 +128,7 @@ def test_every_module_imports_without_torch_and_tensorflow():
   command = [sys.executable, "-c", IMPORT_EVERYTHING]
   done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
   assert done.returncode == 0, done.stderr
-  assert {"rtdmd_jax.train", "rtdmd_jax.weights.peft"} <= set(done.stdout.split())
+  assert {"rtdmd_jax.train", "rtdmd_jax.adapters.peft"} <= set(done.stdout.split())
 
 
 def _requirements():
@@ -186,9 +186,9 @@ def test_every_config_loads(path):
     Settings.from_config(config)
     return
   if path.stem.endswith("_eval"):
-    evaluate.check_config(config)
+    suite.check_config(config)
     for name in config.systems:
-      evaluate.settings(config, name)
+      suite.settings(config, name)
     return
   assert config.stage in ("pretrain", "stage1", "stage2")
   if config.stage != "pretrain":

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rtdmd_jax.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_UNSAVED, Stopped
-from rtdmd_jax.preemption import Preemption
+from rtdmd_jax.runtime.preemption import Preemption
 
 CODES = [(signal.SIGTERM, EXIT_PREEMPTED), (signal.SIGINT, EXIT_INTERRUPTED)]
 
@@ -62,7 +62,7 @@ def test_without_a_signal_nothing_happens():
 
 HANGS = """
 import time
-from rtdmd_jax.preemption import Preemption
+from rtdmd_jax.runtime.preemption import Preemption
 with Preemption(0.5) as stop, stop.deferred():
   print("ready", flush=True)
   while True:

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtdmd_jax import captions, evaluation, held_out
-from rtdmd_jax.build import build, new_adapters
 from rtdmd_jax.config import load_config
-from rtdmd_jax.metrics import MetricWriter
+from rtdmd_jax.evaluate import evaluator as evaluator_module
+from rtdmd_jax.evaluate import held_out, systems
+from rtdmd_jax.evaluate.evaluator import Evaluator
+from rtdmd_jax.report import captions
+from rtdmd_jax.runtime.metrics import MetricWriter
+from rtdmd_jax.training.setup import build, new_adapters
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -33,9 +36,9 @@ def test_the_fake_score_predicts_from_the_generators_own_images(monkeypatch):
   overrides = ["eval.chunk=4", "eval.teacher_steps=2"]
   config = load_config(str(CONFIGS / "tiny_stage2.py"), overrides)
   setup = build(config)
-  evaluator, prompts = evaluation.Evaluator(setup, config), setup.held_out[:6]
+  evaluator, prompts = Evaluator(setup, config), setup.held_out[:6]
   adapters = new_adapters(config, setup.pipeline, jax.random.key(0))
-  system = evaluation.generator(setup, config, "generator", adapters)
+  system = systems.generator(setup, config, "generator", adapters)
   images = evaluator.images(system, prompts).astype(float)
   seen = evaluator.predictions(system, adapters, prompts)
   assert seen.dtype == np.uint8 and seen.shape == images.shape
@@ -44,11 +47,11 @@ def test_the_fake_score_predicts_from_the_generators_own_images(monkeypatch):
   assert (own > 0.5).all()  # it saw noise
   assert own.mean() < 0.8 * distance[~np.eye(6, dtype=bool)].mean()  # on these images
   # Without noise nothing is left to predict.
-  monkeypatch.setattr(evaluation, "PREDICTION_SIGMA", 0.0)
-  clean = evaluation.Evaluator(setup, config).predictions(system, adapters, prompts)
+  monkeypatch.setattr(evaluator_module, "PREDICTION_SIGMA", 0.0)
+  clean = Evaluator(setup, config).predictions(system, adapters, prompts)
   np.testing.assert_allclose(clean.astype(float), images, atol=1)
   # The teacher's are drawn once.
-  teacher = evaluation.teacher(setup, config)
+  teacher = systems.teacher(setup, config)
   first = evaluator.teacher_images(teacher, prompts)
   assert evaluator.teacher_images(teacher, prompts) is first
   assert evaluator.teacher_images(teacher, prompts[:2]).shape[0] == 2

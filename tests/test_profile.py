@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.profile import profiled
+from rtdmd_jax.runtime.profiling import profiled
 
 
 def section(start, count, steps=6):

@@ -3,8 +3,8 @@ import re
 
 import pytest
 
-from rtdmd_jax import progress
-from rtdmd_jax.progress import Progress, Rate, Trend, format_seconds
+from rtdmd_jax.runtime import progress
+from rtdmd_jax.runtime.progress import Progress, Rate, Trend, format_seconds
 
 
 class Terminal(io.StringIO):

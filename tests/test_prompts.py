@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
+from rtdmd_jax.datasets.prompts import Prompt, load_prompts, prompt_batch
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.prompts import Prompt, load_prompts, prompt_batch
 
 GENEVAL = {
   "tag": "position",

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtdmd_jax import cli, report, report_charts
+from rtdmd_jax import cli
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.report import write_report
+from rtdmd_jax.report import charts, page
+from rtdmd_jax.report.page import write_report
 
 PROMPTS = ["a red cube <left of> a blue sphere", "two green cones", "a photo of a yellow cup"]
 SYSTEMS = [("teacher", 40, 4.5, 0.8), ("cold start", 4, None, 0.7), ("result", 4, None, 0.9)]
@@ -241,18 +242,18 @@ def test_broken_files(workdir, name, text, message):
 
 
 def test_command_line(workdir, capsys):
-  assert cli.run(report.main, ["report", str(workdir)], positional=True) == 0
+  assert cli.run(page.main, ["report", str(workdir)], positional=True) == 0
   assert capsys.readouterr().out.strip() == str(workdir / "report.html")
-  assert cli.run(report.main, ["report"]) == 2
+  assert cli.run(page.main, ["report"]) == 2
   assert "give one folder" in capsys.readouterr().err
 
 
 def test_warnings_are_listed(tmp_path):
   lines = [{"step": 1, "time": 0, "scalars": {"loss": 1.0}}]
   _lines(tmp_path, lines)
-  assert "Warnings" not in report.write_report(tmp_path).read_text()
+  assert "Warnings" not in page.write_report(tmp_path).read_text()
   _lines(tmp_path, [*lines, {"step": 1, "time": 0, "warning": "a rose, <b> fell"}])
-  assert "<li>a rose, &lt;b&gt; fell</li>" in report.write_report(tmp_path).read_text()
+  assert "<li>a rose, &lt;b&gt; fell</li>" in page.write_report(tmp_path).read_text()
 
 
 def _lines(workdir, lines):
@@ -269,7 +270,7 @@ def test_groups():
     "images/saturation",
     "lr",
   ]
-  assert [report.group(name).split()[0] for name in names] == [
+  assert [page.group(name).split()[0] for name in names] == [
     "Losses",
     "Rewards",
     "Policy",
@@ -280,24 +281,24 @@ def test_groups():
 
 
 def test_smooth_is_unbiased_and_follows():
-  np.testing.assert_allclose(report_charts.smooth(np.full(50, 3.0)), 3.0)
-  assert report_charts.smooth(np.array([2.0, 5.0]))[-1] == 5.0  # a short curve is left alone
+  np.testing.assert_allclose(charts.smooth(np.full(50, 3.0)), 3.0)
+  assert charts.smooth(np.array([2.0, 5.0]))[-1] == 5.0  # a short curve is left alone
   noisy = np.random.default_rng(0).normal(size=2000)
-  assert report_charts.smooth(noisy)[500:].std() < 0.2
+  assert charts.smooth(noisy)[500:].std() < 0.2
 
 
 def test_thin_keeps_peaks():
   y = np.zeros(10_000)
   y[1234], y[7777] = 9, -9
-  x, kept = report_charts.thin(np.arange(10_000), y)
+  x, kept = charts.thin(np.arange(10_000), y)
   assert len(x) <= 600 and (np.diff(x) > 0).all()
   assert kept[x == 1234] == 9 and kept[x == 7777] == -9
 
 
 def test_ticks_and_short_numbers():
-  assert report_charts.ticks(0, 100, 4) == [0, 25, 50, 75, 100]
-  assert report_charts.ticks(0.11, 0.29, 4) == pytest.approx([0.15, 0.2, 0.25])
-  assert [report_charts.short(v) for v in (25000, 2.5e6, 0.015, 0, 2e-6, 900)] == [
+  assert charts.ticks(0, 100, 4) == [0, 25, 50, 75, 100]
+  assert charts.ticks(0.11, 0.29, 4) == pytest.approx([0.15, 0.2, 0.25])
+  assert [charts.short(v) for v in (25000, 2.5e6, 0.015, 0, 2e-6, 900)] == [
     "25k",
     "2.5M",
     "0.015",
@@ -308,6 +309,6 @@ def test_ticks_and_short_numbers():
 
 
 def test_chart_of_nothing_finite_and_of_one_point():
-  assert "<polyline" not in report_charts.line_chart([1, 2], [np.nan, np.inf], "x")
-  assert "<polyline" in report_charts.line_chart([5], [1.0], "x")
-  assert "nan" not in report_charts.line_chart([5], [0.0], "x")
+  assert "<polyline" not in charts.line_chart([1, 2], [np.nan, np.inf], "x")
+  assert "<polyline" in charts.line_chart([5], [1.0], "x")
+  assert "nan" not in charts.line_chart([5], [0.0], "x")

@@ -2,14 +2,9 @@
 
 import pytest
 
+from rtdmd_jax.config import config_diff
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.resume import (
-  check_content,
-  check_resume,
-  config_diff,
-  read_stored_config,
-  store_config,
-)
+from rtdmd_jax.training.resume import check_content, check_resume, read_stored_config, store_config
 
 
 def test_config_diff():

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rtdmd_jax import sampling
 from rtdmd_jax.algo import schedules
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.pipeline import sampling
 
 SHAPE = (2, 2, 3)
 

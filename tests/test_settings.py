@@ -13,11 +13,12 @@ import pytest
 import toy
 import toy_run
 
-from rtdmd_jax import evaluation, finish, held_out, train
+from rtdmd_jax import train
 from rtdmd_jax.config import flatten, load_config
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.sharding import make_mesh
-from rtdmd_jax.unused_settings import settings_without_effect
+from rtdmd_jax.evaluate import evaluator, finish, held_out, systems
+from rtdmd_jax.runtime.sharding import make_mesh
+from rtdmd_jax.training.unused_settings import settings_without_effect
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("stage1", "stage2")
@@ -290,8 +291,8 @@ class _Evaluator:
 
   def look(self, system, prompts, rewards, more=()):
     self.asked["eval.prompts"] = len(prompts)
-    return evaluation.Look(
-      self.images(system, [*prompts, *more]), evaluation.missing(len(prompts), {}), ""
+    return evaluator.Look(
+      self.images(system, [*prompts, *more]), evaluator.missing(len(prompts), {}), ""
     )
 
   def compare(self, systems, sets, workdir, repeats):
@@ -346,10 +347,8 @@ def test_a_run_does_what_its_settings_say(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "export_adapters", lambda *args: None)
   monkeypatch.setattr(train, "import_wandb", wandb.imported)
   monkeypatch.setattr(train, "WandbRun", wandb.run)
-  monkeypatch.setattr(train.evaluation, "Evaluator", _Evaluator)
-  monkeypatch.setattr(
-    train.evaluation, "teacher", lambda *args: SimpleNamespace(steps=1, name="teacher")
-  )
+  monkeypatch.setattr(train, "Evaluator", _Evaluator)
+  monkeypatch.setattr(systems, "teacher", lambda *args: SimpleNamespace(steps=1, name="teacher"))
   for name in ("start_trace", "stop_trace"):
     monkeypatch.setattr(jax.profiler, name, lambda *args: profile.append(calls["fake_score"]))
   _watched(monkeypatch, train, "Preemption", seen, "train.grace_seconds", 0)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from rtdmd_jax import sharding
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import build_transformer
+from rtdmd_jax.runtime import sharding
 
 MESH = AbstractMesh((1, 8, 2), sharding.AXES)
 FULL_SIZE = {

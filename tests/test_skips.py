@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from rtdmd_jax.errors import EXIT_NUMBERS, Stopped
-from rtdmd_jax.skips import NETWORKS, Skips, scalars
+from rtdmd_jax.training.nonfinite import NETWORKS, Skips, scalars
 
 STATE = SimpleNamespace(
   generator={"block": {"to_q": {"a": jnp.ones(1), "b": jnp.ones(1)}}}, fake_score={"a": jnp.ones(1)}

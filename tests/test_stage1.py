@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import toy
 
-from rtdmd_jax import stage1
-from rtdmd_jax.stage1 import Consistency, DMDConfig
+from rtdmd_jax.training import stage1
+from rtdmd_jax.training.settings import Consistency, DMDConfig
 
 KEY = jax.random.key(7)
 

@@ -9,11 +9,10 @@ import pytest
 import toy
 from programs import call_sites
 
-from rtdmd_jax import stage2
-from rtdmd_jax.aot.flops import count_flops
-from rtdmd_jax.scoring import judge
-from rtdmd_jax.stage1 import DMDConfig
-from rtdmd_jax.stage2 import PolicyConfig
+from rtdmd_jax.runtime.flops import count_flops
+from rtdmd_jax.training import stage2
+from rtdmd_jax.training.latent_rewards import judge
+from rtdmd_jax.training.settings import DMDConfig, PolicyConfig
 
 KEY = jax.random.key(3)
 ROLLOUT_KEY = jax.random.key(4)
@@ -146,8 +145,8 @@ def test_policy_gradient_raises_the_log_probability_of_the_better_sample():
   state, samples, new, _, _ = _run(policy, rewards)
 
   def log_prob(adapters):
-    from rtdmd_jax import stage1
     from rtdmd_jax.algo.transitions import cps_log_prob, cps_mean
+    from rtdmd_jax.training import stage1
 
     batch = toy.batch()
     velocity = stage1.generator_velocity(

@@ -12,12 +12,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from test_export import CONFIG, drawn, run
 
-from rtdmd_jax.checkpoint import Checkpoints
+from rtdmd_jax.adapters.lora import build_adapters
+from rtdmd_jax.adapters.peft import PEFT_NAME, adapter_layers, save_peft
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import build_transformer
-from rtdmd_jax.models.lora import build_adapters
-from rtdmd_jax.stored_run import StoredRun, generator_weights
-from rtdmd_jax.weights.peft import PEFT_NAME, adapter_layers, save_peft
+from rtdmd_jax.runtime.checkpoint import Checkpoints
+from rtdmd_jax.training.stored_run import StoredRun, generator_weights
 from rtdmd_jax.weights.safetensors import save_model
 
 TARGETS = ["attn.to_q", "proj_out"]

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from rtdmd_jax import cli, sample, sharding, studio
+from rtdmd_jax import cli, sample, studio
+from rtdmd_jax.adapters.load import load_adapters
 from rtdmd_jax.config import load_config
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.pipeline import Pipeline
-from rtdmd_jax.weights.adapters import load_adapters
+from rtdmd_jax.runtime import sharding
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs/tiny_eval.py")

@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rtdmd_jax import throughput
-from rtdmd_jax.aot.chips import CHIPS
-from rtdmd_jax.numbers import checked_jit
-from rtdmd_jax.throughput import Meter, loop_turns, peak_tflops
+from rtdmd_jax.runtime import throughput
+from rtdmd_jax.runtime.checked_jit import checked_jit
+from rtdmd_jax.runtime.chips import CHIPS
+from rtdmd_jax.runtime.throughput import Meter, loop_turns, peak_tflops
 
 
 def test_the_generators_last_step_is_outside_of_its_loop():

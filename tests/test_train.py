@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from rtdmd_jax import cli, errors, evaluation, main
+from rtdmd_jax import cli, errors, main
 from rtdmd_jax.config import load_config
+from rtdmd_jax.report.scores import score_text
 from rtdmd_jax.weights.safetensors import read_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -111,7 +112,7 @@ def _rewrite(file, drop=None, cut=None):
   [(0.5, 0.25, "0.5000 ± 0.2500"), (0.5, None, "0.5000"), (None, None, "failed")],
 )
 def test_a_score_is_shown_as_far_as_it_exists(mean, ci95, text):
-  assert evaluation.score_text({"mean": mean, "ci95": ci95, "n": 1}) == text
+  assert score_text({"mean": mean, "ci95": ci95, "n": 1}) == text
 
 
 @pytest.mark.slow
@@ -268,9 +269,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_after_the_first_steps_nothing_recompiles_and_nothing_is_transferred_by_accident(tmp_path):
-  from rtdmd_jax.build import build, optimizer_config
-  from rtdmd_jax.optim import make_optimizer
   from rtdmd_jax.train import STAGES, Optimizers, initial_state, step_batch
+  from rtdmd_jax.training.optim import make_optimizer
+  from rtdmd_jax.training.setup import build, optimizer_config
 
   events = []
   jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: events.append(event))

@@ -7,8 +7,8 @@ import pytest
 from reward_faults import Proxy, running, serving
 
 from rtdmd_jax import cli, main
-from rtdmd_jax.rewards.geneval import GenEval
-from rtdmd_jax.rewards.shapes_detector import detect_shapes
+from rtdmd_jax.rewards.host.geneval import GenEval
+from rtdmd_jax.rewards.host.shapes_detector import detect_shapes
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CONFIG = """

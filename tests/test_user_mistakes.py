@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_help import TOOLS
 
-from rtdmd_jax import extras
+from rtdmd_jax.runtime import extras
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "rtdmd_jax/assets/tiny"

@@ -7,8 +7,8 @@ import pytest
 
 from rtdmd_jax.config import load_config
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.metrics import MetricWriter, read_metrics
-from rtdmd_jax.wandb_log import WandbRun
+from rtdmd_jax.runtime.metrics import MetricWriter, read_metrics
+from rtdmd_jax.runtime.wandb_log import WandbRun
 
 CONFIG = Path(__file__).parents[1] / "configs/tiny_stage2.py"
 

@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax.optim import OptimizerConfig, make_optimizer
-from rtdmd_jax.scoring import Scoring
-from rtdmd_jax.stage1 import Batch, Roles
-from rtdmd_jax.state import Conditioning, Frozen, TrainState
+from rtdmd_jax.pipeline.conditioning import Conditioning
+from rtdmd_jax.training.latent_rewards import Scoring
+from rtdmd_jax.training.optim import make_optimizer
+from rtdmd_jax.training.settings import OptimizerConfig
+from rtdmd_jax.training.state import Batch, Frozen, Roles, TrainState
 
 SHAPE = (2, 2, 3)
 RANK = 2

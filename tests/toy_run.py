@@ -12,10 +12,16 @@ import toy
 from jax.interpreters import partial_eval
 
 import rtdmd_jax
-from rtdmd_jax import build, evaluation, held_out_sets, prompts, train
+from rtdmd_jax import train
+from rtdmd_jax.datasets import prompts
+from rtdmd_jax.evaluate import evaluator as evaluator_module
+from rtdmd_jax.evaluate import systems
+from rtdmd_jax.evaluate.evaluator import Evaluator
 from rtdmd_jax.models import build_transformer
-from rtdmd_jax.optim import make_optimizer
-from rtdmd_jax.state import Conditioning
+from rtdmd_jax.pipeline.conditioning import Conditioning
+from rtdmd_jax.rewards import held_out_sets
+from rtdmd_jax.training import setup
+from rtdmd_jax.training.optim import make_optimizer
 from rtdmd_jax.weights.safetensors import read_config
 
 PROMPTS = [prompts.Prompt(f"prompt {i}", {}) for i in range(40)]
@@ -52,19 +58,19 @@ class Toy:
 
       return load
 
-    patch.setattr(build.Pipeline, "from_pretrained", loads("pipeline", lambda *_: self.pipeline()))
-    for module in (build, held_out_sets):
+    patch.setattr(setup.Pipeline, "from_pretrained", loads("pipeline", lambda *_: self.pipeline()))
+    for module in (setup, held_out_sets):
       patch.setattr(module, "load_prompts", loads("prompts", lambda *_: PROMPTS))
-    patch.setattr(build, "_check_prompts", lambda *_: None)
-    patch.setattr(build, "load_base", loads("base", lambda *_: toy.frozen().bases["base"]))
-    patch.setattr(build, "local_path", lambda name, *parts: Path(name))
-    patch.setattr(build, "build_transformer", lambda config: SimpleNamespace(config=None))
-    patch.setattr(build, "read_config", lambda path: None)
-    patch.setattr(build, "_stage_one", loads("adapters", lambda *_: {}))
-    patch.setattr(build, "make", loads("host rewards", lambda *_: None))
-    patch.setattr(build.device, "load", loads("device reward", lambda *_: Bright()))
-    patch.setattr(build, "decode_images", lambda vae, params, x: jax.nn.sigmoid(x))
-    patch.setattr(build, "_encoder", lambda pipeline, models: lambda texts: _encoded(texts, models))
+    patch.setattr(setup, "_check_prompts", lambda *_: None)
+    patch.setattr(setup, "load_base", loads("base", lambda *_: toy.frozen().bases["base"]))
+    patch.setattr(setup, "local_path", lambda name, *parts: Path(name))
+    patch.setattr(setup, "build_transformer", lambda config: SimpleNamespace(config=None))
+    patch.setattr(setup, "read_config", lambda path: None)
+    patch.setattr(setup, "_stage_one", loads("adapters", lambda *_: {}))
+    patch.setattr(setup, "make", loads("host rewards", lambda *_: None))
+    patch.setattr(setup.device, "load", loads("device reward", lambda *_: Bright()))
+    patch.setattr(setup, "decode_images", lambda vae, params, x: jax.nn.sigmoid(x))
+    patch.setattr(setup, "_encoder", lambda pipeline, models: lambda texts: _encoded(texts, models))
     return self
 
   def pipeline(self):
@@ -117,7 +123,7 @@ class Described:
     if name not in self._parts:
       with pytest.MonkeyPatch.context() as patch:
         self._toy = Toy().install(patch)
-        self._setup = build.build(self._config)
+        self._setup = setup.build(self._config)
         part = getattr(self, f"_{name}", None)
         self._parts[name] = part(patch) if part else self._program(name)
     return self._parts[name]
@@ -145,7 +151,7 @@ class Described:
     """The start of both networks, of the shipped tiny transformer."""
     folder = Path(rtdmd_jax.__file__).parent / "assets/tiny"
     pipeline = SimpleNamespace(transformer=build_transformer(read_config(folder / "transformer")))
-    make = lambda: build.new_adapters(self._config, pipeline, jax.random.key(self._config.seed))  # noqa: E731
+    make = lambda: setup.new_adapters(self._config, pipeline, jax.random.key(self._config.seed))  # noqa: E731
     return text(jax.jit(make).trace())
 
   def _evaluation(self, patch):
@@ -160,12 +166,12 @@ class Described:
 
       return draw
 
-    patch.setattr(evaluation, "jit", written)
-    evaluator = evaluation.Evaluator(self._setup, self._config)
+    patch.setattr(evaluator_module, "jit", written)
+    evaluator = Evaluator(self._setup, self._config)
     adapters = toy.adapters(1)
-    patch.setattr(evaluation, "fold_scale", lambda tree, alpha: tree)
-    teacher = evaluation.teacher(self._setup, self._config)
-    few = evaluation.generator(self._setup, self._config, "generator", adapters)
+    patch.setattr(evaluator_module, "fold_scale", lambda tree, alpha: tree)
+    teacher = systems.teacher(self._setup, self._config)
+    few = systems.generator(self._setup, self._config, "generator", adapters)
     for system in (teacher, few):
       evaluator.images(system, PROMPTS)
     return texts
@@ -173,7 +179,7 @@ class Described:
   def _program(self, name):
     config, setup = self._config, self._setup
     optimizers = train.Optimizers(
-      *(make_optimizer(build.optimizer_config(c)) for c in (config.generator, config.fake_score))
+      *(make_optimizer(setup.optimizer_config(c)) for c in (config.generator, config.fake_score))
     )
     generator, fake = toy.adapters(1), toy.adapters(2)
     state = train.TrainState(

@@ -9,7 +9,6 @@ import numpy as np
 
 from benchmarks.tilt import teachers, training
 from benchmarks.tilt.training import MATCHING, RECORDER, SCORING, SIGMAS, Problem, Training
-from rtdmd_jax import stage1, stage2
 from rtdmd_jax.algo.losses import ambient_fake_score_loss
 from rtdmd_jax.algo.transitions import (
   add_noise,
@@ -20,8 +19,10 @@ from rtdmd_jax.algo.transitions import (
   renoise,
   x0_from_v,
 )
-from rtdmd_jax.stage2 import PolicyConfig
-from rtdmd_jax.state import Conditioning, TrainState
+from rtdmd_jax.pipeline.conditioning import Conditioning
+from rtdmd_jax.training import stage1, stage2
+from rtdmd_jax.training.settings import PolicyConfig
+from rtdmd_jax.training.state import TrainState
 
 ADVANTAGES = {"weight_advantages": False, "gaussian_log_prob": True, "subset_factor": True}
 

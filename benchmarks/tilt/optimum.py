@@ -11,7 +11,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from benchmarks.tilt.teachers import log_density
-from rtdmd_jax.stage1 import DMDConfig
+from rtdmd_jax.training.settings import DMDConfig
 
 
 def levels(config: DMDConfig, count: int = 400) -> tuple[np.ndarray, np.ndarray]:

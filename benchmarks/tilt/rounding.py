@@ -1,11 +1,12 @@
-"""What AdamW of `rtdmd_jax.optim` has left of its updates when adapters are bfloat16."""
+"""What AdamW of `rtdmd_jax.training.optim` has left of its updates when adapters are bfloat16."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax.models.lora import INITS
-from rtdmd_jax.optim import OptimizerConfig, guarded_update, make_optimizer
+from rtdmd_jax.adapters.lora import INITS
+from rtdmd_jax.training.optim import guarded_update, make_optimizer
+from rtdmd_jax.training.settings import OptimizerConfig
 
 
 def lost_updates(

@@ -21,8 +21,7 @@ from scipy.optimize import minimize_scalar
 
 from benchmarks.tilt import estimators, optimum, rounding, teachers, training
 from benchmarks.tilt.training import MATCHING, Problem, Training
-from rtdmd_jax.stage1 import DMDConfig
-from rtdmd_jax.stage2 import PolicyConfig
+from rtdmd_jax.training.settings import DMDConfig, PolicyConfig
 
 RESULTS = Path(__file__).parent / "results.json"
 HISTOGRAM = np.linspace(-3, 3, 41)

@@ -14,13 +14,13 @@ import numpy as np
 import optax
 
 from benchmarks.tilt import teachers
-from rtdmd_jax import stage1, stage2
 from rtdmd_jax.algo.rollout import sample_rollout
-from rtdmd_jax.optim import ema_update
-from rtdmd_jax.scoring import Scoring
-from rtdmd_jax.stage1 import Batch, DMDConfig, Roles
-from rtdmd_jax.stage2 import PolicyConfig
-from rtdmd_jax.state import Conditioning, Frozen, TrainState
+from rtdmd_jax.pipeline.conditioning import Conditioning
+from rtdmd_jax.training import stage1, stage2
+from rtdmd_jax.training.latent_rewards import Scoring
+from rtdmd_jax.training.optim import ema_update
+from rtdmd_jax.training.settings import DMDConfig, PolicyConfig
+from rtdmd_jax.training.state import Batch, Frozen, Roles, TrainState
 
 # Without the normaliser, distribution matching is the gradient of a divergence, whose minimiser is
 # known.

@@ -44,8 +44,8 @@ def main(call: cli.Invocation) -> None:
   os.environ.setdefault("JAX_PLATFORMS", "cpu")  # jax would look for a device
   import jax
 
-  from rtdmd_jax.aot.chips import gpus
   from rtdmd_jax.aot.compile import measure
+  from rtdmd_jax.runtime.chips import gpus
 
   if found := gpus(call.flags.topology):
     jax.config.update("jax_num_cpu_devices", found[1])

@@ -9,10 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax import hub
+from rtdmd_jax.adapters.load import Lora, load_adapters
 from rtdmd_jax.aot.published import read
-from rtdmd_jax.build import Setup, new_adapters
-from rtdmd_jax.data import PromptCache
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import build_transformer, clip, qwen3, t5
 from rtdmd_jax.models.blip import BlipVisionConfig, ImageRewardNet
@@ -20,7 +18,13 @@ from rtdmd_jax.models.clip_config import CLIPConfig, TextConfig
 from rtdmd_jax.models.encoders import abstract_vae
 from rtdmd_jax.models.med import MedConfig
 from rtdmd_jax.models.score_head import ScoreHead
-from rtdmd_jax.models.text import (
+from rtdmd_jax.models.transformer import Transformer
+from rtdmd_jax.models.vae import decode_images
+from rtdmd_jax.pipeline import Pipeline
+from rtdmd_jax.pipeline.conditioning import Conditioning
+from rtdmd_jax.pipeline.prompt_cache import PromptCache
+from rtdmd_jax.pipeline.sampling import Schedule
+from rtdmd_jax.pipeline.text import (
   FLUX1_T5_LENGTH,
   FLUX2_LAYERS,
   FLUX2_LENGTH,
@@ -28,21 +32,22 @@ from rtdmd_jax.models.text import (
   TextEncoder,
   has_t5,
 )
-from rtdmd_jax.models.transformer import Transformer
-from rtdmd_jax.models.vae import decode_images
-from rtdmd_jax.pipeline import Pipeline
-from rtdmd_jax.rewards import device
-from rtdmd_jax.rewards.aesthetic import Aesthetic
-from rtdmd_jax.rewards.clipscore import ClipScore
-from rtdmd_jax.rewards.hpsv2 import HPSv2
-from rtdmd_jax.rewards.imagereward import ImageReward
-from rtdmd_jax.rewards.pickscore import PickScore
-from rtdmd_jax.rewards.preprocess import CLIP_MEAN, CLIP_STD, ClipTransform, PadTransform
-from rtdmd_jax.sampling import Schedule
-from rtdmd_jax.scoring import Scoring
-from rtdmd_jax.stage1 import Batch, Roles
-from rtdmd_jax.state import Conditioning, Frozen
-from rtdmd_jax.weights.adapters import Lora, load_adapters
+from rtdmd_jax.rewards import device_rewards
+from rtdmd_jax.rewards.device.aesthetic import Aesthetic
+from rtdmd_jax.rewards.device.clipscore import ClipScore
+from rtdmd_jax.rewards.device.hpsv2 import HPSv2
+from rtdmd_jax.rewards.device.imagereward import ImageReward
+from rtdmd_jax.rewards.device.pickscore import PickScore
+from rtdmd_jax.rewards.device.preprocess import (
+  CLIP_MEAN,
+  CLIP_STD,
+  ClipTransform,
+  PadTransform,
+)
+from rtdmd_jax.training.latent_rewards import Scoring
+from rtdmd_jax.training.setup import Setup, new_adapters
+from rtdmd_jax.training.state import Batch, Frozen, Roles
+from rtdmd_jax.weights import hub
 
 Tree = Any
 
@@ -84,14 +89,16 @@ def abstract_setup(config: Any) -> Setup:
     latent_shape=pipeline.latent_shape(config.model.image_size),
     embedded_guidance=pipeline.transformer.embedded_guidance,
   )
-  models = {n: abstract_reward(n, config.rewards[n]) for n in config.rewards if n in device.NAMES}
+  models = {
+    n: abstract_reward(n, config.rewards[n]) for n in config.rewards if n in device_rewards.NAMES
+  }
   backpropagated = tuple(n for n in models if config.rewards[n].get("backpropagate", False))
   scoring = Scoring(
     decode=partial(decode_images, pipeline.vae.clone(remat=config.model.remat)),
     device={name: model.score for name, model in models.items()},
     weights={name: float(reward.weight) for name, reward in config.rewards.items()},
     differentiable=backpropagated,
-    gradient=device.gradients({name: models[name] for name in backpropagated}),
+    gradient=device_rewards.gradients({name: models[name] for name in backpropagated}),
   )
   frozen = Frozen(
     bases={path: pipeline.params for path in {config.model.pretrained, *keys.values()}},
@@ -214,7 +221,7 @@ def _earlier(config: Any, path: str, pipeline: Pipeline) -> Tree:
   return jax.eval_shape(lambda: new_adapters(config, pipeline, jax.random.key(0)))
 
 
-def abstract_reward(name: str, options: Any) -> device.DeviceReward:
+def abstract_reward(name: str, options: Any) -> device_rewards.DeviceReward:
   """A reward of `device.NAMES` whose `params` are shapes and whose tokenizer is missing.
 
   Of the options `dtype`, `directory` and `method` matter here.
@@ -246,7 +253,7 @@ def abstract_reward(name: str, options: Any) -> device.DeviceReward:
   return {"clipscore": ClipScore, "pickscore": PickScore}[name](net, own, own, _nothing, params)
 
 
-def _ids_length(model: device.DeviceReward) -> int:
+def _ids_length(model: device_rewards.DeviceReward) -> int:
   if isinstance(model, ImageReward):
     return _IMAGEREWARD_LENGTH
   return 0 if isinstance(model, Aesthetic) else model.module.config.text.max_position_embeddings

@@ -19,16 +19,17 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rtdmd_jax import sharding, train
+from rtdmd_jax import train
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup
-from rtdmd_jax.aot.chips import Chip, chip, gpus, roofline
-from rtdmd_jax.aot.flops import count_flops
 from rtdmd_jax.aot.hlo import traffic
-from rtdmd_jax.build import Setup, optimizer_config
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.extras import missing
-from rtdmd_jax.optim import make_optimizer
-from rtdmd_jax.throughput import loop_turns
+from rtdmd_jax.runtime import sharding
+from rtdmd_jax.runtime.chips import Chip, chip, gpus, roofline
+from rtdmd_jax.runtime.extras import missing
+from rtdmd_jax.runtime.flops import count_flops
+from rtdmd_jax.runtime.throughput import loop_turns
+from rtdmd_jax.training.optim import make_optimizer
+from rtdmd_jax.training.setup import Setup, optimizer_config
 
 Tree = Any
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from rtdmd_jax import hub
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.weights import hub
 from rtdmd_jax.weights.safetensors import read_config
 
 Files = dict[str, dict[str, Any]]

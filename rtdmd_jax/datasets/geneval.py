@@ -19,8 +19,8 @@ from absl import flags
 from rtdmd_jax import cli
 from rtdmd_jax.datasets import geneval_records as make
 from rtdmd_jax.datasets.geneval_records import CLASSES, COLORS, COUNTS, RELATIONS, scene_key
+from rtdmd_jax.datasets.prompts import load_prompts
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.prompts import load_prompts
 
 IMAGES = 4  # of each record of the test, in the published evaluation
 _COLOURED = CLASSES[1:]  # there are no coloured persons

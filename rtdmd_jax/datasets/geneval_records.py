@@ -18,6 +18,7 @@ CLASSES = tuple(
   "microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,"
   "toothbrush".split(",")
 )
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 COUNTS = {2: "two", 3: "three", 4: "four"}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import tensorflow_datasets as tfds
 from etils import epath
 
-from rtdmd_jax.prompts import load_prompts
+from rtdmd_jax.datasets.prompts import load_prompts
 
 
 @dataclasses.dataclass

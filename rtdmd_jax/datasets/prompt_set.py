@@ -12,8 +12,8 @@ from pathlib import Path
 from absl import flags
 
 from rtdmd_jax import cli
+from rtdmd_jax.datasets.prompts import load_prompts
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.prompts import load_prompts
 
 
 def define_flags(values: flags.FlagValues) -> None:

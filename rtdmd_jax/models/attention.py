@@ -10,8 +10,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import PartitionSpec
 
-from rtdmd_jax import sharding
-from rtdmd_jax.sharding import constrain
+from rtdmd_jax.runtime import sharding
+from rtdmd_jax.runtime.sharding import constrain
 
 # "auto" takes the kernel of the platform that the program is compiled for.
 KERNELS = ("auto", "xla", "splash", "cudnn")

@@ -17,7 +17,7 @@ from rtdmd_jax.models.clip_config import CLIPConfig, TextConfig, VisionConfig
 from rtdmd_jax.models.convolution import convolve
 from rtdmd_jax.models.layers import Dense
 from rtdmd_jax.models.stack import stack_blocks
-from rtdmd_jax.weights.maps import KeyTable, Stack
+from rtdmd_jax.weights.key_table import KeyTable, Stack
 
 TABLE = KeyTable(
   stacks=[

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rtdmd_jax.sharding import platform
+from rtdmd_jax.runtime.sharding import platform
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 # A TPU's compiler takes seven times as long for few pixels of many channels as for a loop over

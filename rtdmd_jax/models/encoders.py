@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import clip, qwen3, t5, vae, vae_flux2
 from rtdmd_jax.models.clip_config import CLIPConfig, TextConfig, VisionConfig
-from rtdmd_jax.weights.maps import KeyTable
+from rtdmd_jax.weights.key_table import KeyTable
 from rtdmd_jax.weights.safetensors import checkpoint_keys, load_params, read_config
 
 # Whether the text encoder of this class has a projection.

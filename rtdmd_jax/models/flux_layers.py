@@ -15,7 +15,7 @@ from rtdmd_jax.models.layers import Dense
 from rtdmd_jax.models.mmdit_layers import RENAMES, branch, modulate, project_heads
 from rtdmd_jax.models.norms import layer_norm
 from rtdmd_jax.models.rotary import Rotary, rotate_pairs
-from rtdmd_jax.weights.maps import KeyTable, Stack
+from rtdmd_jax.weights.key_table import KeyTable, Stack
 
 # Both runs of blocks are stacks under the checkpoint's own names.
 TABLE = KeyTable(

@@ -2,7 +2,7 @@
 
 import jax
 
-from rtdmd_jax import sharding
+from rtdmd_jax.runtime import sharding
 
 # What a TPU keeps together of an array's last two axes.
 _ROWS, _LANES = 8, 128

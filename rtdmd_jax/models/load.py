@@ -7,12 +7,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rtdmd_jax import sharding
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import flux1, flux2, sd3
 from rtdmd_jax.models.attention import KERNELS
 from rtdmd_jax.models.stack import REMAT_POLICIES
 from rtdmd_jax.models.transformer import Transformer
+from rtdmd_jax.runtime import sharding
 from rtdmd_jax.weights.safetensors import load_params, read_config
 
 # Builders take (config dict, dtype=, scan=, remat=).

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rtdmd_jax.sharding import constrain
+from rtdmd_jax.runtime.sharding import constrain
 
 
 def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:

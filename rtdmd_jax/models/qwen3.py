@@ -22,7 +22,7 @@ from rtdmd_jax.models.norms import RMSNorm
 from rtdmd_jax.models.rotary import Rotary, rotary_table, rotate_halves
 from rtdmd_jax.models.stack import stack_blocks
 from rtdmd_jax.models.transformer import check_types
-from rtdmd_jax.weights.maps import KeyTable, Stack
+from rtdmd_jax.weights.key_table import KeyTable, Stack
 
 # Config values that would change the computation, and the only ones supported.
 _FIXED = {"model_type": "qwen3", "hidden_act": "silu", "use_sliding_window": False}

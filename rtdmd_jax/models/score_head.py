@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from rtdmd_jax.models.layers import Dense
-from rtdmd_jax.weights.maps import KeyTable
+from rtdmd_jax.weights.key_table import KeyTable
 
 # Width by index in the published `nn.Sequential`, whose other entries are dropout.
 _LAYERS = {0: 1024, 2: 128, 4: 64, 6: 16, 7: 1}

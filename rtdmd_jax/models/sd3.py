@@ -31,7 +31,7 @@ from rtdmd_jax.models.mmdit_layers import (
 from rtdmd_jax.models.norms import layer_norm
 from rtdmd_jax.models.stack import remat_block, stack_blocks
 from rtdmd_jax.models.transformer import Transformer, config_values, example_inputs
-from rtdmd_jax.weights.maps import KeyTable, Stack
+from rtdmd_jax.weights.key_table import KeyTable, Stack
 
 CLASS_NAME = "SD3Transformer2DModel"
 

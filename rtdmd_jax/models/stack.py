@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 
 from rtdmd_jax.models.layers import ADAPTER_COLLECTIONS
+from rtdmd_jax.runtime.sharding import to_device
 
 # What the backward pass may keep of a block: everything, nothing, or results of weight products.
 REMAT_POLICIES = {
@@ -11,17 +12,6 @@ REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-def fetch(params):
-  """Copies what lies in the host's memory to the device; the rest is there already."""
-  space = jax.memory.Space
-
-  def one(leaf: jax.Array) -> jax.Array:
-    on_host = jax.typeof(leaf).memory_space == space.Host
-    return jax.device_put(leaf, space.Device) if on_host else leaf
-
-  return jax.tree.map(one, params)
 
 
 def remat_block(block: type[nn.Module], remat: str, *, prevent_cse: bool = True):
@@ -35,7 +25,7 @@ def remat_block(block: type[nn.Module], remat: str, *, prevent_cse: bool = True)
     remat: a name in `REMAT_POLICIES`.
     prevent_cse: may be False inside a loop, where XLA cannot merge the recomputation away.
   """
-  block = nn.map_variables(block, "params", trans_in_fn=fetch, init=True)
+  block = nn.map_variables(block, "params", trans_in_fn=to_device, init=True)
   if remat == "none":
     return block
   return nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)

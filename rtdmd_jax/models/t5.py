@@ -21,7 +21,7 @@ from rtdmd_jax.models.layers import Dense
 from rtdmd_jax.models.norms import RMSNorm
 from rtdmd_jax.models.stack import stack_blocks
 from rtdmd_jax.models.transformer import check_types
-from rtdmd_jax.weights.maps import KeyTable, Stack
+from rtdmd_jax.weights.key_table import KeyTable, Stack
 
 _BIAS = "relative_attention_bias"
 TABLE = KeyTable(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.attention import attention_kernel
 from rtdmd_jax.weights.int8 import STORAGES, int8_shapes
-from rtdmd_jax.weights.maps import KeyTable
+from rtdmd_jax.weights.key_table import KeyTable
 
 _LARGEST_SIZE = 2**31 - 1
 

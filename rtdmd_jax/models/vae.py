@@ -19,7 +19,7 @@ from rtdmd_jax.models.convolution import convolve
 from rtdmd_jax.models.layers import Dense
 from rtdmd_jax.models.stack import remat_block, stack_blocks
 from rtdmd_jax.models.transformer import config_values
-from rtdmd_jax.weights.maps import KeyTable, Stack
+from rtdmd_jax.weights.key_table import KeyTable, Stack
 
 CLASS_NAME = "AutoencoderKL"
 # Fields of config.json that say nothing about the computation here.

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rtdmd_jax.checkpoint import Checkpoints
-from rtdmd_jax.optim import effective_decay
+from rtdmd_jax.runtime.checkpoint import Checkpoints
+from rtdmd_jax.training.optim import effective_decay
 
 Tree = Any
 Schedule = Callable[[jax.Array], jax.Array]

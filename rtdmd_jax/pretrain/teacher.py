@@ -12,8 +12,8 @@ from rtdmd_jax.algo.timesteps import logit_normal_sigma
 from rtdmd_jax.algo.transitions import add_noise
 from rtdmd_jax.models import build_transformer, t5
 from rtdmd_jax.models.encoders import load_t5
-from rtdmd_jax.models.text import sd3_conditioning
 from rtdmd_jax.models.vae import AutoencoderKL, encode_images
+from rtdmd_jax.pipeline.text import sd3_conditioning
 from rtdmd_jax.pretrain.data import Scenes
 from rtdmd_jax.pretrain.loop import muon, train
 from rtdmd_jax.weights.safetensors import load_params, save_model

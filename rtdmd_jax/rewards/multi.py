@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.rewards import device, hosted
+from rtdmd_jax.rewards import device_rewards, host_rewards
 from rtdmd_jax.rewards.imports import imported
 from rtdmd_jax.rewards.isolated import (
   MEAN,
@@ -42,12 +42,12 @@ T = TypeVar("T")
 
 def _on_device(name: str, **options: object) -> Reward:
   """A reward of `rewards/device.py`; the options are those of its class's `from_pretrained`."""
-  return device.host_reward(device.load(name, options))
+  return device_rewards.host_reward(device_rewards.load(name, options))
 
 
 _FACTORIES: dict[str, Callable[..., Reward]] = {
-  **{name: functools.partial(_on_device, name) for name in device.NAMES},
-  **hosted.FACTORIES,
+  **{name: functools.partial(_on_device, name) for name in device_rewards.NAMES},
+  **host_rewards.FACTORIES,
 }
 
 
@@ -67,7 +67,7 @@ def _check_weight(name: str, weight: object) -> float:
 
 def _check_share(name: str, share: object) -> float:
   if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-    raise device.OptionError(f"reward {name!r}: max_failed must be in 0..1, got {share!r}")
+    raise device_rewards.OptionError(f"reward {name!r}: max_failed must be in 0..1, got {share!r}")
   return float(share)
 
 
@@ -81,7 +81,7 @@ def _build(name: str, options: Mapping) -> Reward:
   try:
     inspect.signature(factory).bind(**options)
   except TypeError as error:
-    raise device.OptionError(
+    raise device_rewards.OptionError(
       f"reward {name!r}: {error} in its options {dict(options)!r}"
     ) from error
   if ":" not in name:
@@ -333,7 +333,7 @@ def build_available(
   for name, build in builders.items():
     try:
       made[name] = build()
-    except device.OptionError:
+    except device_rewards.OptionError:
       raise
     except kinds as error:
       reason = sentence(error)

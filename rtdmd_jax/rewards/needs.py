@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rtdmd_jax.datasets.prompts import Prompt
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.prompts import Prompt
-from rtdmd_jax.rewards.geneval import check_record
-from rtdmd_jax.rewards.geneval2 import check_questions, read_questions
+from rtdmd_jax.rewards.host.geneval import check_record
+from rtdmd_jax.rewards.host.geneval2 import check_questions, read_questions
+from rtdmd_jax.rewards.host.ocr import target_text
 from rtdmd_jax.rewards.multi import MAX_FAILED
-from rtdmd_jax.rewards.ocr import target_text
 
 _WHY = {
   "geneval": "it needs a GenEval record of each prompt ('tag' and 'include'), as a"

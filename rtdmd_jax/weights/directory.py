@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.jsontext import parse_json
+from rtdmd_jax.runtime.json_text import parse_json
 
 _STEM = r"(?:diffusion_pytorch_model|model)"
 _WEIGHTS = re.compile(rf"{_STEM}(?:\.(?P<variant>[^.]+))?\.safetensors")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rtdmd_jax.weights.maps import KeyTable
+from rtdmd_jax.weights.key_table import KeyTable
 
 # How the bases of a run may be stored: in the type of the computation, or large kernels as int8.
 STORAGES = ("native", "int8")

@@ -19,13 +19,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
-from rtdmd_jax import sharding as sharding_table
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.files import save_tensors
+from rtdmd_jax.runtime import sharding as sharding_table
+from rtdmd_jax.runtime.files import save_tensors
 from rtdmd_jax.weights import headers, int8
 from rtdmd_jax.weights.directory import read_config as read_config  # importable from here, too
 from rtdmd_jax.weights.directory import weight_files
-from rtdmd_jax.weights.maps import Entry, KeyTable
+from rtdmd_jax.weights.key_table import Entry, KeyTable
 from rtdmd_jax.weights.recognize import quantised, recognized
 from rtdmd_jax.weights.tensors import Array, Tensor, copy_rows
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from rtdmd_jax.files import save_tensors
-from rtdmd_jax.weights.maps import Entry, KeyTable
+from rtdmd_jax.runtime.files import save_tensors
+from rtdmd_jax.weights.key_table import Entry, KeyTable
 
 STEM = "diffusion_pytorch_model"
 # diffusers' limit, decimal.

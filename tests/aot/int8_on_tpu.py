@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rtdmd_jax import sharding
+from rtdmd_jax.adapters.lora import build_adapters
 from rtdmd_jax.aot.compile import get_devices
 from rtdmd_jax.models import build_transformer
-from rtdmd_jax.models.lora import build_adapters
+from rtdmd_jax.runtime import sharding
 
 LAYERS = 6
 FLUX2 = {

@@ -8,13 +8,13 @@ import pytest
 
 import rtdmd_jax
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_pipeline, abstract_setup
-from rtdmd_jax.aot.chips import CHIPS, chip, roofline
 from rtdmd_jax.aot.compile import compile_to_text
 from rtdmd_jax.aot.hlo import traffic
 from rtdmd_jax.aot.published import read
-from rtdmd_jax.build import build
 from rtdmd_jax.config import load_config
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.runtime.chips import CHIPS, chip, roofline
+from rtdmd_jax.training.setup import build
 from rtdmd_jax.weights.int8 import STORAGES
 
 CONFIGS = Path(rtdmd_jax.__file__).parents[1] / "configs"

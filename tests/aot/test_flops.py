@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rtdmd_jax.aot.flops import count_flops
 from rtdmd_jax.models import build_transformer
+from rtdmd_jax.runtime.flops import count_flops
 
 
 def _count(function, *shapes, turns=1):

@@ -10,10 +10,10 @@ from programs import float_results
 import rtdmd_jax
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup
 from rtdmd_jax.aot.compile import program_arguments
-from rtdmd_jax.build import optimizer_config
 from rtdmd_jax.config import load_config
-from rtdmd_jax.optim import make_optimizer
 from rtdmd_jax.train import PROGRAMS, Optimizers, initial_state
+from rtdmd_jax.training.optim import make_optimizer
+from rtdmd_jax.training.setup import optimizer_config
 
 CONFIGS = Path(rtdmd_jax.__file__).parents[1] / "configs"
 # Six images at once, so that no activation has the shape of a stack of five blocks.

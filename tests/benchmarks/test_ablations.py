@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rtdmd_jax.build import policy_config
 from rtdmd_jax.config import load_config
-from rtdmd_jax.limits import check_limits
+from rtdmd_jax.training.setup import policy_config
+from rtdmd_jax.training.validate import check_limits
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("ablations", ROOT / "benchmarks/ablations.py")

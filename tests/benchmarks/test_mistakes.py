@@ -8,7 +8,7 @@ import pytest
 
 from rtdmd_jax.datasets.shapes.draw import WASHED_OUT, draw
 from rtdmd_jax.datasets.shapes.grammar import all_records
-from rtdmd_jax.rewards.geneval import Detection
+from rtdmd_jax.rewards.host.geneval import Detection
 
 RECORD = {
   "tag": "color_attr",

@@ -6,8 +6,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax.stage1 import Batch
-from rtdmd_jax.state import Conditioning
+from rtdmd_jax.pipeline.conditioning import Conditioning
+from rtdmd_jax.training.state import Batch
 
 
 def test_a_sample_alone_has_its_own_noise_and_its_prompts_rows(monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.tilt import estimators, optimum, teachers, training
-from rtdmd_jax.stage1 import Consistency
+from rtdmd_jax.training.settings import Consistency
 
 ROOT = Path(__file__).parents[2]
 MIXTURE = teachers.MIXTURE

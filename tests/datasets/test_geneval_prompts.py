@@ -7,7 +7,7 @@ import pytest
 from rtdmd_jax import cli
 from rtdmd_jax.datasets import geneval, geneval_records
 from rtdmd_jax.datasets.geneval_records import CLASSES, scene_key
-from rtdmd_jax.prompts import load_prompts
+from rtdmd_jax.datasets.prompts import load_prompts
 
 
 def test_the_published_test_is_drawn_again():

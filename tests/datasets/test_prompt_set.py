@@ -7,8 +7,8 @@ import pytest
 
 from rtdmd_jax import cli
 from rtdmd_jax.datasets import prompt_set
+from rtdmd_jax.datasets.prompts import load_prompts
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.prompts import load_prompts
 
 
 def _run(*arguments):
@@ -62,7 +62,7 @@ from rtdmd_jax import cli
 from rtdmd_jax.datasets import prompt_set as p
 argv = ["p", "--train={files / "train.txt"}", "--out={files / "data"}"]
 assert cli.run(p.main, argv, define_flags=p.define_flags, requires=("out",)) == 0
-from rtdmd_jax.prompts import load_prompts
+from rtdmd_jax.datasets.prompts import load_prompts
 assert len(load_prompts("{files / "data/prompt_set/prompts/1.0.0"}")) == 32
 assert "tensorflow" not in sys.modules
 """

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from rtdmd_jax import sharding
-from rtdmd_jax.aot.flops import count_flops
 from rtdmd_jax.models.attention import attention, attention_kernel, tiles
+from rtdmd_jax.runtime import sharding
+from rtdmd_jax.runtime.flops import count_flops
 
 # Both sum float32 in another order.
 TOLERANCE = 1e-5

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rtdmd_jax.adapters.lora import build_adapters
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.models.flux1 import Flux1Config
 from rtdmd_jax.models.flux2 import Flux2Config
-from rtdmd_jax.models.lora import build_adapters
 from rtdmd_jax.models.packing import pack, unpack
 from rtdmd_jax.models.rotary import rotary_table, rotate_halves, rotate_pairs
 

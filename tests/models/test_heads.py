@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rtdmd_jax import sharding
 from rtdmd_jax.models.heads import join_heads, split_heads
+from rtdmd_jax.runtime import sharding
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cpu"])

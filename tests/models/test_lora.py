@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from rtdmd_jax.adapters import lora
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.models import lora
 from rtdmd_jax.models.layers import Dense, adapted_product
-from rtdmd_jax.weights.maps import KeyTable, Stack
+from rtdmd_jax.weights.key_table import KeyTable, Stack
 
 TABLE = KeyTable(
   stacks=[Stack("blocks_0", "transformer_blocks")],

@@ -10,10 +10,10 @@ import pytest
 
 import rtdmd_jax
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.models.text import cut_prompts, load_sd3_text, sd3_limits
 from rtdmd_jax.models.tokenizer import Limit, checked_ids, load_tokenizer, longer, tokenize
-from rtdmd_jax.pipeline import text_limits
-from rtdmd_jax.rewards.clipscore import ClipScore
+from rtdmd_jax.pipeline.pipeline import text_limits
+from rtdmd_jax.pipeline.text import cut_prompts, load_sd3_text, sd3_limits
+from rtdmd_jax.rewards.device.clipscore import ClipScore
 
 TINY = Path(rtdmd_jax.__file__).parent / "assets/tiny"
 PROMPTS = ["a photo of a red circle", "Two BLUE squares, and 3 crosses?", " é  猫 ", ""]
@@ -171,6 +171,6 @@ def test_a_prompt_is_cut_where_its_ids_end_beyond_the_length(part):
 
 
 def test_of_very_many_prompts_some_are_looked_at(monkeypatch):
-  monkeypatch.setattr("rtdmd_jax.models.text._MOST_LOOKED_AT", 4)
+  monkeypatch.setattr("rtdmd_jax.pipeline.text._MOST_LOOKED_AT", 4)
   clip, _ = cut_prompts(sd3_limits(TINY), ["a red circle " * (1 + 9 * (i % 2)) for i in range(6)])
   assert clip.startswith("2 of 4 looked at of 6 prompts are longer")

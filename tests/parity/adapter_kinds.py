@@ -18,10 +18,10 @@ from parity.backbones import BACKBONES
 from parity.test_export import FirstRelease
 from safetensors.torch import save_file
 
+from rtdmd_jax.adapters.comfyui import native_layers
+from rtdmd_jax.adapters.load import Lora, load_adapters
+from rtdmd_jax.adapters.peft import adapter_layers
 from rtdmd_jax.models import build_transformer
-from rtdmd_jax.weights.adapters import Lora, load_adapters
-from rtdmd_jax.weights.native import native_layers
-from rtdmd_jax.weights.peft import adapter_layers
 
 NAME = "pytorch_lora_weights.safetensors"
 PIPELINES = {

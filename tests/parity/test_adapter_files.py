@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from parity.backbones import BACKBONES, inputs, loaded
 
+from rtdmd_jax.adapters.comfyui import fused_layers
+from rtdmd_jax.adapters.layers import read_layers
+from rtdmd_jax.adapters.load import Lora, load_adapters
+from rtdmd_jax.adapters.lora import dense_entries
+from rtdmd_jax.adapters.names import layer_names
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import build_transformer
-from rtdmd_jax.models.lora import dense_entries
-from rtdmd_jax.weights.adapter_layers import read_layers
-from rtdmd_jax.weights.adapter_names import layer_names
-from rtdmd_jax.weights.adapters import Lora, load_adapters
-from rtdmd_jax.weights.native import fused_layers
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

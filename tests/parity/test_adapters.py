@@ -9,10 +9,11 @@ import pytest
 from parity.backbones import BACKBONES
 
 from rtdmd_jax import export
+from rtdmd_jax.adapters import lora
+from rtdmd_jax.adapters.peft import adapter_layers, load_peft, save_peft
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.models import build_transformer, lora
+from rtdmd_jax.models import build_transformer
 from rtdmd_jax.models.load import load_transformer
-from rtdmd_jax.weights.peft import adapter_layers, load_peft, save_peft
 from rtdmd_jax.weights.safetensors import read_config
 
 torch = pytest.importorskip("torch")

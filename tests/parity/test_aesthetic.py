@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from rtdmd_jax.rewards.aesthetic import Aesthetic
+from rtdmd_jax.rewards.device.aesthetic import Aesthetic
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -6,7 +6,7 @@ import pytest
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards.backends import mask2former, qwen3_vl
-from rtdmd_jax.rewards.geneval2 import GenEval2, Query, instruction, variants
+from rtdmd_jax.rewards.host.geneval2 import GenEval2, Query, instruction, variants
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.rewards.clipscore import ClipScore
+from rtdmd_jax.rewards.device.clipscore import ClipScore
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -134,7 +134,7 @@ def test_scores_each_image_with_its_own_text_only(pretrained):
 def test_works_without_torch(pretrained):
   code = (
     "import sys; sys.modules.update(torch=None, tensorflow=None)\n"
-    "from rtdmd_jax.rewards.clipscore import ClipScore\n"
+    "from rtdmd_jax.rewards.device.clipscore import ClipScore\n"
     f"reward = ClipScore.from_pretrained({str(pretrained[0])!r})\n"
     "print(reward.tokenize(['a red cube']).tolist())"
   )

@@ -11,11 +11,11 @@ from parity.test_flux_pipelines import LENGTH, PROMPTS, SIZE, flux1, flux2
 from safetensors.numpy import load_file
 
 import rtdmd_jax
-from rtdmd_jax import cli, export, sampling
-from rtdmd_jax.models.lora import build_adapters
-from rtdmd_jax.pipeline import Pipeline
-from rtdmd_jax.weights.adapters import Lora, load_adapters
-from rtdmd_jax.weights.peft import save_peft
+from rtdmd_jax import cli, export
+from rtdmd_jax.adapters.load import Lora, load_adapters
+from rtdmd_jax.adapters.lora import build_adapters
+from rtdmd_jax.adapters.peft import save_peft
+from rtdmd_jax.pipeline import Pipeline, sampling
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -7,10 +7,9 @@ import pytest
 from parity import flux_reference
 from tokenizers import pre_tokenizers
 
-from rtdmd_jax import sampling
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.models.text import load_flux2_text
-from rtdmd_jax.pipeline import Pipeline
+from rtdmd_jax.pipeline import Pipeline, sampling
+from rtdmd_jax.pipeline.text import load_flux2_text
 from rtdmd_jax.pretrain.tokenizers import train_clip_tokenizer, train_t5_tokenizer
 
 torch = pytest.importorskip("torch")

@@ -7,7 +7,7 @@ import pytest
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import clip
 from rtdmd_jax.models.clip_config import TextConfig, VisionConfig
-from rtdmd_jax.rewards.hpsv2 import HPSv2
+from rtdmd_jax.rewards.device.hpsv2 import HPSv2
 from rtdmd_jax.weights.open_clip import to_transformers
 
 torch = pytest.importorskip("torch")

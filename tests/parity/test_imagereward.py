@@ -11,7 +11,7 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import blip
 from rtdmd_jax.models.blip import BlipVisionConfig, ImageRewardNet
 from rtdmd_jax.models.med import MedConfig
-from rtdmd_jax.rewards.imagereward import ImageReward
+from rtdmd_jax.rewards.device.imagereward import ImageReward
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -13,12 +13,14 @@ import pytest
 from parity import backbones
 from parity.backbones import BACKBONES
 
-from rtdmd_jax import stage1
+from rtdmd_jax.adapters.lora import fold_scale, module_names, target_entries
+from rtdmd_jax.adapters.peft import adapter_layers, load_peft
 from rtdmd_jax.algo.subgrpo import sample_noise
 from rtdmd_jax.algo.timesteps import random_stop
-from rtdmd_jax.models.lora import fold_scale, module_names, target_entries
-from rtdmd_jax.state import Conditioning, Frozen, TrainState
-from rtdmd_jax.weights.peft import adapter_layers, load_peft
+from rtdmd_jax.pipeline.conditioning import Conditioning
+from rtdmd_jax.training import stage1
+from rtdmd_jax.training.settings import DMDConfig
+from rtdmd_jax.training.state import Batch, Frozen, Roles, TrainState
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -156,9 +158,7 @@ def generator_gradient(case, roles, config, texts, empty):
   conditioning, unconditional = (
     Conditioning(*jax.tree.map(jnp.asarray, pair)) for pair in (texts, empty)
   )
-  batch = stage1.Batch(
-    conditioning, jnp.array(PROMPT_INDEX), jnp.array(SAMPLE_INDEX), unconditional
-  )
+  batch = Batch(conditioning, jnp.array(PROMPT_INDEX), jnp.array(SAMPLE_INDEX), unconditional)
   frozen = Frozen(case.bases, fold_scale(case.adapters["earlier"], ALPHA), {}, {}, {})
   step = partial(stage1.generator_step, roles=roles, config=config, optimizer=KEEP)
   new, metrics = jax.jit(step)(state, frozen, batch, KEY)
@@ -173,8 +173,8 @@ def test_the_generators_gradient_equals_torchs(name, tmp_path):
   latents, *texts = backbones.inputs(case.transformer)
   _, *empty = backbones.inputs(case.transformer, batch=1, seed=2)
   embedded, scale = case.transformer.embedded_guidance, published.dmd.guidance_low
-  config = stage1.DMDConfig(eta=ETA, guidance_low=scale, guidance_high=scale)
-  roles = stage1.Roles(
+  config = DMDConfig(eta=ETA, guidance_low=scale, guidance_high=scale)
+  roles = Roles(
     case.transformer.apply, "student", "student", "teacher", ALPHA / RANK, jnp.array(SIGMAS),
     latents.shape[1:], embedded,
   )  # fmt: skip

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from rtdmd_jax.models import lora
-from rtdmd_jax.weights.maps import KeyTable
+from rtdmd_jax.adapters import lora
+from rtdmd_jax.weights.key_table import KeyTable
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

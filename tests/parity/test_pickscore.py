@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rtdmd_jax.rewards.pickscore import PickScore
+from rtdmd_jax.rewards.device.pickscore import PickScore
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

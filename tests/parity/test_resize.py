@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rtdmd_jax.rewards.preprocess import ClipTransform, resize
+from rtdmd_jax.rewards.device.preprocess import ClipTransform, resize
 
 torch = pytest.importorskip("torch")
 Image = pytest.importorskip("PIL.Image")

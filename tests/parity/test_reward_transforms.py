@@ -4,7 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from rtdmd_jax.rewards.preprocess import ClipTransform, StretchTransform, plain_cubic_matrix
+from rtdmd_jax.rewards.device.preprocess import (
+  ClipTransform,
+  StretchTransform,
+  plain_cubic_matrix,
+)
 
 torch = pytest.importorskip("torch")
 Image = pytest.importorskip("PIL.Image")

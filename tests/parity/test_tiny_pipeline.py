@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 import rtdmd_jax
-from rtdmd_jax import sampling
+from rtdmd_jax.adapters.lora import fold_scale
+from rtdmd_jax.adapters.peft import load_peft, save_peft
 from rtdmd_jax.aot.abstract import abstract_pipeline
-from rtdmd_jax.models.lora import fold_scale
-from rtdmd_jax.models.text import SD3_T5_LENGTH
-from rtdmd_jax.pipeline import Pipeline
-from rtdmd_jax.weights.peft import load_peft, save_peft
+from rtdmd_jax.pipeline import Pipeline, sampling
+from rtdmd_jax.pipeline.text import SD3_T5_LENGTH
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -17,7 +17,7 @@ import pytest
 from rtdmd_jax.aot.abstract import abstract_pipeline
 from rtdmd_jax.aot.published import PUBLISHED
 from rtdmd_jax.models import build_transformer, clip, qwen3, t5, vae_flux2
-from rtdmd_jax.models.text import FLUX2_LAYERS
+from rtdmd_jax.pipeline.text import FLUX2_LAYERS
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

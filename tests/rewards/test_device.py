@@ -10,13 +10,13 @@ import toy
 
 import rtdmd_jax
 from rtdmd_jax import rewards
-from rtdmd_jax.build import build
 from rtdmd_jax.config import load_config
 from rtdmd_jax.datasets.shapes.draw import draw
 from rtdmd_jax.datasets.shapes.grammar import all_records
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.rewards import device
-from rtdmd_jax.scoring import judge
+from rtdmd_jax.rewards import device_rewards
+from rtdmd_jax.training.latent_rewards import judge
+from rtdmd_jax.training.setup import build
 
 TINY = Path(rtdmd_jax.__file__).parent / "assets/tiny"
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -50,11 +50,11 @@ class Counting:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_chunks_and_repeated_prompts_do_not_change_scores(monkeypatch, count):
-  monkeypatch.setattr(device, "_CHUNK", 2)
+  monkeypatch.setattr(device_rewards, "_CHUNK", 2)
   model = Counting()
   images = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.full((4, 4, 3), 51, np.uint8)
   prompts = ["a", "bb", "a", "ccc", "bb"][:count]
-  got = device.host_reward(model)(images, prompts, None)
+  got = device_rewards.host_reward(model)(images, prompts, None)
   np.testing.assert_allclose(got, [0.2 * i + 2 * len(p) for i, p in enumerate(prompts)], rtol=1e-6)
   assert model.tokenized == [list(dict.fromkeys(prompts))]
 
@@ -69,7 +69,7 @@ def test_two_rewards_of_one_model_and_their_weighted_sum():
     scores["mean"], scores["clipscore"] + 0.5 * scores["pickscore"], rtol=1e-6
   )
   # The sizes are equal, so no resize tells the two apart: only the temperature does.
-  model = device.load("pickscore", CLIP)
+  model = device_rewards.load("pickscore", CLIP)
   scale = np.exp(float(model.params["logit_scale"])) / 26
   np.testing.assert_allclose(scores["pickscore"], scale * scores["clipscore"], rtol=1e-4)
 
@@ -85,8 +85,8 @@ def test_two_rewards_of_one_model_and_their_weighted_sum():
   ],
 )
 def test_wrong_options_are_mistakes_also_in_evaluation(name, options, message):
-  with pytest.raises(device.OptionError, match=message):
-    device.load(name, options)
+  with pytest.raises(device_rewards.OptionError, match=message):
+    device_rewards.load(name, options)
   with pytest.raises(UserError, match=message):
     rewards.make({name: 1.0}, options={name: options}, allow_unavailable=True)
 
@@ -94,13 +94,13 @@ def test_wrong_options_are_mistakes_also_in_evaluation(name, options, message):
 def test_missing_files_are_named(tmp_path):
   for name in ("hpsv2", "aesthetic"):
     with pytest.raises(UserError, match="head.pt is not a file"):
-      device.load(name, CLIP | {"weights": tmp_path / "head.pt"})
+      device_rewards.load(name, CLIP | {"weights": tmp_path / "head.pt"})
   with pytest.raises(UserError, match="med_config.json"):
-    device.load("imagereward", {"weights": tmp_path / "i.pt", "tokenizer": tmp_path})
+    device_rewards.load("imagereward", {"weights": tmp_path / "i.pt", "tokenizer": tmp_path})
 
 
 def test_dtype_by_name():
-  model = device.load("clipscore", CLIP | {"dtype": "bfloat16"})
+  model = device_rewards.load("clipscore", CLIP | {"dtype": "bfloat16"})
   assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype("bfloat16")}
   images, prompts = _drawn(2)
   score = jax.jit(lambda p, x, ids: model.score(p, x, model.text_features(p, ids)))

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from rtdmd_jax.datasets.geneval_records import TAGS
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.rewards.geneval import TAGS, Detection, GenEval, check_record, confident, judge
+from rtdmd_jax.rewards.host.geneval import Detection, GenEval, check_record, confident, judge
 
 LEFT, RIGHT, FAR_RIGHT = (0, 20, 10, 30), (40, 20, 50, 30), (54, 20, 60, 30)
 

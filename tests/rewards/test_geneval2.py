@@ -9,14 +9,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from rtdmd_jax import rewards
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.rewards.geneval2 import (
+from rtdmd_jax.rewards.host.geneval2 import (
   GenEval2,
   aggregate,
   answer_probability,
   instruction,
   variants,
 )
-from rtdmd_jax.rewards.openai_vqa import OpenAIAnswerer
+from rtdmd_jax.rewards.host.openai_vqa import OpenAIAnswerer
 
 COUNTING, YES = "How many teapots are in the image?", "Is the teapot blue?"
 

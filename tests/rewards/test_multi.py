@@ -129,7 +129,7 @@ class FakeClip:
 
 def test_clipscore_is_built_from_its_directory(monkeypatch):
   module = types.SimpleNamespace(ClipScore=FakeClip)
-  monkeypatch.setitem(sys.modules, "rtdmd_jax.rewards.clipscore", module)
+  monkeypatch.setitem(sys.modules, "rtdmd_jax.rewards.device.clipscore", module)
   scorer = rewards.make({"clipscore": 1.0}, options={"clipscore": {"directory": "clip"}})
   scores = scorer(grey(1.0, 0.2), ["a", "bcd"])
   np.testing.assert_allclose(scores["clipscore"], [1.0 + 10, 0.2 + 30], rtol=1e-6)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from rtdmd_jax.datasets.prompts import Prompt
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.prompts import Prompt
 from rtdmd_jax.rewards.needs import check_training_prompts, shortage, unscorable
 
 RECORD = {"tag": "colors", "include": [{"class": "ring", "count": 1, "color": "red"}]}

@@ -4,7 +4,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rtdmd_jax import rewards
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.rewards.ocr import OCR, edit_distance, rapidocr_reader, target_text, text_score
+from rtdmd_jax.rewards.host.ocr import OCR, edit_distance, rapidocr_reader, target_text, text_score
 
 
 @pytest.mark.parametrize(

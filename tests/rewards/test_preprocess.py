@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.rewards.preprocess import ClipTransform, PadTransform, resize, resize_matrix
+from rtdmd_jax.rewards.device.preprocess import (
+  ClipTransform,
+  PadTransform,
+  resize,
+  resize_matrix,
+)
 
 CONFIG = dict(
   size={"shortest_edge": 20},

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rtdmd_jax.rewards.relations import direction, relations
+from rtdmd_jax.datasets.relations import direction, relations
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from reward_faults import BODIES, Proxy, number, numbered, running, serving
 
 from rtdmd_jax import rewards
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.rewards.remote import RemoteReward
-from rtdmd_jax.rewards.service import Limits
+from rtdmd_jax.rewards.remote.reward import RemoteReward
+from rtdmd_jax.rewards.serve.service import Limits
 
 COUNT = 40
 TRUTH = np.arange(COUNT) + 0.5

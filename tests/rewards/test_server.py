@@ -19,8 +19,9 @@ from reward_faults import number, numbered, serving
 
 from rtdmd_jax import cli
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.rewards import protocol, serve
-from rtdmd_jax.rewards.service import Limits
+from rtdmd_jax.rewards.remote import protocol
+from rtdmd_jax.rewards.serve import __main__ as serve
+from rtdmd_jax.rewards.serve.service import Limits
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "correct horse battery"

@@ -6,8 +6,8 @@ from scipy import ndimage
 
 from rtdmd_jax.datasets.shapes.draw import PALETTE, coverage, draw
 from rtdmd_jax.datasets.shapes.grammar import COLORS, SHAPES, TAGS, all_records
-from rtdmd_jax.rewards.geneval import COUNTING_THRESHOLD, SCORE_THRESHOLD, GenEval
-from rtdmd_jax.rewards.shapes_detector import detect_shapes
+from rtdmd_jax.rewards.host.geneval import COUNTING_THRESHOLD, SCORE_THRESHOLD, GenEval
+from rtdmd_jax.rewards.host.shapes_detector import detect_shapes
 
 _SCENES = 2100
 

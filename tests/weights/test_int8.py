@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 from safetensors.numpy import save_file
 
-from rtdmd_jax import sharding
+from rtdmd_jax.runtime import sharding
 from rtdmd_jax.weights.int8 import int8_shapes, quantise
-from rtdmd_jax.weights.maps import KeyTable, Stack
+from rtdmd_jax.weights.key_table import KeyTable, Stack
 from rtdmd_jax.weights.safetensors import load_params
 
 TABLE = KeyTable(stacks=[Stack("blocks", "layers")])

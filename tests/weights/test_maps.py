@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rtdmd_jax.weights.maps import KeyTable, Stack
+from rtdmd_jax.weights.key_table import KeyTable, Stack
 
 TABLE = KeyTable(
   stacks=[Stack("encoder.early", "encoder.layers"), Stack("encoder.late", "encoder.layers", 2)],

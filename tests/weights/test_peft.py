@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from rtdmd_jax.adapters.peft import load_peft, save_peft
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.weights.maps import KeyTable, Stack
-from rtdmd_jax.weights.peft import load_peft, save_peft
+from rtdmd_jax.weights.key_table import KeyTable, Stack
 
 TABLE = KeyTable(
   stacks=[Stack("blocks_0", "transformer_blocks")],

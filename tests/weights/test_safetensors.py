@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.weights.int8 import int8_shapes
-from rtdmd_jax.weights.maps import KeyTable, Stack
+from rtdmd_jax.weights.key_table import KeyTable, Stack
 from rtdmd_jax.weights.safetensors import (
   checkpoint_dtype,
   load_params,

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rtdmd_jax.datasets.relations import RELATION_VECTORS, direction
 from rtdmd_jax.datasets.shapes.grammar import COLORS, SHAPES
-from rtdmd_jax.rewards.relations import RELATION_VECTORS, direction
 
 SIZE = 64
 PALETTE = {

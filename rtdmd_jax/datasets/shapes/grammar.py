@@ -5,7 +5,7 @@ from itertools import permutations
 
 from rtdmd_jax.datasets import geneval_records as make
 from rtdmd_jax.datasets.geneval_records import COUNTS, RELATIONS, scene_key
-from rtdmd_jax.rewards.geneval import TAGS as TAGS
+from rtdmd_jax.datasets.geneval_records import TAGS as TAGS
 
 SHAPES = ("circle", "square", "triangle", "cross")
 # GenEval's colours without orange, purple, brown and white, which a blurred edge of another colour

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.rewards.files import local_option
+from rtdmd_jax.weights.reward_files import local_option
 
 
 class HPSv3:

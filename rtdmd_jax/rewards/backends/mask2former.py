@@ -13,8 +13,8 @@ from PIL import Image
 from rtdmd_jax.datasets.geneval_records import CLASSES, COLORS
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards.backends.pytorch import pretrained, require_torch
-from rtdmd_jax.rewards.files import local_option
-from rtdmd_jax.rewards.geneval import SCORE_THRESHOLD, Detection
+from rtdmd_jax.rewards.host.geneval import SCORE_THRESHOLD, Detection
+from rtdmd_jax.weights.reward_files import local_option
 
 _TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 _GREY = 0x99

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import ModuleType
 
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.extras import missing
+from rtdmd_jax.runtime.extras import missing
 
 
 def require_torch(reward: str) -> ModuleType:

@@ -8,8 +8,8 @@ from PIL import Image
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards.backends.pytorch import pretrained, require_torch
-from rtdmd_jax.rewards.files import local_option
-from rtdmd_jax.rewards.geneval2 import Query, instruction
+from rtdmd_jax.rewards.host.geneval2 import Query, instruction
+from rtdmd_jax.weights.reward_files import local_option
 
 _IMAGE = "<|image_pad|>"
 _CHAT = (

@@ -8,8 +8,8 @@ import pytest
 from rtdmd_jax.datasets.shapes import __main__ as cli
 from rtdmd_jax.datasets.shapes.draw import draw
 from rtdmd_jax.datasets.shapes.grammar import TAGS, all_records, split
-from rtdmd_jax.rewards.geneval import GenEval
-from rtdmd_jax.rewards.shapes_detector import detect_shapes
+from rtdmd_jax.rewards.host.geneval import GenEval
+from rtdmd_jax.rewards.host.shapes_detector import detect_shapes
 
 tfds = pytest.importorskip("tensorflow_datasets")
 pytest.importorskip("array_record")

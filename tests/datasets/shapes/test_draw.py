@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from rtdmd_jax.datasets.relations import relations
 from rtdmd_jax.datasets.shapes.draw import PALETTE, SIZE, coverage, draw, inside_distance
 from rtdmd_jax.datasets.shapes.grammar import COLORS, SHAPES, TAGS, all_records
-from rtdmd_jax.rewards.relations import relations
 
 
 def _sample(tag, count=25):

@@ -1,0 +1,1 @@
+"""LoRA adapters: collections in training, files of every common kind in and out."""

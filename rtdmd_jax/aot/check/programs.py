@@ -1,0 +1,170 @@
+"""The programs of a run, made of shapes alone: whether they can be, and what they would take."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from rtdmd_jax import train
+from rtdmd_jax.aot.abstract import abstract_batch, abstract_reward, abstract_setup
+from rtdmd_jax.aot.check import hardware
+from rtdmd_jax.aot.check.report import Report
+from rtdmd_jax.aot.compile import program_arguments
+from rtdmd_jax.aot.published import PUBLISHED
+from rtdmd_jax.errors import UserError
+from rtdmd_jax.rewards import device_rewards
+from rtdmd_jax.runtime import sharding
+from rtdmd_jax.runtime.flops import count_flops
+from rtdmd_jax.runtime.throughput import loop_turns
+from rtdmd_jax.training.batch import encoding_bytes
+from rtdmd_jax.training.optim import make_optimizer
+from rtdmd_jax.training.setup import Setup, micro_batches, optimizer_config, policy_config
+from rtdmd_jax.training.state import Batch
+from rtdmd_jax.weights.hub import base_name
+
+# What a value that does not fit raises while a program is traced.
+_UNFIT = (ValueError, TypeError, ArithmeticError, flax.errors.FlaxError)
+# The published models' directories, for the sizes of rewards whose files are elsewhere or missing.
+_MODELS = {
+  "clipscore": "clip-vit-large-patch14",
+  "pickscore": "PickScore_v1",
+  "hpsv2": "CLIP-ViT-H-14-laion2B-s32B-b79K",
+  "aesthetic": "clip-vit-large-patch14",
+}
+
+
+def check_programs(report: Report, config: Any, unreadable: Sequence[str]) -> None:
+  """Builds the programs of a run whose networks are known; adds lines on memory and time.
+
+  Rewards and adapters whose files are missing are taken to be as published, or as this run's.
+
+  Args:
+    report: of the check.
+    config: of a stage.
+    unreadable: roles whose adapter of an earlier stage cannot be read.
+  """
+  usable = _described(config, unreadable)
+  mesh = report.attempt(lambda: sharding.make_mesh(**config.mesh))
+  setup = report.attempt(abstract_setup, usable)
+  if setup is None or mesh is None:
+    return
+  with jax.set_mesh(mesh):
+    before = len(report.problems)
+    report.attempt(_divides, usable, setup)
+    report.attempt(policy_config if config.stage == "stage2" else micro_batches, usable)
+    optimizers = train.Optimizers(
+      *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
+    )
+    state = report.attempt(jax.eval_shape, lambda: train.initial_state(usable, setup, optimizers))
+    if state is None:
+      return
+    report.lines += hardware.memory(report, _trees(usable, setup, state), mesh)
+    batch = abstract_batch(usable, setup)
+    report.lines.append(_encodings(config, batch))
+    # Without any reward that is known there is no program of a policy to build.
+    if len(report.problems) == before and (usable.rewards or config.stage == "stage1"):
+      costs = report.attempt(_trace, usable, setup, optimizers, state, batch)
+      if costs is not None:
+        report.lines.append(hardware.time(config, costs))
+
+
+def _described(config: Any, unreadable: Sequence[str]) -> Any:
+  """The configuration with only what is known the shape of."""
+  usable = config.copy_and_resolve_references().unlock()
+  usable.train.check_numbers = False  # changes no shape, and its programs cannot be traced
+  for section in (usable.rewards, usable.eval.rewards):
+    for name in [name for name in section if name in device_rewards.NAMES]:
+      section[name].update(_published(name, section[name]))
+      try:
+        abstract_reward(name, section[name])
+      except (UserError, *_UNFIT):  # said already, of its files
+        del section[name]
+  for role in unreadable:  # a path where nothing is stands for an adapter to come
+    usable.load[role] = str(Path(usable.load[role]) / "unreadable")
+  return usable
+
+
+def _published(name: str, options: Any) -> dict[str, str]:
+  """The published model's directory where the reward's own is neither here nor known."""
+  directory = options.get("directory", "")
+  if name not in _MODELS or Path(directory).is_dir() or base_name(directory) in PUBLISHED:
+    return {}
+  return {"directory": _MODELS[name]}
+
+
+def _divides(config: Any, setup: Setup) -> None:
+  mesh = sharding.current()
+  count, parts = config.batch.prompts * config.batch.repeats, sharding.batch_parts()
+  if count % parts:
+    raise UserError(
+      f"the batch has {count} images (batch.prompts x batch.repeats), which do not split over the"
+      f" {parts} devices of mesh.data x mesh.fsdp; make it a multiple of {parts}."
+    )
+  heads = setup.pipeline.transformer.config.num_attention_heads
+  if heads % mesh.shape["tensor"]:
+    raise UserError(
+      f"mesh.tensor is {mesh.shape['tensor']}, which does not divide the transformer's {heads}"
+      " attention heads."
+    )
+
+
+def _trees(config: Any, setup: Setup, state: Any) -> Mapping[str, Any]:
+  """What stays on the devices during a run, by name."""
+  frozen, mesh = setup.frozen, sharding.current()
+  bases, text = (
+    sharding.placed(tree, mesh, offload=config.model.offload)
+    for tree in (frozen.bases, setup.pipeline.text.params)
+  )
+  watched = {
+    name: abstract_reward(name, options).params
+    for name, options in config.eval.rewards.items()
+    if name in device_rewards.NAMES
+  }
+  return {
+    **{f"base {Path(name).name}": base for name, base in bases.items()},
+    **{f"reward {name}": params for name, params in frozen.rewards.items()},
+    **{f"reward {name}, evaluated": params for name, params in watched.items()},
+    "autoencoder": frozen.vae,
+    "text encoders": text,
+    "earlier adapters": (frozen.generator, frozen.fake_score),
+    "adapters": (state.generator, state.fake_score),
+    "moving average": state.ema,
+    "optimizers": (state.generator_opt, state.fake_score_opt),
+  }
+
+
+def _encodings(config: Any, batch: Batch) -> str:
+  """What encoded prompts take of a host's memory."""
+  one = encoding_bytes(batch)
+  return (
+    f"encoded prompts: {one / 1e6:.2f} MB each, {one * config.batch.prompts / 1e9:.2f} GB a step; a"
+    f" host keeps {config.data.cache_gb:g} GB of the last used (data.cache_gb)"
+  )
+
+
+def _trace(
+  config: Any, setup: Setup, optimizers: Any, state: Any, batch: Batch
+) -> dict[str, float]:
+  """Runs the programs on shapes, where values that do not fit together meet.
+
+  Returns:
+    The operations of each, all devices together.
+  """
+  known = {"state": state, "frozen": setup.frozen, "batch": batch}
+  costs = {}
+  for name, program in train.PROGRAMS[config.stage](config, setup, optimizers).items():
+    args = [known[key] for key in program_arguments(config.stage, name)]
+    try:
+      traced = program.trace(*args)
+    except _UNFIT as error:
+      raise UserError(
+        f"the program {name} cannot be made of this configuration: {error}"
+      ) from error
+    costs[name] = count_flops(traced.jaxpr, loop_turns(name, len(config.dmd.steps))[0])
+    if name == "rollout":
+      score = jax.ShapeDtypeStruct((config.batch.prompts * config.batch.repeats,), jnp.float32)
+      known |= {"samples": traced.out_info, "rewards": dict.fromkeys(config.rewards, score)}
+  return costs

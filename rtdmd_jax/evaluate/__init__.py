@@ -1,0 +1,1 @@
+"""Systems drawn, scored on held-out prompts and compared, during a run and apart from it."""

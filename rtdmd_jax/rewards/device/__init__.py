@@ -1,0 +1,1 @@
+"""Rewards computed on the device, each with its gradient by the image."""

@@ -1,0 +1,1 @@
+"""Rewards behind a URL: the client, and what travels."""

@@ -1,0 +1,1 @@
+"""What any long run on several devices needs; knows nothing of RTDMD."""

@@ -1,0 +1,74 @@
+"""What a training step reads and writes."""
+
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+
+from rtdmd_jax.pipeline.conditioning import Conditioning
+from rtdmd_jax.pipeline.velocity import ApplyFn
+
+Tree = Any
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that training changes; a checkpoint holds exactly this.
+
+  `generator` and `fake_score` are the adapters being trained, `ema` the moving average of the
+  generator's, always float32. Randomness is a function of the seed and `step`, so no key needs to
+  be stored.
+  """
+
+  step: jax.Array
+  generator: Tree
+  fake_score: Tree
+  ema: Tree
+  generator_opt: Tree
+  fake_score_opt: Tree
+
+
+@flax.struct.dataclass
+class Frozen:
+  """What training reads and never changes.
+
+  `bases` maps a base's key to its parameters, so that roles that share a base share the arrays;
+  `generator` and `fake_score` are earlier stages' adapters with their scale folded in (or empty).
+  `rewards` holds the parameters of the rewards on the device, `vae` those of the decoder.
+  """
+
+  bases: dict[str, Tree]
+  generator: Tree
+  fake_score: Tree
+  vae: Tree
+  rewards: dict[str, Tree]
+
+
+@flax.struct.dataclass
+class Batch:
+  """Encoded prompts and the global indices of the samples.
+
+  `conditioning` holds each distinct prompt once; `prompt_index` [N] says which one a sample uses;
+  `sample_index` [N] makes every sample's noise independent of where it is computed. `reward_text`
+  has the distinct prompts' features for each reward on the device.
+  """
+
+  conditioning: Conditioning
+  prompt_index: jax.Array
+  sample_index: jax.Array
+  unconditional: Conditioning | None
+  reward_text: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+
+
+class Roles(NamedTuple):
+  """How the three roles are computed: the backbone, its bases' keys and the schedule."""
+
+  apply: ApplyFn
+  generator: str
+  fake_score: str
+  teacher: str
+  adapter_scale: float
+  sigmas: jax.Array  # [K + 1] with the final 0
+  latent_shape: tuple[int, int, int]
+  embedded_guidance: bool = False
