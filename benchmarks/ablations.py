@@ -1,8 +1,8 @@
 """The paper's ablations on the shipped tiny pipeline, and ours of its deviations.
 
-python benchmarks/ablations.py                      # all that ablations.json lacks; hours
-python benchmarks/ablations.py --only=stage1 --seeds 0
-python benchmarks/ablations.py --table              # prints what there is
+python -m benchmarks.ablations                      # all that ablations.json lacks; hours
+python -m benchmarks.ablations --only=stage1 --seeds 0
+python -m benchmarks.ablations --table              # prints what there is
 
 A run is short (see `STAGES`): differences between its variants are what counts, not its scores. All
 start from the same weights; every trained generator draws `IMAGES` images for each held-out

@@ -1,6 +1,6 @@
 """What programs need on absent TPUs, without waiting for the compiler's last and longest part.
 
-python benchmarks/aot_bounds.py configs/flux2_stage2.py v5e:8x8 batch.micro_batches=6
+python -m benchmarks.aot_bounds configs/flux2_stage2.py v5e:8x8 batch.micro_batches=6
 
 `python -m rtdmd_jax.aot` compiles to the end, minutes a program. All that it reports but the size
 of the code is known before libtpu generates code: here a process of its own compiles each program,

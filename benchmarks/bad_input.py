@@ -1,6 +1,6 @@
 """Reads generated bad input and counts what becomes of it, as a table in markdown.
 
-python benchmarks/bad_input.py --examples=400
+python -m benchmarks.bad_input --examples=400
 
 Exits with 1 if anything but one sentence of refusal was raised; the first such case of each kind is
 printed. Needs the `test` extra.
@@ -13,11 +13,9 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from bad_inputs import SURFACES, Surface, outcome, service  # noqa: E402
-from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
+from tests.support.bad_inputs import SURFACES, Surface, outcome, service
 
 
 def campaign(surface: Surface, examples: int, number: int) -> tuple[Counter, dict[str, str]]:

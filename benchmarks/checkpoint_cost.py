@@ -1,6 +1,6 @@
 """What a checkpoint costs training: blocks of steps with and without a save, in turns.
 
-python benchmarks/checkpoint_cost.py --config=configs/tiny_stage1.py --blocks=10 --steps=9
+python -m benchmarks.checkpoint_cost --config=configs/tiny_stage1.py --blocks=10 --steps=9
 
 Prints a row of a markdown table: how long the loop stands still in `save`, by how much a block that
 begins with a save takes longer than the one before it (the copy to the host and the writing

@@ -1,6 +1,6 @@
 """Times the compilation of an image decoder and of other parts for a TPU that is not there.
 
-  python benchmarks/compile_parts.py v6e:1x1
+  python -m benchmarks.compile_parts v6e:1x1
 
 The autoencoder of SD3 and FLUX.1, one image of 512 px, and the patch embedding of a ViT-H/14; in
 bfloat16, for one device. Needs libtpu. Processor seconds are those of all threads. Cycles are what
@@ -8,24 +8,20 @@ libtpu expects of fused operations, loops multiplied out.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-from rtdmd_jax.aot.compile import get_devices  # noqa: E402
-from rtdmd_jax.aot.hlo import traffic  # noqa: E402
-from rtdmd_jax.models.convolution import convolve, convolve_blocks  # noqa: E402
-from rtdmd_jax.models.vae import Decoder, MidAttention, ResnetBlock, VAEConfig  # noqa: E402
-from rtdmd_jax.runtime import sharding  # noqa: E402  reachable only now
+from rtdmd_jax.aot.compile import get_devices
+from rtdmd_jax.aot.hlo import traffic
+from rtdmd_jax.models.convolution import convolve, convolve_blocks
+from rtdmd_jax.models.vae import Decoder, MidAttention, ResnetBlock, VAEConfig
+from rtdmd_jax.runtime import sharding
 
 CONFIG = VAEConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16)
 DTYPE = jnp.bfloat16

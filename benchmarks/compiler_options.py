@@ -1,6 +1,6 @@
 """Compiles one program for an absent TPU with several of libtpu's options, one after another.
 
-  python benchmarks/compiler_options.py configs/flux1_stage1.py v6e:8x8 generator \
+  python -m benchmarks.compiler_options configs/flux1_stage1.py v6e:8x8 generator \
     batch.prompts=256 batch.micro_batches=1 --options xla_tpu_scoped_vmem_limit_kib=16384
 
 The first row is without any. Products are fused operations with a matrix product or a convolution;
@@ -15,8 +15,8 @@ import re
 import time
 
 import jax
-from aot_bounds import digits, traced
 
+from benchmarks.aot_bounds import digits, traced
 from rtdmd_jax.aot.compile import compile_to_text
 from rtdmd_jax.aot.hlo import parse, traffic
 from rtdmd_jax.aot.published import PUBLISHED

@@ -1,6 +1,6 @@
 """Where the few-step generator loses quality: the teacher finishes its rollouts.
 
-python benchmarks/completions.py --config=configs/tiny_stage2.py --images=2
+python -m benchmarks.completions --config=configs/tiny_stage2.py --images=2
 
 Row k: the first k steps are the cold start's, the rest are Euler steps of the teacher with guidance
 from the level reached. Means over held-out prompts and their 95 % intervals; the last row is the

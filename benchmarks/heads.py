@@ -1,6 +1,6 @@
 """Heads by a plain reshape beside heads by whole tiles, for one absent TPU.
 
-  python benchmarks/heads.py configs/flux2_stage1.py v5e:2x4
+  python -m benchmarks.heads configs/flux2_stage1.py v5e:2x4
 
 Compiles the gradient of the fake score's velocity by its adapters, 4 images, kernels and blocks as
 in the config, once each way (`rtdmd_jax/models/heads.py`). Cycles are what libtpu expects of fused

@@ -1,4 +1,4 @@
-"""What int8 kernels change in a velocity: python benchmarks/int8_error.py
+"""What int8 kernels change in a velocity: python -m benchmarks.int8_error
 
 Root mean square of the difference to float32 over that of the velocity, along the Euler steps of
 the float32 network, for the shipped tiny SD3 pipeline and for a small FLUX.2-klein with random

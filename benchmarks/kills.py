@@ -1,6 +1,6 @@
 """Kills training with SIGKILL at random moments, resumes it, and compares where it ends.
 
-python benchmarks/kills.py --kills=10 --append=docs/robustness.md
+python -m benchmarks.kills --kills=10 --append=docs/robustness.md
 
 Of each stage a tiny run is made twice undisturbed. Then the same run is killed again and again: at
 a moment drawn from the length of the second one, or, every second time, while a checkpoint is being
@@ -169,7 +169,7 @@ def main() -> int:
   date = datetime.now(UTC).strftime("%Y-%m-%d")
   lines = [
     "",
-    f"`python benchmarks/kills.py --kills={options.kills} --seed={options.seed}`, {date}:",
+    f"`python -m benchmarks.kills --kills={options.kills} --seed={options.seed}`, {date}:",
     "",
     "| stage | kills | before the first checkpoint | between saves | during a save"
     " | runs to the end | leaves compared | last checkpoint |",

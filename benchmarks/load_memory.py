@@ -1,4 +1,4 @@
-"""Peak host memory of loading a checkpoint: python benchmarks/load_memory.py --gigabytes=2
+"""Peak host memory of loading a checkpoint: python -m benchmarks.load_memory --gigabytes=2
 
 Writes a random sharded FLUX.2 transformer of about that size to a temporary directory, loads it in
 a process of its own and compares the peak of resident memory, less what was there before and the

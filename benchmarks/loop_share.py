@@ -1,6 +1,6 @@
 """How much of a training loop passes outside of its compiled programs.
 
-  python benchmarks/loop_share.py configs/tiny_stage1.py configs/tiny_stage2.py --steps=12
+  python -m benchmarks.loop_share configs/tiny_stage1.py configs/tiny_stage2.py --steps=12
 
 Runs the training loop as it is, without evaluations, previews and saves, and notes when each
 program is called and when its result is there. The share is what no program covers of the time
@@ -9,7 +9,6 @@ the programs around them; rewards on the host lie in one, as far as no program r
 """
 
 import argparse
-import sys
 import tempfile
 import threading
 import time
@@ -20,12 +19,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from rtdmd_jax import train  # noqa: E402  reachable only now
-from rtdmd_jax.config import load_config  # noqa: E402
-from rtdmd_jax.runtime.throughput import Meter  # noqa: E402
-from rtdmd_jax.training.state import TrainState  # noqa: E402
+from rtdmd_jax import train
+from rtdmd_jax.config import load_config
+from rtdmd_jax.runtime.throughput import Meter
+from rtdmd_jax.training.state import TrainState
 
 NEVER = 10**9
 WARM = 2  # steps that compile

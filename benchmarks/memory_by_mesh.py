@@ -1,4 +1,4 @@
-"""What lies on every device during stage 2 of each family: python benchmarks/memory_by_mesh.py
+"""What lies on every device during stage 2 of each family: python -m benchmarks.memory_by_mesh
 
 Bytes at rest by the sharding table (parameters, adapters with moments and moving average, text
 encoders, autoencoder, rewards on the device) without the temporaries of a step, which

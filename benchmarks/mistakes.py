@@ -1,6 +1,6 @@
 """What is wrong with the objects that prompts ask for: cold start beside teacher.
 
-python benchmarks/mistakes.py --config=configs/tiny_stage2.py --images=2
+python -m benchmarks.mistakes --config=configs/tiny_stage2.py --images=2
 
 Shares of the entries of held-out GenEval records of `--tag`, judged by the pixel detector.
 """

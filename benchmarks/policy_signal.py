@@ -1,6 +1,6 @@
 """How much signal a policy gradient has, and what the rewards agree on, at the start of a run.
 
-python benchmarks/policy_signal.py --config=configs/tiny_stage2.py --batches=8 --steps=0-0,0-2
+python -m benchmarks.policy_signal --config=configs/tiny_stage2.py --batches=8 --steps=0-0,0-2
 
 For each range of stochastic steps (all of it trains) and each reward alone: the mean cosine of the
 policy gradients of independent batches with its standard error, and that of the means of two halves

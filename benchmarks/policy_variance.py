@@ -1,6 +1,6 @@
 """Variance of the policy gradient on images: SubGRPO beside naive GRPO, at equal samples.
 
-python benchmarks/policy_variance.py --config=configs/tiny_stage2.py --batches=24
+python -m benchmarks.policy_variance --config=configs/tiny_stage2.py --batches=24
 
 Each row is a policy: M of the three stochastic steps train, and the noise of the others is shared
 within a prompt's group or not. Every batch has its own prompts and noise; all policies see the same
@@ -14,8 +14,8 @@ import argparse
 import jax
 import jax.numpy as jnp
 import numpy as np
-from policy_signal import policy_programs, score
 
+from benchmarks.policy_signal import policy_programs, score
 from rtdmd_jax.config import load_config
 from rtdmd_jax.runtime import sharding
 from rtdmd_jax.train import step_batch

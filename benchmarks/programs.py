@@ -1,7 +1,7 @@
 """Times every program of a training step with random weights of the published shapes.
 
-  python benchmarks/programs.py                      # one GPU: the list below
-  python benchmarks/programs.py configs/tiny_stage1.py --devices 1 2 4 8 --images=32
+  python -m benchmarks.programs                      # one GPU: the list below
+  python -m benchmarks.programs configs/tiny_stage1.py --devices 1 2 4 8 --images=32
 
 No checkpoint is needed. Each case runs in a process of its own: a config, an attention kernel, a
 number of devices (of a CPU: simulated ones). A row is one program: seconds of its first call, mean
@@ -21,17 +21,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from rtdmd_jax import train  # noqa: E402  reachable only now
-from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup  # noqa: E402
-from rtdmd_jax.aot.compile import program_arguments  # noqa: E402
-from rtdmd_jax.config import load_config  # noqa: E402
-from rtdmd_jax.runtime.flops import count_flops  # noqa: E402
-from rtdmd_jax.runtime.sharding import current, make_mesh, shardings  # noqa: E402
-from rtdmd_jax.runtime.throughput import loop_turns, peak_tflops  # noqa: E402
-from rtdmd_jax.training.optim import make_optimizer  # noqa: E402
-from rtdmd_jax.training.setup import optimizer_config  # noqa: E402
+from rtdmd_jax import train
+from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup
+from rtdmd_jax.aot.compile import program_arguments
+from rtdmd_jax.config import load_config
+from rtdmd_jax.runtime.flops import count_flops
+from rtdmd_jax.runtime.sharding import current, make_mesh, shardings
+from rtdmd_jax.runtime.throughput import loop_turns, peak_tflops
+from rtdmd_jax.training.optim import make_optimizer
+from rtdmd_jax.training.setup import optimizer_config
+
+ROOT = Path(__file__).parents[1]
 
 # Config and attention kernel, for one GPU of 80 GB or more.
 GPU_CASES = (

@@ -1,4 +1,4 @@
-"""Host memory of the encodings of prompts: python benchmarks/prompt_memory.py sd35 --steps=1000
+"""Host memory of the encodings of prompts: python -m benchmarks.prompt_memory sd35 --steps=1000
 
 Makes the batches of each family's published stage 2, in their order, through the training's own
 `make_batch` and `PromptCache`. The encodings have the published types and sizes, and a simulated

@@ -1,22 +1,19 @@
 """Draws what healthy curves look like, from one run of each stage; needs matplotlib.
 
-  python benchmarks/reference_curves.py runs/stage1 runs/stage2 --out=docs/reference_curves.svg
+  python -m benchmarks.reference_curves runs/stage1 runs/stage2 --out=docs/reference_curves.svg
 
 docs/reference_curves.svg shows runs of configs/tiny_stage1.py and configs/tiny_stage2.py.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import matplotlib
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-from rtdmd_jax.runtime.metrics import read_metrics  # noqa: E402  reachable only now
+from rtdmd_jax.runtime.metrics import read_metrics
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 # A panel's curves; the first stage's row, then the second's.
 PANELS = (

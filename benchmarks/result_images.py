@@ -1,21 +1,18 @@
 """Draws what a run ended with: its systems side by side, the first prompts of its evaluation.
 
-  python benchmarks/result_images.py runs/tiny --out=docs/result_images.png
+  python -m benchmarks.result_images runs/tiny --out=docs/result_images.png
 
 docs/result_images.png shows a run of configs/tiny_stage2.py.
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-from rtdmd_jax.report.grids import save_png, side_by_side  # noqa: E402  reachable only now
+from rtdmd_jax.report.grids import save_png, side_by_side
 
 
 def main():

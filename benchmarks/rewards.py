@@ -1,6 +1,6 @@
 """Images scored a second: rewards on the device, beside their torch references in the same run.
 
-  python benchmarks/rewards.py --size=small --images=64
+  python -m benchmarks.rewards --size=small --images=64
 
 Both sides take 8-bit images and prompts and give scores. The references do what RTDMD's released
 code does, in float32: Pillow's preprocessing on the host for PickScore, aesthetic and ImageReward,
@@ -11,7 +11,6 @@ torch.
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,17 +18,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import clip_files as files  # noqa: E402  reachable only now
-import transformers  # noqa: E402
-from blip_files import write_imagereward  # noqa: E402
-from open_clip_files import write_open_clip  # noqa: E402
-
-from rtdmd_jax.models.blip import BlipVisionConfig  # noqa: E402
-from rtdmd_jax.rewards import device_rewards  # noqa: E402
+from rtdmd_jax.models.blip import BlipVisionConfig
+from rtdmd_jax.rewards import device_rewards
+from tests.support import clip_files as files
+from tests.support.blip_files import write_imagereward
+from tests.support.open_clip_files import write_open_clip
 
 # "full" is the published one.
 CLIP_L = {

@@ -4,8 +4,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from bad_inputs import SURFACES, outcome, service
 from hypothesis import HealthCheck, given, settings
+
+from tests.support.bad_inputs import SURFACES, outcome, service
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,8 +11,8 @@ from rtdmd_jax.config import flatten, load_config
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.rewards import device_rewards
+from tests.support.paths import CONFIGS
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 NETWORKS = {
   "sd35": {"_class_name": "SD3Transformer2DModel", "num_layers": 24, "qk_norm": "rms_norm",
            "num_attention_heads": 24, "caption_projection_dim": 1536,

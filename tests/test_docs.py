@@ -13,7 +13,10 @@ from importlib import import_module
 
 import numpy as np
 import pytest
-from docs_blocks import (
+
+from rtdmd_jax.config import flatten, load_config
+from rtdmd_jax.rewards import device_rewards, host_rewards, make, multi
+from tests.support.docs_blocks import (
   GENEVAL_URL,
   ROOT,
   checkout,
@@ -22,9 +25,6 @@ from docs_blocks import (
   recorded,
   take_for_granted,
 )
-
-from rtdmd_jax.config import flatten, load_config
-from rtdmd_jax.rewards import device_rewards, host_rewards, make, multi
 
 DOCS = ROOT / "docs"
 BLOCKS = collect()
@@ -38,7 +38,7 @@ NOT_RUN = {
     "python -m rtdmd_jax.aot --config=configs/tiny_stage1.py --topology=v5e:2x2"
     " --json=report.json": _TPU,
   },
-  "docs/backbones.md": {"PYTHONPATH=. python tests/aot/offload_on_tpu.py": _TPU},
+  "docs/backbones.md": {"PYTHONPATH=. python tests/support/offload_on_tpu.py": _TPU},
   "docs/data.md": {
     "git clone --depth=1 https://github.com/Harahan/RTDMD && mkdir -p prompts && cp -r"
     " RTDMD/dataset/pickscore prompts/": "needs the network; its command of Python is run below it",
@@ -54,26 +54,26 @@ NOT_RUN = {
     "python -m benchmarks.tilt.run --only=bfloat16": _MEASURES,
   },
   "docs/hardware.md": {
-    "python benchmarks/aot_bounds.py configs/sd3_stage1.py v5e:2x4": _TPU,
+    "python -m benchmarks.aot_bounds configs/sd3_stage1.py v5e:2x4": _TPU,
     "python -m rtdmd_jax.aot --config=configs/flux1_stage2.py --topology=v6e:8x8 \\": _TPU,
-    "python benchmarks/compiler_options.py configs/flux1_stage1.py v6e:8x8 generator \\": _TPU,
+    "python -m benchmarks.compiler_options configs/flux1_stage1.py v6e:8x8 generator \\": _TPU,
     "APART=xla_tpu_dot_dot_fusion=false,xla_tpu_nested_dot_fusion=false"
     " TILES=xla_tpu_scoped_vmem_limit_kib": _TPU,
-    "python benchmarks/compile_parts.py v6e:1x1": _TPU,
-    "python benchmarks/heads.py configs/flux2_stage1.py v5e:2x4": _TPU,
-    "python benchmarks/aot_bounds.py configs/tiny_stage1.py v5e:2x2": _TPU,
+    "python -m benchmarks.compile_parts v6e:1x1": _TPU,
+    "python -m benchmarks.heads configs/flux2_stage1.py v5e:2x4": _TPU,
+    "python -m benchmarks.aot_bounds configs/tiny_stage1.py v5e:2x2": _TPU,
     "python -m rtdmd_jax.aot --config=configs/flux2_stage1.py --topology=v5e:2x4 \\": _TPU,
     "taskset -c 0 python -m benchmarks.steps --rounds=5 --compile": _MEASURES,
     "taskset -c 0 python -m benchmarks.step_profile": _MEASURES,
-    "python benchmarks/loop_share.py configs/tiny_stage1.py configs/tiny_stage2.py --steps=10": (
+    "python -m benchmarks.loop_share configs/tiny_stage1.py configs/tiny_stage2.py --steps=10": (
       _MEASURES
     ),
-    "python benchmarks/programs.py configs/tiny_stage1.py --devices 1 2 4 8 --images=32": _MEASURES,
-    "python benchmarks/programs.py": "needs a GPU of 80 GB",
+    "python -m benchmarks.programs configs/tiny_stage1.py --devices 1 2 4 8 --images=32": _MEASURES,
+    "python -m benchmarks.programs": "needs a GPU of 80 GB",
   },
-  "docs/rewards_device.md": {"python benchmarks/rewards.py --size=small --images=1152": _MEASURES},
+  "docs/rewards_device.md": {"python -m benchmarks.rewards --size=small --images=1152": _MEASURES},
   "docs/robustness.md": {
-    "for seed in 1 2 3 4; do python benchmarks/kills.py --kills=50 --seed=$seed; done": _MEASURES,
+    "for seed in 1 2 3 4; do python -m benchmarks.kills --kills=50 --seed=$seed; done": _MEASURES,
   },
   "docs/sharding.md": {
     "python -m rtdmd_jax.main --config=configs/flux2_stage2.py --workdir=runs/flux2_stage2 \\": (
@@ -81,7 +81,7 @@ NOT_RUN = {
     ),
   },
   "docs/troubleshooting.md": {
-    "python benchmarks/reference_curves.py runs/stage1 runs/stage2"
+    "python -m benchmarks.reference_curves runs/stage1 runs/stage2"
     " --out=docs/reference_curves.svg": "needs matplotlib",
   },
 }
@@ -128,7 +128,7 @@ def test_every_command_line_is_understood(tmp_path):
       commands += recorded(folder)
   assert len(commands) > 60
   done = subprocess.run(
-    [sys.executable, ROOT / "tests/docs_parse.py"],
+    [sys.executable, ROOT / "tests/support/docs_parse.py"],
     input=json.dumps(commands),
     cwd=folder,
     env=os.environ | {"PYTHONPATH": str(folder)},

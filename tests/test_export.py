@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
@@ -14,6 +13,7 @@ from rtdmd_jax.adapters.lora import build_adapters, equal_ranks, fold_scale, sta
 from rtdmd_jax.adapters.peft import save_peft
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.weights.safetensors import load_params, save_model
+from tests.support import toy
 
 # Several heads, a dual-attention block, and a last block without text output.
 CONFIG = dict(

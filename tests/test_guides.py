@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from docs_blocks import Block, checkout, collect, execute
 from PIL import Image
 
 from rtdmd_jax.datasets.prompts import load_prompts
+from tests.support.docs_blocks import Block, checkout, collect, execute
 
 BLOCKS = [block for block in collect() if block.page == "docs/guides.md"]
 

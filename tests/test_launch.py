@@ -4,11 +4,12 @@ import os
 import shlex
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+from tests.support.paths import ROOT
+
+LAUNCH = ROOT / "launch"
 VARIABLES = {name: name.lower() for name in ("PROJECT", "ZONE", "CLUSTER", "NAME", "TYPE")}
 VARIABLES |= {"RUNTIME": "runtime", "SOURCE": "https://example.org/repo", "IMAGE": "image:1"}
 FLAGS = ["--config=configs/tiny_stage2.py", "--workdir=runs/a b"]

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +17,8 @@ from rtdmd_jax.config import load_config
 from rtdmd_jax.evaluate import suite
 from rtdmd_jax.sample import Settings
 from rtdmd_jax.training.setup import dmd_config, optimizer_config, policy_config
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(
   p for p in (ROOT / "configs").glob("*.py") if p.name not in ("common.py", "families.py")
 )

@@ -3,7 +3,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from rtdmd_jax import cli, sample
 from rtdmd_jax.config import load_config
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/tiny_infer.py"
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares", "a photo of a green cross"]
 

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -10,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
-import toy_run
 
 from rtdmd_jax import train
 from rtdmd_jax.config import flatten, load_config
@@ -19,8 +16,9 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.evaluate import evaluator, finish, held_out, systems
 from rtdmd_jax.runtime.sharding import make_mesh
 from rtdmd_jax.training.unused_settings import settings_without_effect
+from tests.support import toy, toy_run
+from tests.support.paths import CONFIGS
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("stage1", "stage2")
 # What is traced is small; values with which more keys act than with those of the tiny run.
 SMALL = {

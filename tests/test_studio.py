@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,8 +17,8 @@ from rtdmd_jax.config import load_config
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.runtime import sharding
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs/tiny_eval.py")
 
 

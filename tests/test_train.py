@@ -17,8 +17,8 @@ from rtdmd_jax import cli, errors, main
 from rtdmd_jax.config import load_config
 from rtdmd_jax.report.scores import score_text
 from rtdmd_jax.weights.safetensors import read_config
+from tests.support.paths import CONFIGS
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = [
   "--config.batch.prompts=2",
   "--config.batch.repeats=2",

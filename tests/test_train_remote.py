@@ -1,16 +1,15 @@
 """Training on a reward that a service computes, with faults on the way."""
 
 import re
-from pathlib import Path
 
 import pytest
-from reward_faults import Proxy, running, serving
 
 from rtdmd_jax import cli, main
 from rtdmd_jax.rewards.host.geneval import GenEval
 from rtdmd_jax.rewards.host.shapes_detector import detect_shapes
+from tests.support.paths import CONFIGS
+from tests.support.reward_faults import Proxy, running, serving
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 CONFIG = """
 import sys
 sys.path.insert(0, {configs!r})

@@ -4,14 +4,13 @@ import os
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from test_help import TOOLS
 
 from rtdmd_jax.runtime import extras
+from tests.support.paths import ROOT
+from tests.test_help import TOOLS
 
-ROOT = Path(__file__).parents[1]
 TINY = ROOT / "rtdmd_jax/assets/tiny"
 CONFIGS = {
   "training": ROOT / "configs/tiny_stage2.py",

@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from algo_inputs import NOISE, S, T, V, X
 
 from rtdmd_jax.algo import losses
 from rtdmd_jax.algo.transitions import ambient_target, cps_step, renoise, x0_from_v
+from tests.support.algo_inputs import NOISE, S, T, V, X
 
 
 def linear(w):

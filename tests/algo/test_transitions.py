@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from algo_inputs import NOISE, S, T, V, X
 
 from rtdmd_jax.algo import transitions as tr
+from tests.support.algo_inputs import NOISE, S, T, V, X
 
 
 def recorded(actual, expected):

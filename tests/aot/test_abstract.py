@@ -1,12 +1,9 @@
 """Shapes of published checkpoints against published sizes, and of a real one against its files."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
 
-import rtdmd_jax
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_pipeline, abstract_setup
 from rtdmd_jax.aot.compile import compile_to_text
 from rtdmd_jax.aot.hlo import traffic
@@ -16,8 +13,7 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.runtime.chips import CHIPS, chip, roofline
 from rtdmd_jax.training.setup import build
 from rtdmd_jax.weights.int8 import STORAGES
-
-CONFIGS = Path(rtdmd_jax.__file__).parents[1] / "configs"
+from tests.support.paths import CONFIGS
 
 
 def _count(tree):

@@ -5,11 +5,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 pytestmark = pytest.mark.slow
 tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 
@@ -49,7 +49,7 @@ def test_the_tiny_run_fits(tmp_path, stage, topology, programs):
 
 @tpu
 def test_offloaded_kernels_never_lie_on_the_device_as_a_stack():
-  done = _run(program=("tests/aot/offload_on_tpu.py",))
+  done = _run(program=("tests/support/offload_on_tpu.py",))
   assert done.returncode == 0, done.stderr
   found = json.loads(done.stdout)
   here, there = found["resident"], found["offloaded"]
@@ -88,7 +88,7 @@ def test_mistakes_exit_with_2(arguments, message):
 
 @tpu
 def test_int8_kernels_stay_int8_until_their_block():
-  done = _run(program=("tests/aot/int8_on_tpu.py",))
+  done = _run(program=("tests/support/int8_on_tpu.py",))
   assert done.returncode == 0, done.stderr
   # No floats of a whole stack are kept, and devices send each other one byte a weight.
   assert json.loads(done.stdout) == {"stacks": ["s8"], "gathered": ["s8"]}

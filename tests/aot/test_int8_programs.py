@@ -1,21 +1,18 @@
 """The programs of a run over int8 bases hold no floating-point copy of one."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
-from programs import float_results
 
-import rtdmd_jax
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup
 from rtdmd_jax.aot.compile import program_arguments
 from rtdmd_jax.config import load_config
 from rtdmd_jax.train import PROGRAMS, Optimizers, initial_state
 from rtdmd_jax.training.optim import make_optimizer
 from rtdmd_jax.training.setup import optimizer_config
+from tests.support.paths import CONFIGS
+from tests.support.programs import float_results
 
-CONFIGS = Path(rtdmd_jax.__file__).parents[1] / "configs"
 # Six images at once, so that no activation has the shape of a stack of five blocks.
 OVERRIDES = [
   "model.base_storage=int8",

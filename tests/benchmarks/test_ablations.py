@@ -1,19 +1,13 @@
 """benchmarks/ablations.py: its variants are runs, its distance is one."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 
+from benchmarks import ablations
 from rtdmd_jax.config import load_config
 from rtdmd_jax.training.setup import policy_config
 from rtdmd_jax.training.validate import check_limits
-
-ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("ablations", ROOT / "benchmarks/ablations.py")
-ablations = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ablations)
+from tests.support.paths import ROOT
 
 
 @pytest.mark.parametrize("stage", list(ablations.STAGES))

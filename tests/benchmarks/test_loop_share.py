@@ -1,14 +1,8 @@
 """The yardstick of benchmarks/loop_share.py."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
-PATH = Path(__file__).parents[2] / "benchmarks/loop_share.py"
-spec = importlib.util.spec_from_file_location("loop_share", PATH)
-loop_share = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(loop_share)
+from benchmarks import loop_share
 
 
 def test_gaps_are_what_no_program_covers():

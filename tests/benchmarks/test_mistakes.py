@@ -1,11 +1,9 @@
 """What benchmarks/mistakes.py calls the objects of an image."""
 
-import importlib
-from pathlib import Path
-
 import numpy as np
 import pytest
 
+from benchmarks import mistakes
 from rtdmd_jax.datasets.shapes.draw import WASHED_OUT, draw
 from rtdmd_jax.datasets.shapes.grammar import all_records
 from rtdmd_jax.rewards.host.geneval import Detection
@@ -30,24 +28,18 @@ RECORD = {
   ],
 )
 def test_verdicts(monkeypatch, colors, expected):
-  monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-  mistakes = importlib.import_module("mistakes")
   found = {"circle": [Detection("circle", (0, 0, 1, 1), 1.0, color) for color in colors]}
   assert mistakes.verdict(RECORD["include"][0], RECORD, found) == expected
   assert expected in mistakes.VERDICTS
 
 
 def test_without_a_colour_counts_decide(monkeypatch):
-  monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-  mistakes = importlib.import_module("mistakes")
   need = {"class": "circle", "count": 2}
   found = {"circle": [Detection("circle", (0, 0, 1, 1), 1.0, c) for c in ("red", "blue")]}
   assert mistakes.verdict(need, {"tag": "counting", "include": [need]}, found) == "right"
 
 
 def test_tells_washed_out_images(monkeypatch):
-  monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-  mistakes = importlib.import_module("mistakes")
   records = [r for r in all_records() if r["tag"] == "colors"]
   for contrast, washed in ((1.0, False), (WASHED_OUT[1], True)):
     rng = np.random.default_rng(0)

@@ -1,18 +1,14 @@
 """What benchmarks/policy_variance.py compares."""
 
-import importlib
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import policy_variance as variance
 from rtdmd_jax.pipeline.conditioning import Conditioning
 from rtdmd_jax.training.state import Batch
 
 
 def test_a_sample_alone_has_its_own_noise_and_its_prompts_rows(monkeypatch):
-  monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-  variance = importlib.import_module("policy_variance")
   tokens, pooled = jnp.arange(6.0).reshape(2, 3, 1), jnp.arange(4.0).reshape(2, 2)
   rows = jnp.array([0, 0, 1, 1])
   none = Conditioning(jnp.zeros((1, 3, 1)), jnp.zeros((1, 2)))

@@ -1,18 +1,12 @@
 """benchmarks/programs.py on the tiny shapes."""
 
-import importlib.util
-from pathlib import Path
-
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import programs
 from rtdmd_jax.aot.abstract import abstract_setup
 from rtdmd_jax.config import load_config
-
-ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("programs_bench", ROOT / "benchmarks/programs.py")
-programs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(programs)
+from tests.support.paths import ROOT
 
 
 @pytest.mark.slow

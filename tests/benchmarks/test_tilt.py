@@ -1,19 +1,16 @@
 """The yardsticks of benchmarks/tilt against Monte Carlo and quadrature, and its stored results."""
 
 import json
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.tilt import estimators, optimum, teachers, training
 from rtdmd_jax.training.settings import Consistency
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 MIXTURE = teachers.MIXTURE
 GRID = optimum.Grid(side=60)
 LINEAR, QUADRATIC = np.array([0.4, 1.4]), 1.0

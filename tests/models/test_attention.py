@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from rtdmd_jax.models.attention import attention, attention_kernel, tiles
 from rtdmd_jax.runtime import sharding
 from rtdmd_jax.runtime.flops import count_flops
+from tests.support.paths import ROOT
 
 # Both sum float32 in another order.
 TOLERANCE = 1e-5
@@ -134,7 +134,7 @@ for sizes in ((2, 2, 2), (1, 8, 1), (1, 2, 4)):
 def test_splash_on_meshes_is_xla_on_one_device():
   env = os.environ | {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": str(Path(__file__).parents[2]),
+    "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
   }
   done = subprocess.run([sys.executable, "-c", _SHARDED], env=env, capture_output=True, text=True)

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import float_results
 
 from rtdmd_jax.adapters.lora import build_adapters, merge
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import build_transformer, layers
 from rtdmd_jax.weights.int8 import quantise
 from rtdmd_jax.weights.safetensors import load_params, save_params
+from tests.support.programs import float_results
 
 # Three double and five single blocks, so that no activation has the shape of a stack.
 FLUX2 = {

@@ -3,19 +3,17 @@
 import json
 import shutil
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import rtdmd_jax
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.tokenizer import Limit, checked_ids, load_tokenizer, longer, tokenize
 from rtdmd_jax.pipeline.pipeline import text_limits
 from rtdmd_jax.pipeline.text import cut_prompts, load_sd3_text, sd3_limits
 from rtdmd_jax.rewards.device.clipscore import ClipScore
+from tests.support.paths import TINY
 
-TINY = Path(rtdmd_jax.__file__).parent / "assets/tiny"
 PROMPTS = ["a photo of a red circle", "Two BLUE squares, and 3 crosses?", " é  猫 ", ""]
 CLIP = json.loads((TINY / "tokenizer/tokenizer.json").read_text())
 SPECIAL = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}

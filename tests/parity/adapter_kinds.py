@@ -14,14 +14,14 @@ import diffusers
 import numpy as np
 import peft
 import torch
-from parity.backbones import BACKBONES
-from parity.test_export import FirstRelease
 from safetensors.torch import save_file
 
 from rtdmd_jax.adapters.comfyui import native_layers
 from rtdmd_jax.adapters.load import Lora, load_adapters
 from rtdmd_jax.adapters.peft import adapter_layers
 from rtdmd_jax.models import build_transformer
+from tests.parity.backbones import BACKBONES
+from tests.parity.test_export import FirstRelease
 
 NAME = "pytorch_lora_weights.safetensors"
 PIPELINES = {

@@ -1,18 +1,16 @@
 """The four kinds of backbone, small and random, as the tests of whole steps compare them."""
 
 import copy
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-from parity import flux_reference, test_flux1, test_flux2, test_sd3
 
 from rtdmd_jax.config import load_config
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.weights.safetensors import load_params, read_config
-
-CONFIGS = Path(__file__).parents[2] / "configs"
+from tests.parity import flux_reference, test_flux1, test_flux2, test_sd3
+from tests.support.paths import CONFIGS
 
 
 class Backbone(NamedTuple):

@@ -7,7 +7,6 @@ import copy
 
 import numpy as np
 import pytest
-from parity.backbones import BACKBONES, inputs, loaded
 
 from rtdmd_jax.adapters.comfyui import fused_layers
 from rtdmd_jax.adapters.layers import read_layers
@@ -16,11 +15,14 @@ from rtdmd_jax.adapters.lora import dense_entries
 from rtdmd_jax.adapters.names import layer_names
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import build_transformer
+from tests.parity.backbones import BACKBONES, inputs, loaded
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
-from parity.adapter_kinds import (  # noqa: E402  needs all three
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from tests.parity.adapter_kinds import (  # noqa: E402  needs all three
   DOWN_UP,
   KINDS,
   NAME,
@@ -37,7 +39,6 @@ from parity.adapter_kinds import (  # noqa: E402  needs all three
   underscored,
   write,
 )
-from safetensors.torch import load_file, save_file  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

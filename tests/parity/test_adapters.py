@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity.backbones import BACKBONES
 
 from rtdmd_jax import export
 from rtdmd_jax.adapters import lora
@@ -15,6 +14,7 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.models.load import load_transformer
 from rtdmd_jax.weights.safetensors import read_config
+from tests.parity.backbones import BACKBONES
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

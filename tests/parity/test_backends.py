@@ -1,12 +1,12 @@
 """PyTorch back ends of rewards on tiny random models."""
 
-import judge_files
 import numpy as np
 import pytest
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards.backends import mask2former, qwen3_vl
 from rtdmd_jax.rewards.host.geneval2 import GenEval2, Query, instruction, variants
+from tests.support import judge_files
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import backbones
-from parity.backbones import BACKBONES
+
+from tests.parity import backbones
+from tests.parity.backbones import BACKBONES
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.parity, pytest.mark.slow]

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import test_sd3
-from parity.test_flux_pipelines import LENGTH, PROMPTS, SIZE, flux1, flux2
 from safetensors.numpy import load_file
 
 import rtdmd_jax
@@ -16,6 +14,8 @@ from rtdmd_jax.adapters.load import Lora, load_adapters
 from rtdmd_jax.adapters.lora import build_adapters
 from rtdmd_jax.adapters.peft import save_peft
 from rtdmd_jax.pipeline import Pipeline, sampling
+from tests.parity import test_sd3
+from tests.parity.test_flux_pipelines import LENGTH, PROMPTS, SIZE, flux1, flux2
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from parity import flux_reference
 
 from rtdmd_jax.models.flux1 import positions
+from tests.parity import flux_reference
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import flux_reference
 from tokenizers import pre_tokenizers
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.pipeline import Pipeline, sampling
 from rtdmd_jax.pipeline.text import load_flux2_text
 from rtdmd_jax.pretrain.tokenizers import train_clip_tokenizer, train_t5_tokenizer
+from tests.parity import flux_reference
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -17,7 +17,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 Image = pytest.importorskip("PIL.Image")
 import clip_files as files  # noqa: E402  after torch is known to be there
-from blip_files import blip_reference, write_imagereward  # noqa: E402
+
+from tests.support.blip_files import blip_reference, write_imagereward  # noqa: E402
 
 pytestmark = pytest.mark.parity
 nn = torch.nn

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from parity import backbones
-from parity.backbones import BACKBONES
 
 from rtdmd_jax.adapters.lora import fold_scale, module_names, target_entries
 from rtdmd_jax.adapters.peft import adapter_layers, load_peft
@@ -21,6 +19,8 @@ from rtdmd_jax.pipeline.conditioning import Conditioning
 from rtdmd_jax.training import stage1
 from rtdmd_jax.training.settings import DMDConfig
 from rtdmd_jax.training.state import Batch, Frozen, Roles, TrainState
+from tests.parity import backbones
+from tests.parity.backbones import BACKBONES
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

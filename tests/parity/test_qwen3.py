@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from parity import flux_reference
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import qwen3
 from rtdmd_jax.models.encoders import load_qwen3
 from rtdmd_jax.weights.safetensors import read_config, save_params
+from tests.parity import flux_reference
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from parity import flux_reference
 
 from rtdmd_jax.models import build_transformer, load_transformer
+from tests.parity import flux_reference
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -1,8 +1,5 @@
 """The updates that benchmarks/steps.py times against PyTorch's compute the same."""
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,7 +7,6 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("diffusers")
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import step_profile, steps
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]

@@ -2,25 +2,23 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import rtdmd_jax
 from rtdmd_jax.adapters.lora import fold_scale
 from rtdmd_jax.adapters.peft import load_peft, save_peft
 from rtdmd_jax.aot.abstract import abstract_pipeline
 from rtdmd_jax.pipeline import Pipeline, sampling
 from rtdmd_jax.pipeline.text import SD3_T5_LENGTH
+from tests.support.paths import TINY
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
-TINY = Path(rtdmd_jax.__file__).parent / "assets/tiny"
 PROMPTS = ["a photo of a red circle", "a photo of three crosses"]
 # Float32 on both sides; what is left is the order of summation, through 4 or 50 steps.
 TOLERANCE = 1e-3

@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 import pytest
-from parity import flux_reference
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.encoders import load_vae
 from rtdmd_jax.models.vae import decode_images, encode_images
 from rtdmd_jax.models.vae_flux2 import Flux2VAEConfig
 from rtdmd_jax.weights.safetensors import read_config, save_params
+from tests.parity import flux_reference
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

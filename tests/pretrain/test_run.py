@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -7,9 +5,7 @@ from safetensors.numpy import load_file
 from rtdmd_jax.config import load_config
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.pretrain import run as pretraining
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-TINY = Path(__file__).parents[2] / "rtdmd_jax/assets/tiny"
+from tests.support.paths import CONFIGS, TINY
 
 
 def _weights(pipeline, part):

@@ -12,20 +12,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-import blip_files
-import clip_files
 import diffusers
-import judge_files
-import open_clip_files
 import torch
 import transformers
-from parity import flux_reference
-from parity.test_flux_pipelines import qwen_tokenizer
 
 from rtdmd_jax.models.blip import BlipVisionConfig
 from rtdmd_jax.pretrain.tokenizers import train_clip_tokenizer, train_t5_tokenizer
+from tests.parity import flux_reference
+from tests.parity.test_flux_pipelines import qwen_tokenizer
+from tests.support import blip_files, clip_files, judge_files, open_clip_files
+from tests.support.paths import CONFIGS
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 COLOURS = ("red", "blue", "green", "white")
 OBJECTS = ("apple", "clock", "vase", "kite", "cup")
 _CLIP_LENGTH, _T5_LENGTH, _QWEN_LENGTH = 77, 512, 512

@@ -13,11 +13,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
-from rehearsal import layout
+from tests.rehearsal import layout
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 _PORTS = {"geneval": 18085, "geneval2": 18086, "hpsv3": 18087}
 _START_SECONDS = 180
 

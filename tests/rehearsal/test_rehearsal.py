@@ -21,11 +21,11 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 pytest.importorskip("rapidocr")
-from rehearsal import layout, services  # noqa: E402  after torch is known to be there
+from tests.rehearsal import layout, services  # noqa: E402  after torch is known to be there
+from tests.support.paths import ROOT  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[2]
 FAMILIES = ("sd3", "sd35", "flux1", "flux2", "flux2_9b")
 KINDS = ("stage1", "stage2", "infer", "eval")
 LIBRARIES = ("common", "families")  # what configs share; no configs themselves

@@ -6,11 +6,11 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
-from reward_faults import numbered
 
 from rtdmd_jax import rewards
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards.backends import mask2former
+from tests.support.reward_faults import numbered
 
 
 def test_classes_and_colours():

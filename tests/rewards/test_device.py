@@ -1,14 +1,10 @@
 """Rewards on the device by name, together, and from the host; on the shipped tiny CLIP."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 
-import rtdmd_jax
 from rtdmd_jax import rewards
 from rtdmd_jax.config import load_config
 from rtdmd_jax.datasets.shapes.draw import draw
@@ -17,9 +13,9 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards import device_rewards
 from rtdmd_jax.training.latent_rewards import judge
 from rtdmd_jax.training.setup import build
+from tests.support import toy
+from tests.support.paths import CONFIGS, TINY
 
-TINY = Path(rtdmd_jax.__file__).parent / "assets/tiny"
-CONFIGS = Path(__file__).parents[2] / "configs"
 CLIP = {"directory": str(TINY / "clip")}
 
 

@@ -4,7 +4,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from reward_faults import numbered, running
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from rtdmd_jax import rewards
@@ -17,6 +16,7 @@ from rtdmd_jax.rewards.host.geneval2 import (
   variants,
 )
 from rtdmd_jax.rewards.host.openai_vqa import OpenAIAnswerer
+from tests.support.reward_faults import numbered, running
 
 COUNTING, YES = "How many teapots are in the image?", "Is the teapot blue?"
 

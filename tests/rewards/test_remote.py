@@ -10,12 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from reward_faults import BODIES, Proxy, number, numbered, running, serving
 
 from rtdmd_jax import rewards
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards.remote.reward import RemoteReward
 from rtdmd_jax.rewards.serve.service import Limits
+from tests.support.reward_faults import BODIES, Proxy, number, numbered, running, serving
 
 COUNT = 40
 TRUTH = np.arange(COUNT) + 0.5

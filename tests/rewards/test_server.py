@@ -10,20 +10,19 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from reward_faults import number, numbered, serving
 
 from rtdmd_jax import cli
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards.remote import protocol
 from rtdmd_jax.rewards.serve import __main__ as serve
 from rtdmd_jax.rewards.serve.service import Limits
+from tests.support.paths import ROOT
+from tests.support.reward_faults import number, numbered, serving
 
-ROOT = Path(__file__).parents[2]
 TOKEN = "correct horse battery"
 
 
