@@ -172,7 +172,7 @@ def test_a_page_that_draws_or_trains_as_it_stands(first, tmp_path, monkeypatch):
 def test_the_readme_as_it_stands(tmp_path, monkeypatch):
   pytest.importorskip("torch")
   pytest.importorskip("diffusers")
-  layout = import_module("rehearsal.layout")
+  layout = import_module("tests.rehearsal.layout")
   folder = checkout(tmp_path / "checkout", "run")
   take_for_granted(folder)
   layout.lay_out(folder, "sd35")

@@ -8,8 +8,9 @@ from rtdmd_jax.rewards.device.aesthetic import Aesthetic
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-import clip_files as files  # noqa: E402  after torch is known to be there
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # noqa: E402
+
+from tests.support import clip_files as files  # noqa: E402  after torch is known to be there
 
 pytestmark = pytest.mark.parity
 

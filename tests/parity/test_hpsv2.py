@@ -12,8 +12,7 @@ from rtdmd_jax.weights.open_clip import to_transformers
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-import clip_files as files  # noqa: E402  after torch is known to be there
-
+from tests.support import clip_files as files  # noqa: E402  after torch is known to be there
 from tests.support.open_clip_files import OpenClip, write_open_clip  # noqa: E402
 
 pytestmark = pytest.mark.parity

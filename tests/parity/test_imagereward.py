@@ -16,8 +16,7 @@ from rtdmd_jax.rewards.device.imagereward import ImageReward
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 Image = pytest.importorskip("PIL.Image")
-import clip_files as files  # noqa: E402  after torch is known to be there
-
+from tests.support import clip_files as files  # noqa: E402  after torch is known to be there
 from tests.support.blip_files import blip_reference, write_imagereward  # noqa: E402
 
 pytestmark = pytest.mark.parity

@@ -12,7 +12,7 @@ from rtdmd_jax.rewards.device.preprocess import (
 
 torch = pytest.importorskip("torch")
 Image = pytest.importorskip("PIL.Image")
-import clip_files as files  # noqa: E402  after torch is known to be there
+from tests.support import clip_files as files  # noqa: E402  after torch is known to be there
 
 pytestmark = pytest.mark.parity
 ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
