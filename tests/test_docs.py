@@ -77,7 +77,7 @@ NOT_RUN = {
   },
   "docs/sharding.md": {
     "python -m rtdmd_jax.main --config=configs/flux2_stage2.py --workdir=runs/flux2_stage2 \\": (
-      "needs two devices; tests/test_sharding.py has them, of tests/rehearsal the checkpoints"
+      "needs two devices and checkpoints; tests/runtime/test_sharding.py has the devices"
     ),
   },
   "docs/troubleshooting.md": {

@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 def _on_device(name: str, **options: object) -> Reward:
-  """A reward of `rewards/device.py`; the options are those of its class's `from_pretrained`."""
+  """A reward on the device; the options are those of its class's `from_pretrained`."""
   return device_rewards.host_reward(device_rewards.load(name, options))
 
 
@@ -275,7 +275,7 @@ def make(
   """Builds the scorer of `names_and_weights`.
 
   Args:
-    names_and_weights: weight of each reward: one of `rewards/device.py` or `rewards/hosted.py`, or
+    names_and_weights: weight of each reward: one of `device_rewards` or `host_rewards`, or
       the import path `pkg.mod:Name` of a callable that takes its options and returns a reward.
     options: keyword options of each reward, such as `{"geneval": {"detector": "shapes"}}`; entries
       for known rewards that are not asked for are ignored. Every reward also takes `max_failed`, in

@@ -1,4 +1,4 @@
-"""A reward that another machine computes, over the JSON protocol of `rewards/protocol.py`."""
+"""A reward that another machine computes, over the JSON protocol of `protocol.py`."""
 
 import logging
 from collections.abc import Mapping, Sequence
