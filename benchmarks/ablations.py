@@ -36,7 +36,7 @@ STAGES = {
   "stage1": ("configs/tiny_stage1.py", ("train.steps=150", "ema.decay=0.9")),
   "stage2": ("configs/tiny_stage2.py", ("train.steps=20", "ema.decay=0.95")),
 }
-_POLICY_ALONE = ("policy.dm_weight=0.0", "policy.reward_weight=0.0")
+_POLICY_ALONE = ("policy.dmd_weight=0.0", "policy.reward_weight=0.0")
 _ALL_STEPS = ("policy.num_train_steps=3",)
 _ONE_STEP = ("policy.num_train_steps=1",)
 _NO_CONSISTENCY = ("dmd.consistency.weight=0.0",)

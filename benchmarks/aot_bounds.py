@@ -109,7 +109,7 @@ def traced(config: str, overrides: list[str], topology: str, name: str):
   setup = abstract_setup(config)
   _, devices = aot.get_devices(topology)
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
-  images = config.batch.prompts * config.batch.repeats
+  images = config.batch.prompts * config.batch.images_per_prompt
 
   def place(shape):
     axes = [sharding.BATCH_AXES if size == images else None for size in shape.shape]

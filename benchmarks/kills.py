@@ -54,7 +54,7 @@ class Kill(NamedTuple):
 
 def start(stage: int, workdir: Path, cache: Path) -> subprocess.Popen:
   """The run as a user starts it; compiled programs are shared between starts."""
-  overrides = OVERRIDES | ({"batch.repeats": 2} if stage == 2 else {})
+  overrides = OVERRIDES | ({"batch.images_per_prompt": 2} if stage == 2 else {})
   command = [sys.executable, "-m", "rtdmd_jax.main", f"--workdir={workdir}"]
   command += [f"--config={ROOT / f'configs/tiny_stage{stage}.py'}"]
   command += [f"--config.{key}={value}" for key, value in overrides.items()]

@@ -58,7 +58,7 @@ def main():
       axes = (AxisType.Auto,) * 3
       mesh = AbstractMesh((1, count, 1), ("data", "fsdp", "tensor"), axis_types=axes)
       placed = {
-        name: sharding.placed(tree, mesh, offload=options.offload and name in OFFLOADED)
+        name: sharding.shard_on(tree, mesh, offload=options.offload and name in OFFLOADED)
         for name, tree in found.items()
       }
       sizes = [local / 1e9 for *_, local in sharding.table(placed, mesh)]

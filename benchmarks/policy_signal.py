@@ -39,7 +39,7 @@ def policy_programs(config, setup: Setup, policy):
   plain = optax.sgd(1.0)  # an update by it is the gradient
   state = jax.jit(lambda: initial_state(config, setup, Optimizers(plain, plain)))()
   common = {"roles": setup.roles, "config": dmd_config(config, setup.pipeline), "policy": policy}
-  rollout = jax.jit(lambda *args: stage2.rollout(*args, scoring=setup.scoring, **common))
+  rollout = jax.jit(lambda *args: stage2.collect_rollout(*args, scoring=setup.scoring, **common))
 
   def gradient(scoring):
     def run(*args):
@@ -76,7 +76,7 @@ def main():
   parser.add_argument("--steps", default="0-2", help="ranges FIRST-LAST, separated by commas")
   options, overrides = parser.parse_known_args()
   config = load_config(options.config, [o.removeprefix("--config.") for o in overrides])
-  config.policy.dm_weight = config.policy.reward_weight = 0.0
+  config.policy.dmd_weight = config.policy.reward_weight = 0.0
   with jax.set_mesh(sharding.make_mesh(**config.mesh)):
     setup = build(config)
     rewards = []
@@ -98,7 +98,7 @@ def main():
           f"  of halves {halves:+.4f}",
           flush=True,
         )
-  shape = (-1, config.batch.repeats)
+  shape = (-1, config.batch.images_per_prompt)
   for one, two in itertools.combinations(sorted(rewards[0]), 2):
     a, b = (np.concatenate([r[name] for r in rewards]).reshape(shape) for name in (one, two))
     a, b = (v - v.mean(1, keepdims=True) for v in (a, b))

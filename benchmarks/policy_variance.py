@@ -51,7 +51,7 @@ def gradients(config, setup, policy, shared: bool, count: int):
     # The step divides by the batch's deviation (and adds 1e-4), and averages over the trained steps
     # and the last one: both undone.
     found.append(np.asarray(unit, np.float64) * (total.std() + 1e-4) * terms)
-    spreads.append(total.reshape(-1, config.batch.repeats).std(1).mean())
+    spreads.append(total.reshape(-1, config.batch.images_per_prompt).std(1).mean())
   return np.stack(found), float(np.mean(spreads))
 
 
@@ -61,7 +61,7 @@ def main():
   parser.add_argument("--batches", type=int, default=24)
   options, overrides = parser.parse_known_args()
   config = load_config(options.config, [o.removeprefix("--config.") for o in overrides])
-  config.policy.dm_weight = config.policy.reward_weight = 0.0
+  config.policy.dmd_weight = config.policy.reward_weight = 0.0
   # One advantage of the weighted reward, centred by group; no second normalisation, no clamp.
   config.policy.weight_advantages = False
   config.policy.advantage_limit = 1e6

@@ -77,8 +77,12 @@ def run_case(options: argparse.Namespace) -> None:
   if devices:
     jax.config.update("jax_num_cpu_devices", devices)
   config = load_config(str(path), [f"model.attention={attention}", *options.set])
-  repeats = 4 if config.stage == "stage2" and options.images % 4 == 0 else 1
-  config.batch.update(prompts=options.images // repeats, repeats=repeats, micro_batches=1)
+  images_per_prompt = 4 if config.stage == "stage2" and options.images % 4 == 0 else 1
+  config.batch.update(
+    prompts=options.images // images_per_prompt,
+    images_per_prompt=images_per_prompt,
+    micro_batches=1,
+  )
   setup = abstract_setup(config)
   mesh = make_mesh(**config.mesh, devices=jax.devices()[: devices or None])
   with jax.set_mesh(mesh):
@@ -108,7 +112,7 @@ def measure(config: Any, setup: Any, rounds: int) -> list[dict[str, Any]]:
       args = [(known | {"state": state})[key] for key in program_arguments(config.stage, name)]
       row = rows[name]
       if "tflop" not in row:
-        turns, _ = loop_turns(name, len(config.dmd.steps))
+        turns, _ = loop_turns(name, len(config.dmd.timesteps))
         row["tflop"] = count_flops(program.trace(*args).jaxpr, turns) / 1e12
       began = time.perf_counter()
       out = jax.block_until_ready(program(*args))
@@ -164,7 +168,7 @@ def random_batch(config: Any, setup: Any) -> Any:
   key = jax.random.key(1)
   filled = jax.tree.map(lambda s: _fill(key, s.shape, s.dtype), shapes)
   return filled.replace(
-    prompt_index=jnp.arange(count, dtype=jnp.int32) // config.batch.repeats,
+    prompt_index=jnp.arange(count, dtype=jnp.int32) // config.batch.images_per_prompt,
     sample_index=jnp.arange(count, dtype=jnp.uint32),
   )
 

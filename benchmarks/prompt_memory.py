@@ -81,7 +81,7 @@ def measure(family: str, steps: int):
         seed=config.seed,
         step=step,
         prompts_per_batch=count,
-        repeats=config.batch.repeats,
+        images_per_prompt=config.batch.images_per_prompt,
       )
       jax.block_until_ready(batch)
   return resident, encoding_bytes(shapes), count

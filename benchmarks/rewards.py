@@ -158,7 +158,7 @@ def main():
   parser.add_argument("--images", type=int, default=64)
   parser.add_argument("--pixels", type=int, default=512, help="side of the images")
   parser.add_argument("--batch", type=int, default=64, help="images a torch call")
-  parser.add_argument("--repeats", type=int, default=8, help="images a prompt")
+  parser.add_argument("--images_per_prompt", type=int, default=8, help="images a prompt")
   parser.add_argument(
     "--rewards", nargs="*", choices=device_rewards.NAMES, default=device_rewards.NAMES
   )
@@ -172,7 +172,7 @@ def main():
     for start in range(0, args.images, 32)
   ]
   images = np.concatenate(parts)
-  prompts = [f"a {'red ' * (i // args.repeats % 7)}cube" for i in range(args.images)]
+  prompts = [f"a {'red ' * (i // args.images_per_prompt % 7)}cube" for i in range(args.images)]
   print(f"{args.images} images of {args.pixels} px, {args.size} models; jax on {jax.devices()[0]}")
   print(f"{'reward':12} {'device img/s':>13} {'torch img/s':>12} {'ratio':>6} {'difference':>11}")
   rows = []

@@ -35,7 +35,7 @@ from rtdmd_jax.models import build_transformer
 from rtdmd_jax.pipeline.conditioning import Conditioning
 from rtdmd_jax.runtime.flops import count_flops
 from rtdmd_jax.training import stage1, stage2
-from rtdmd_jax.training.latent_rewards import Scoring
+from rtdmd_jax.training.latent_rewards import LatentRewards
 from rtdmd_jax.training.optim import make_optimizer
 from rtdmd_jax.training.settings import DMDConfig, OptimizerConfig, PolicyConfig
 from rtdmd_jax.training.state import Batch, Frozen, Roles, TrainState
@@ -52,7 +52,7 @@ STOP = 3
 BATCH, TEXT_LENGTH = 4, 77
 LEARNING_RATE, GUIDANCE = 3e-5, 4.5
 # Two prompts of two samples each, the first two of four steps.
-POLICY = PolicyConfig(num_train_steps=2, dm_weight=0.1, reward_weight=0.0)
+POLICY = PolicyConfig(num_train_steps=2, dmd_weight=0.1, reward_weight=0.0)
 CHOSEN = [0, 1]
 TRAINED = {"fake_score": "fake_score", "generator": "generator", "policy": "generator"}
 UPDATES = tuple(TRAINED)
@@ -190,13 +190,13 @@ def peer_draws(name: str, key: Any, batch: int, latents: tuple[int, int, int]) -
   if name == "policy":
     _, noise_key = jax.random.split(jax.random.split(key)[0])
     parts = jax.random.split(noise_key, 3)
-    level = stage1.renoise_level(config, jnp.float32(0), index, parts[0])
+    level = stage1.renoise_sigma(config, jnp.float32(0), index, parts[0])
     return peer.Draws(None, [], column(level), noise(parts[1]), None, [noise(parts[2])])
   rollout_key, loss_key = keys(name, key)
   start_key, step_key, _ = jax.random.split(rollout_key, 3)
   steps = [noise(jax.random.fold_in(step_key, i)) for i in range(STOP)]
   parts = jax.random.split(loss_key, 4 if name == "fake_score" else 3)
-  level = stage1.renoise_level(config, jnp.float32(SIGMAS[STOP]), index, parts[0])
+  level = stage1.renoise_sigma(config, jnp.float32(SIGMAS[STOP]), index, parts[0])
   if name == "generator":
     back, moves = None, [noise(parts[2])]
   else:
@@ -236,14 +236,14 @@ def our_updates(models, directory: Path, texts, empty, latents, seeds, epoch):
     jnp.array(SIGMAS), latents,
   )  # fmt: skip
   config = DMDConfig(eta=peer.ETA, guidance_low=GUIDANCE, guidance_high=GUIDANCE)
-  scoring = Scoring(lambda params, x: x, {}, {"reward": 1.0}, ())
+  scoring = LatentRewards(lambda params, x: x, {}, {"reward": 1.0}, ())
   steps = {
     "fake_score": stage1.fake_score_step,
     "generator": stage1.generator_step,
     "policy": partial(stage2.policy_step, policy=POLICY, scoring=scoring),
   }
   zeros = jnp.zeros((len(SIGMAS) - 1, len(count)))  # log-probabilities are only compared with
-  samples = stage2.Rollout(jnp.asarray(epoch.x), zeros, jnp.array(CHOSEN), {}, jnp.zeros(0))
+  samples = stage2.RolloutBatch(jnp.asarray(epoch.x), zeros, jnp.array(CHOSEN), {}, jnp.zeros(0))
   groups = batch.replace(prompt_index=jnp.asarray(epoch.prompt))
   more = {"policy": (samples, {"reward": jnp.asarray(epoch.reward)})}
   runs, flops = {}, {}
@@ -299,7 +299,7 @@ def their_update(name, models, wrap, texts, empty, draws, epoch) -> Callable[[],
       peer.velocity(roles["generator"], each), fake, teacher, SIGMAS, x, CHOSEN, advantages,
       POLICY.clip_low, draws,
     )  # fmt: skip
-    total = len(CHOSEN) * parts["policy"] + POLICY.dm_weight * parts["generator"]
+    total = len(CHOSEN) * parts["policy"] + POLICY.dmd_weight * parts["generator"]
     norm = peer.update(total / (len(CHOSEN) + 1), optimizer)
     found = {key: value.item() for key, value in parts.items()}
     return found | {"loss": found["policy"], "grad_norm": norm}

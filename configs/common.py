@@ -58,7 +58,7 @@ def base() -> config_dict.ConfigDict:
   c.data.cache_gb = 1.0  # of host memory for encodings of prompts, the last used ones
 
   c.dmd = config_dict.ConfigDict()
-  c.dmd.steps = (1000, 750, 500, 250)
+  c.dmd.timesteps = (1000, 750, 500, 250)
   c.dmd.objective = "ac_dmd"  # or "dmd"
   c.dmd.eta = 0.9
   c.dmd.guidance_low = 4.5
@@ -77,7 +77,7 @@ def base() -> config_dict.ConfigDict:
   c.dmd.consistency = config_dict.ConfigDict()
   c.dmd.consistency.weight = 0.01
   c.dmd.consistency.max_steps_back = 200
-  c.dmd.consistency.moves = 1
+  c.dmd.consistency.transitions = 1
   c.dmd.consistency.two_sample = True
   c.dmd.consistency.stop_transitions = True
   c.dmd.consistency.adjacent = False  # True: the paper's adjacent schedule points
@@ -93,7 +93,7 @@ def base() -> config_dict.ConfigDict:
 
   c.batch = config_dict.ConfigDict()
   c.batch.prompts = 72
-  c.batch.repeats = 1
+  c.batch.images_per_prompt = 1
   c.batch.micro_batches = 1  # parts whose gradients are added up, for memory
 
   c.train = config_dict.ConfigDict()
@@ -141,7 +141,7 @@ def stage2() -> config_dict.ConfigDict:
   c.ema.warmup = True
   c.ema.applications = 16
   c.batch.prompts = 48
-  c.batch.repeats = 24
+  c.batch.images_per_prompt = 24
   # Images that a device decodes and scores at once, for memory; 0: its part of a micro-batch.
   c.batch.decode_chunk = 0
   c.train.steps = 1000
@@ -163,7 +163,7 @@ def stage2() -> config_dict.ConfigDict:
   c.policy.global_std = True
   c.policy.weight_advantages = True
   c.policy.policy_weight = 1.0
-  c.policy.dm_weight = 1e-3
+  c.policy.dmd_weight = 1e-3
   c.policy.reward_weight = 1e-4
   c.policy.reward_margin = 3.0
   return c

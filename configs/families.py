@@ -64,7 +64,7 @@ class Family(NamedTuple):
   stage2_fake_rate: float = 3e-5
   image_size: int = 512
   prompts: int = 64
-  repeats: int = 24
+  images_per_prompt: int = 24
   stage2_consistency: bool = True
   stage2_save_every: int = 100
   stage2_micro_batches: int = 48
@@ -73,8 +73,8 @@ class Family(NamedTuple):
 
 FAMILIES = {
   "sd3": Family(
-    "stabilityai/stable-diffusion-3-medium-diffusers", 7.0, image_size=1024, prompts=32, repeats=16,
-    stage2_micro_batches=16, cold_start=(*_COLD_START, "geneval", "geneval2"),
+    "stabilityai/stable-diffusion-3-medium-diffusers", 7.0, image_size=1024, prompts=32,
+    images_per_prompt=16, stage2_micro_batches=16, cold_start=(*_COLD_START, "geneval", "geneval2"),
   ),
   "sd35": Family(
     "stabilityai/stable-diffusion-3.5-medium", 4.5, prompts=48, stage2_micro_batches=16,
@@ -133,7 +133,7 @@ def stage2(name: str) -> config_dict.ConfigDict:
   c.fake_score.learning_rate = family.stage2_fake_rate
   if not family.stage2_consistency:
     c.dmd.consistency.weight = 0.0
-  c.batch.prompts, c.batch.repeats = family.prompts, family.repeats
+  c.batch.prompts, c.batch.images_per_prompt = family.prompts, family.images_per_prompt
   c.batch.micro_batches = family.stage2_micro_batches
   c.batch.decode_chunk = 1
   c.train.save_every = family.stage2_save_every

@@ -14,11 +14,11 @@ def get_config():
   c.dmd.consistency.weight = 0.0  # as published for FLUX
   c.eval.teacher_guidance = 3.0
   c.batch.prompts = 16
-  c.batch.repeats = 6
+  c.batch.images_per_prompt = 6
   c.batch.micro_batches = 2
   c.rewards.clipscore.backpropagate = True
   c.policy.policy_weight = 1.0
-  c.policy.dm_weight = 0.1
+  c.policy.dmd_weight = 0.1
   c.policy.reward_weight = 0.3
   c.ema.decay = 0.0  # no average: it lags behind in so few updates (docs/evidence.md)
   c.ema.every = c.ema.applications = 1

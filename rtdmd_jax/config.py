@@ -1,13 +1,14 @@
 """Configurations: Python files that return a locked `ConfigDict`, with typed overrides."""
 
 import ast
+import copy
 import difflib
 import importlib.util
 import inspect
 import json
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ from rtdmd_jax.errors import UserError
 
 # Sections whose entries stand for themselves: a run without one of them is another whole run.
 _REMOVABLE = ("rewards", "eval.rewards", "systems", "prompts")
+# Keys of the release before this one, which reads them with a warning.
+RENAMED = {
+  "batch.repeats": "batch.images_per_prompt",
+  "dmd.steps": "dmd.timesteps",
+  "dmd.consistency.moves": "dmd.consistency.transitions",
+  "policy.dm_weight": "policy.dmd_weight",
+}
 _ABSENT = object()
 _LONGEST = 200  # letters of a value in a message
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
@@ -59,6 +67,7 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     raise UserError(
       f"{path}: get_config must return a ml_collections.ConfigDict, not {type(config).__name__}"
     )
+  _rename_keys(config, path)
   for override in overrides:
     apply_override(config, override)
   return config.lock()
@@ -79,6 +88,9 @@ def apply_override(config: ConfigDict, override: str) -> None:
     raise UserError(f"--config.{override} has no value; write --config.{override}=VALUE")
   if text.lower() == "none" and _removed(config, key):
     return
+  if key in RENAMED and _section(config, key) is None:
+    _warn_renamed(f"--config.{key}", key)
+    key = RENAMED[key]
   section = config
   *parents, name = key.split(".")
   for depth, parent in enumerate(parents):
@@ -95,6 +107,40 @@ def apply_override(config: ConfigDict, override: str) -> None:
   value_type = section.get_type(name) if current is None else type(current)
   with section.unlocked():
     section[name] = _parse(key, text, current, value_type)
+
+
+def with_current_names(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """A configuration that an earlier release stored, as nested dicts, with the keys of this one."""
+  current = copy.deepcopy(dict(tree))
+  for old, new in RENAMED.items():
+    section = _section(current, old)
+    if section is not None:
+      section[new.rpartition(".")[2]] = section.pop(old.rpartition(".")[2])
+  return current
+
+
+def _rename_keys(config: ConfigDict, path: Path) -> None:
+  """Gives keys of the earlier release, which a user's file has set, their new names."""
+  for old, new in RENAMED.items():
+    section = _section(config, old)
+    if section is not None:
+      _warn_renamed(f"{path}: {old}", old)
+      with section.unlocked():
+        section[new.rpartition(".")[2]] = section[old.rpartition(".")[2]]
+        del section[old.rpartition(".")[2]]
+
+
+def _warn_renamed(where: str, old: str) -> None:
+  text = f"warning: {where} is called {RENAMED[old]} since this release; the next one refuses it"
+  print(text, file=sys.stderr)
+
+
+def _section(tree: Any, key: str) -> Any:
+  """The section that holds the dotted key; None where the key is not set."""
+  *parents, name = key.split(".")
+  for parent in parents:
+    tree = tree.get(parent) if isinstance(tree, ConfigDict | dict) else None
+  return tree if isinstance(tree, ConfigDict | dict) and name in tree else None
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from rtdmd_jax import cli
-from rtdmd_jax.adapters.comfyui import save_native
+from rtdmd_jax.adapters.comfyui import save_comfyui
 from rtdmd_jax.adapters.load import Lora, load_adapters
 from rtdmd_jax.adapters.lora import equal_ranks, fold_scale, merge, stack_adapters
 from rtdmd_jax.adapters.peft import adapter_layers, read_notes, save_peft
@@ -158,7 +158,7 @@ def main(call: cli.Invocation) -> None:
   if values.format == "merged":
     export_merged(source, transformer, adapters, out, dtype=dtype)
   elif values.format == "comfyui":
-    save_native(out / COMFYUI_NAME, adapters, transformer)
+    save_comfyui(out / COMFYUI_NAME, adapters, transformer)
   else:
     adapters, rank = equal_ranks(adapters)
     targets = sorted(adapter_layers(adapters, transformer.table))

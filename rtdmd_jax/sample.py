@@ -157,7 +157,7 @@ def sampler(pipeline: Pipeline, settings: Settings, adapters: Any) -> Sampler:
   batch = batch_size(settings)
   cache = PromptCache(pipeline.encode, chunk=batch)
   unconditional = sharding.replicate(cache([""])) if guided else None
-  variables = role_variables(pipeline.params, adapters=sharding.place(adapters))
+  variables = role_variables(pipeline.params, adapters=sharding.shard(adapters))
 
   @jit
   def run(variables, vae_params, conditioning, unconditional, seeds, index):

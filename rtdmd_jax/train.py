@@ -17,25 +17,25 @@ from rtdmd_jax.evaluate.finish import facts_of, finish, is_finished, say_finishe
 from rtdmd_jax.evaluate.held_out import evaluate
 from rtdmd_jax.export import export_adapters
 from rtdmd_jax.pipeline.text import cut_prompts
-from rtdmd_jax.rewards.per_process import score_held
+from rtdmd_jax.rewards.per_process import score_local_rows
 from rtdmd_jax.runtime import multihost, sharding
 from rtdmd_jax.runtime.checked_jit import checked_jit
 from rtdmd_jax.runtime.checkpoint import Checkpoints
-from rtdmd_jax.runtime.compilation import keep_programs
+from rtdmd_jax.runtime.compilation import enable_compilation_cache
 from rtdmd_jax.runtime.files import replace_text
 from rtdmd_jax.runtime.lock import WorkdirLock
 from rtdmd_jax.runtime.metrics import MetricWriter, markdown
 from rtdmd_jax.runtime.preemption import Preemption
 from rtdmd_jax.runtime.profiling import profiled
 from rtdmd_jax.runtime.progress import Progress
-from rtdmd_jax.runtime.sharding import make_mesh, pin, replicate
+from rtdmd_jax.runtime.sharding import constrain_by_rules, make_mesh, replicate
 from rtdmd_jax.runtime.throughput import Meter, peak_tflops
 from rtdmd_jax.runtime.wandb_log import WandbRun, import_wandb
 from rtdmd_jax.training import stage1, stage2
 from rtdmd_jax.training.batch import make_batch
 from rtdmd_jax.training.fingerprints import of_files, of_weights, overlap, prompt_sets
 from rtdmd_jax.training.idle import warnings
-from rtdmd_jax.training.nonfinite import Skips, scalars
+from rtdmd_jax.training.nonfinite import NonFiniteGuard, scalars
 from rtdmd_jax.training.optim import effective_decay, ema_update, make_optimizer
 from rtdmd_jax.training.resume import FIXED as FIXED  # check.py looks for it here
 from rtdmd_jax.training.resume import check_start, restore, store_config, versions
@@ -77,7 +77,7 @@ def initial_state(config: Any, setup: Setup, optimizers: Optimizers) -> TrainSta
     generator_opt=optimizers.generator.init(generator),
     fake_score_opt=optimizers.fake_score.init(fake_score),
   )
-  return pin(state)
+  return constrain_by_rules(state)
 
 
 def step_batch(config: Any, setup: Setup, number: int) -> tuple[Batch, list[Prompt]]:
@@ -89,7 +89,7 @@ def step_batch(config: Any, setup: Setup, number: int) -> tuple[Batch, list[Prom
     seed=config.seed,
     step=number,
     prompts_per_batch=config.batch.prompts,
-    repeats=config.batch.repeats,
+    images_per_prompt=config.batch.images_per_prompt,
   )
 
 
@@ -101,7 +101,7 @@ def _keyed(step: Callable, seed: int, stream: int) -> Callable:
     out = step(state, frozen, *args, key)
     # The state stays where it is, so that the next step finds it where it was compiled for.
     if isinstance(out, tuple) and isinstance(out[0], TrainState):
-      return (pin(out[0]), *out[1:])
+      return (constrain_by_rules(out[0]), *out[1:])
     return out
 
   return run
@@ -118,7 +118,7 @@ def _finish(config: Any) -> Callable[[TrainState], TrainState]:
     )
     # The published loop's phase: of every 8 steps the seventh, fifteenth, ...
     ema = ema_update(state.ema, state.generator, decay, (step + 1) % average.every == 0)
-    return pin(state.replace(step=step, ema=ema))
+    return constrain_by_rules(state.replace(step=step, ema=ema))
 
   return jax.jit(finish, donate_argnums=0)
 
@@ -173,7 +173,7 @@ def stage2_programs(config: Any, setup: Setup, optimizers: Optimizers) -> dict[s
   common = {"roles": setup.roles, "config": dmd, "policy": policy}
 
   def roll_out(state, frozen, batch, key):
-    return stage2.rollout(state, frozen, batch, key, scoring=setup.scoring, **common)
+    return stage2.collect_rollout(state, frozen, batch, key, scoring=setup.scoring, **common)
 
   def fake(state, frozen, batch, samples, key):
     return stage2.fake_score_step(
@@ -209,11 +209,11 @@ def stage2_step(config: Any, setup: Setup, optimizers: Optimizers, watch: Watch 
 
   def step(state: TrainState, batch: Batch, prompts: list[Prompt], number: int):
     samples, metrics = programs["rollout"](state, setup.frozen, batch), {}
-    if config.policy.dm_weight:  # else nothing asks for the fake score
+    if config.policy.dmd_weight:  # else nothing asks for the fake score
       state, metrics = programs["fake_score"](state, setup.frozen, batch, samples)
     rewards = dict(samples.rewards)
     if setup.host_rewards is not None:
-      rewards |= replicate(score_held(setup.host_rewards, samples.images, prompts))
+      rewards |= replicate(score_local_rows(setup.host_rewards, samples.images, prompts))
     state, more = programs["policy"](state, setup.frozen, batch, samples, rewards)
     return programs["finish"](state), metrics | more
 
@@ -241,9 +241,11 @@ def train(config: Any, workdir: Path, *, allow_config_change: bool = False) -> N
     Stopped: a signal came, or too many updates in a row were not finite.
   """
   check_stage(config)
-  with multihost.quiet():
+  with multihost.silence_other_processes():
     settings = json.loads(config.to_json_best_effort())
-    multihost.agree({"config": settings, "versions": versions(), "code": multihost.code_digest()})
+    multihost.assert_equal(
+      {"config": settings, "versions": versions(), "code": multihost.code_digest()}
+    )
     check_limits(config)
     for sentence in warnings(config):
       print(f"warning: {sentence}")
@@ -254,7 +256,7 @@ def train(config: Any, workdir: Path, *, allow_config_change: bool = False) -> N
       ExitStack() as held,
       Preemption(config.train.grace_seconds) as stop,
     ):
-      with multihost.together():
+      with multihost.raise_on_all_processes():
         if multihost.is_main():
           held.enter_context(WorkdirLock(workdir))
       _train(config, settings, workdir, stop, allow_config_change)
@@ -262,7 +264,7 @@ def train(config: Any, workdir: Path, *, allow_config_change: bool = False) -> N
 
 
 def _train(config: Any, settings: dict, workdir: Path, stop: Preemption, allow: bool) -> None:
-  keep_programs(workdir)
+  enable_compilation_cache(workdir)
   sets = prompt_sets(config)
   record = {"config": settings, "versions": versions(), "files": of_files(config, sets)}
   shared = overlap(sets)
@@ -280,9 +282,9 @@ def _train(config: Any, settings: dict, workdir: Path, stop: Preemption, allow: 
       store_config(workdir / "config.json", settings)
       replace_text(workdir / "versions.json", json.dumps(versions(), indent=2))
       _print_cut(setup)
-    multihost.agree({"files": record["files"], "newest checkpoint": latest})
+    multihost.assert_equal({"files": record["files"], "newest checkpoint": latest})
     file = workdir / "config.json"
-    multihost.agree({str(file): multihost.file_digest(file)})
+    multihost.assert_equal({str(file): multihost.file_digest(file)})
     optimizers = Optimizers(
       *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
     )
@@ -291,7 +293,7 @@ def _train(config: Any, settings: dict, workdir: Path, stop: Preemption, allow: 
     record["weights"] = of_weights(setup)
     if latest is not None:
       state = restore(saved, state, record, allow=allow)
-    meter = Meter(len(config.dmd.steps))
+    meter = Meter(len(config.dmd.timesteps))
     step_fn = STAGES[config.stage](config, setup, optimizers, meter.watch)
     step_fn = profiled(step_fn, config.train, workdir)
     evaluator = Evaluator(setup, config)
@@ -343,9 +345,9 @@ def _loop(
   workdir: Path,
 ) -> TrainState:
   start, last = int(state.step), config.train.steps
-  samples, logged = config.batch.prompts * config.batch.repeats, start
-  skips = Skips(config.train.max_skipped, state, record.pop("updates", {}))
-  agreed = multihost.Agreement()
+  samples, logged = config.batch.prompts * config.batch.images_per_prompt, start
+  guard = NonFiniteGuard(config.train.max_skipped, state, record.pop("updates", {}))
+  agreed = multihost.AsyncMax()
   counted, recent = 0.0, {}
   shown = Progress(
     last,
@@ -364,11 +366,11 @@ def _loop(
         batch, prompts = step_batch(config, setup, number)
         state, metrics = step_fn(state, batch, prompts, number)
         done = number + 1
-        skips.follow(done, metrics)
+        guard.observe(done, metrics)
         recent |= metrics  # a network's last values, although it is not updated in every step
         if done % config.train.log_every == 0 or done == last:
-          skips.look()
-          values, recent = scalars(recent) | skips.totals(), {}
+          guard.flush()
+          values, recent = scalars(recent) | guard.totals(), {}
           writer.scalars(done, values)
           progress.update(done, (done - logged) * samples, values, meter.tflop - counted)
           logged, counted = done, meter.tflop
@@ -378,8 +380,8 @@ def _loop(
           leaving = agreed(stop.number)
         saving = leaving or done % config.train.save_every == 0 or done == last
         if saving:
-          skips.look()
-          saved.save(done, state, record | {"updates": skips.counts()})
+          guard.flush()
+          saved.save(done, state, record | {"updates": guard.counts()})
         if leaving:
           saved.wait()
         if saving and (leaving or done < last):  # of the last step `finish` does it
@@ -388,7 +390,7 @@ def _loop(
           stop.share(leaving)
           stop.stop(f"checkpoint {done} is saved; the same command goes on from it")
       stop.share(max(multihost.gather(stop.number)))
-      skips.finish()
+      guard.finish()
   return state
 
 

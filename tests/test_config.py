@@ -1,7 +1,7 @@
 import pytest
 from ml_collections import ConfigDict, config_dict
 
-from rtdmd_jax.config import apply_override, load_config
+from rtdmd_jax.config import apply_override, load_config, with_current_names
 from rtdmd_jax.errors import UserError
 
 SOURCE = """
@@ -169,3 +169,33 @@ def test_a_text_may_be_called_none():
   config = _sections()
   apply_override(config, "data.prompts=none")
   assert config.data.prompts == "none"
+
+
+def test_keys_of_the_release_before_are_read_with_a_warning(tmp_path, capsys):
+  file = tmp_path / "own.py"
+  file.write_text(
+    "from ml_collections import ConfigDict\n"
+    "def get_config():\n"
+    "  c = ConfigDict()\n"
+    "  c.batch = ConfigDict(dict(prompts=2, images_per_prompt=24))\n"
+    "  c.policy = ConfigDict(dict(dmd_weight=1.0))\n"
+    "  c.batch.repeats = 8\n"
+    "  return c\n"
+  )
+  config = load_config(str(file), ["policy.dm_weight=0.5"])
+  assert config.batch.to_dict() == {"prompts": 2, "images_per_prompt": 8}
+  assert config.policy.to_dict() == {"dmd_weight": 0.5}
+  first, second = capsys.readouterr().err.splitlines()
+  assert "batch.repeats is called batch.images_per_prompt" in first and str(file) in first
+  assert "--config.policy.dm_weight is called policy.dmd_weight" in second
+  with pytest.raises(UserError, match=r"no key batch\.repeatz"):
+    load_config(str(file), ["batch.repeatz=8"])
+
+
+def test_stored_configurations_get_current_names():
+  stored = {"dmd": {"steps": [1000], "consistency": {"moves": 2}}, "batch": {"prompts": 1}}
+  assert with_current_names(stored) == {
+    "dmd": {"timesteps": [1000], "consistency": {"transitions": 2}},
+    "batch": {"prompts": 1},
+  }
+  assert "steps" in stored["dmd"]

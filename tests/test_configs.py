@@ -42,7 +42,7 @@ BOTH = {
   "model.dtype": "bfloat16",
   "lora.rank": 32,
   "lora.alpha": 64.0,
-  "dmd.steps": (1000, 750, 500, 250),
+  "dmd.timesteps": (1000, 750, 500, 250),
   "dmd.objective": "ac_dmd",
   "dmd.eta": 0.9,
   "dmd.guidance_low": [7.0, 4.5, 3.5, 4.0, 4.0],
@@ -59,7 +59,7 @@ BOTH = {
   "dmd.weight_low": 0.0,
   "dmd.weight_high": 10.0,
   "dmd.consistency.max_steps_back": 200,
-  "dmd.consistency.moves": 1,
+  "dmd.consistency.transitions": 1,
   "dmd.consistency.two_sample": True,
   "dmd.consistency.stop_transitions": True,
   "dmd.consistency.adjacent": False,
@@ -80,7 +80,7 @@ PUBLISHED = {
     "ema.warmup": False,
     "ema.applications": 1,
     "batch.prompts": 9 * 8,  # of a GPU, GPUs
-    "batch.repeats": 1,
+    "batch.images_per_prompt": 1,
     "train.fake_update_ratio": 10,
     "train.save_every": 5000,
     "eval.every": 1000,
@@ -99,7 +99,7 @@ PUBLISHED = {
     "batch.prompts": [
       2 * 16 * 16 // 16, 9 * 8 * 16 // 24, 3 * 32 * 16 // 24, 6 * 16 * 16 // 24, 3 * 32 * 16 // 24,
     ],
-    "batch.repeats": [16, 24, 24, 24, 24],
+    "batch.images_per_prompt": [16, 24, 24, 24, 24],
     "train.save_every": [100, 100, 50, 100, 50],
     "eval.every": 50,
     "policy.num_train_steps": 2,
@@ -115,7 +115,7 @@ PUBLISHED = {
     "policy.global_std": True,
     "policy.weight_advantages": True,
     "policy.policy_weight": 1.0,
-    "policy.dm_weight": 1e-3,
+    "policy.dmd_weight": 1e-3,
     "policy.reward_weight": 1e-4,
     "policy.reward_margin": 3.0,
   },
@@ -232,7 +232,7 @@ def test_images_are_drawn_as_published(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_suite_compares_the_published_systems_with_the_published_preprocessing(family):
   suite, training = _load(f"{family}_eval"), _load(f"{family}_stage1")
-  drawn = {name: suite.settings(suite, name) for name in suite.systems}
+  drawn = {name: settings(suite, name) for name in suite.systems}
   base, distilled = drawn["base"], training.model.generator_init
   assert (base.steps, base.guidance, base.few_step) == (50, training.dmd.guidance_low, False)
   assert base.pipeline == training.model.pretrained and not base.loras

@@ -23,11 +23,11 @@ STAGES = ("stage1", "stage2")
 # What is traced is small; values with which more keys act than with those of the tiny run.
 SMALL = {
   "stage1": (
-    "batch.prompts=4", "batch.micro_batches=1", "dmd.steps=1000,500,250", "ema.decay=0.9",
+    "batch.prompts=4", "batch.micro_batches=1", "dmd.timesteps=1000,500,250", "ema.decay=0.9",
     "dmd.consistency.weight=0.01",
   ),
 }  # fmt: skip
-SMALL["stage2"] = (*SMALL["stage1"], "batch.repeats=2", "policy.range_end=1")
+SMALL["stage2"] = (*SMALL["stage1"], "batch.images_per_prompt=2", "policy.range_end=1")
 
 _FAKE, _GENERATOR, _BOTH = "fake_score", ("generator", "policy"), ("fake_score", "policy")
 # key: (another value, the part of `toy_run.Described` that differs: in both stages, or in each;
@@ -52,7 +52,7 @@ CHANGES = {
   "data.prompts": ("elsewhere", "loaded"),
   "data.held_out": ("elsewhere", "loaded"),
   "data.cache_gb": ("0.5", "cache"),
-  "dmd.steps": ("1000,600,250", ("fake_score", "rollout")),
+  "dmd.timesteps": ("1000,600,250", ("fake_score", "rollout")),
   "dmd.objective": ("dmd", _FAKE),
   "dmd.eta": ("0.5", ("fake_score", "rollout")),
   "dmd.guidance_low": ("1.5", _GENERATOR),
@@ -70,7 +70,7 @@ CHANGES = {
   "dmd.weight_high": ("5", _FAKE),
   "dmd.consistency.weight": ("0.02", _FAKE),
   "dmd.consistency.max_steps_back": ("100", _FAKE),
-  "dmd.consistency.moves": ("2", _FAKE),
+  "dmd.consistency.transitions": ("2", _FAKE),
   "dmd.consistency.two_sample": ("false", _FAKE),
   "dmd.consistency.stop_transitions": ("false", _FAKE),
   "dmd.consistency.adjacent": ("true", _FAKE),
@@ -87,7 +87,7 @@ CHANGES = {
   "ema.warmup": ("true", "finish"),
   "ema.applications": ("2", "finish"),
   "batch.prompts": ("3", "batches"),
-  "batch.repeats": ("3", "batches"),
+  "batch.images_per_prompt": ("3", "batches"),
   "batch.micro_batches": ("2", _BOTH),
   "batch.decode_chunk": ("2", "rollout"),
   "train.check_numbers": ("true", ("fake_score", "rollout")),
@@ -108,7 +108,7 @@ CHANGES = {
   "policy.global_std": ("false", "policy"),
   "policy.weight_advantages": ("false", "policy"),
   "policy.policy_weight": ("0.5", "policy"),
-  "policy.dm_weight": ("0.5", "policy"),
+  "policy.dmd_weight": ("0.5", "policy"),
   "policy.reward_weight": ("0.5", "policy"),
   "policy.reward_margin": ("1", "policy"),
   "rewards.clipscore.directory": ("elsewhere", "loaded"),
@@ -130,7 +130,7 @@ AT_RUN_TIME = {
   "train.save_every": "train._loop",
   "train.keep": "checkpoint.Checkpoints",
   "train.keep_every": "checkpoint.Checkpoints",
-  "train.max_skipped": "skips.Skips",
+  "train.max_skipped": "nonfinite.NonFiniteGuard",
   "train.profile_start": "profile.profiled",
   "train.profile_steps": "profile.profiled",
   "train.grace_seconds": "preemption.Preemption",
@@ -193,9 +193,9 @@ def test_another_value_is_another_program_batch_or_file(stage):
 
 # (stage, what is set, programs that are not run, what then has no effect).
 _DMD = "start_mode=fixed_boundary boundary_index=1 offset=30 end=900 inside=true scale_out=false"
-_DMD += " weight_low=0.1 weight_high=5 consistency.weight=0.5 consistency.moves=2"
+_DMD += " weight_low=0.1 weight_high=5 consistency.weight=0.5 consistency.transitions=2"
 _DMD = [f"dmd.{text}" for text in _DMD.split()]
-_PATHS = ("max_steps_back=100", "moves=2", "two_sample=false", "stop_transitions=false")
+_PATHS = ("max_steps_back=100", "transitions=2", "two_sample=false", "stop_transitions=false")
 _PATHS = [f"dmd.consistency.{text}" for text in (*_PATHS, "adjacent=true")]
 _OTHER_DMD = ["dmd.guidance_low=1.5", "dmd.guidance_high=6", "dmd.normalize=false"]
 _OTHER_DMD += ["dmd.min_step=50", "dmd.max_step=900", "train.fake_update_ratio=4"]
@@ -206,7 +206,7 @@ IDLE = {
   "inside": ("stage1", ["dmd.inside=true"], (), ["dmd.min_step=50", "dmd.max_step=900"]),
   "no consistency": ("stage1", ["dmd.consistency.weight=0"], (), _PATHS),
   "adjacent": ("stage1", ["dmd.consistency.adjacent=true"], (), _PATHS[:1]),
-  "no matching": ("stage2", ["policy.dm_weight=0"], ("fake_score",), [*_DMD, *_OTHER_DMD]),
+  "no matching": ("stage2", ["policy.dmd_weight=0"], ("fake_score",), [*_DMD, *_OTHER_DMD]),
   "no back-propagation": (
     "stage2",
     ["rewards.clipscore.backpropagate=false"],
@@ -217,7 +217,7 @@ IDLE = {
   "baseline": ("stage2", ["policy.per_prompt=false"], (), ["policy.global_std=false"]),
   "no repeats": (
     "stage2",
-    ["batch.repeats=1"],
+    ["batch.images_per_prompt=1"],
     (),
     ["policy.per_prompt=false", "policy.global_std=false"],
   ),

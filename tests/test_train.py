@@ -21,7 +21,7 @@ from tests.support.paths import CONFIGS
 
 SMALL = [
   "--config.batch.prompts=2",
-  "--config.batch.repeats=2",
+  "--config.batch.images_per_prompt=2",
   "--config.batch.micro_batches=1",
   "--config.eval.final_prompts=4",
   "--config.eval.prompts=4",
@@ -144,7 +144,7 @@ def test_offloading_is_refused_where_it_saves_nothing(tmp_path, capsys, key, val
 
 @pytest.mark.slow
 def test_without_distribution_matching_the_fake_score_rests(tmp_path):
-  options = ["--config.train.steps=2", "--config.policy.dm_weight=0.0"]
+  options = ["--config.train.steps=2", "--config.policy.dmd_weight=0.0"]
   assert _run(tmp_path, *SMALL, *options) == 0
   lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
   steps = [line["scalars"] for line in lines if "generator/grad_norm" in line.get("scalars", {})]

@@ -17,7 +17,7 @@ import tiny_stage2
 
 def get_config():
   c = tiny_stage2.get_config()
-  c.batch.prompts = c.batch.repeats = 2
+  c.batch.prompts = c.batch.images_per_prompt = 2
   c.batch.micro_batches = 1
   c.eval.final_prompts = c.eval.prompts = c.eval.chunk = 4
   c.eval.preview = c.eval.teacher_steps = c.train.steps = 2

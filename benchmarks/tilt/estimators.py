@@ -122,7 +122,7 @@ def _gradients(
   @jax.jit
   def all_epochs(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     def epoch(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-      samples = stage2.rollout(state, fixed, alone if own else data, key, **common)
+      samples = stage2.collect_rollout(state, fixed, alone if own else data, key, **common)
       new, _ = stage2.policy_step(
         state, fixed, data, samples, samples.rewards, key, optimizer=RECORDER, **common
       )
@@ -148,7 +148,7 @@ def subgrpo(problem: Problem, state: TrainState, *, count: int = 300) -> dict:
   for m, first, last, own, repeats in cases:
     shape = Training(1, groups=384 // repeats, repeats=repeats)
     policy = PolicyConfig(
-      num_train_steps=m, range_start=first, range_end=last, dm_weight=0.0, reward_weight=0.0,
+      num_train_steps=m, range_start=first, range_end=last, dmd_weight=0.0, reward_weight=0.0,
       advantage_limit=1e6, **ADVANTAGES,
     )  # fmt: skip
     g, _ = _gradients(problem, state, shape, policy, own, count)
@@ -225,9 +225,9 @@ def hybrid(problem: Problem, state: TrainState, *, count: int = 200) -> dict:
   keys = jax.random.split(jax.random.key(3), 20)
   exact = np.stack([np.asarray(jax.jit(jax.grad(expected))(theta, k), np.float64) for k in keys])
   unit = exact.mean(0) / np.linalg.norm(exact.mean(0))
-  spread = _gradients(problem, state, shape, PolicyConfig(dm_weight=0.0), True, 20)[1].std()
+  spread = _gradients(problem, state, shape, PolicyConfig(dmd_weight=0.0), True, 20)[1].std()
   policy = PolicyConfig(
-    num_train_steps=3, dm_weight=0.0, reward_weight=1.0, reward_margin=100.0,
+    num_train_steps=3, dmd_weight=0.0, reward_weight=1.0, reward_margin=100.0,
     advantage_limit=1e6, policy_weight=float(spread) * shape.repeats / (shape.repeats - 1),
     **ADVANTAGES,
   )  # fmt: skip

@@ -2,7 +2,7 @@
 
 With `normalize=False` the last step's two terms are, up to a common factor, the gradient of
 
-  dm_weight / d * E_t[ (t / (1 - t))^2 KL(q_t | p_t) ] - reward_weight * E_q[r]
+  dmd_weight / d * E_t[ (t / (1 - t))^2 KL(q_t | p_t) ] - reward_weight * E_q[r]
 
 in the law q of the clean samples, with q_t, p_t the student's and the teacher's laws at level t.
 """
@@ -23,13 +23,13 @@ def levels(config: DMDConfig, count: int = 400) -> tuple[np.ndarray, np.ndarray]
 
 
 def gaussian_shift(
-  cov: np.ndarray, linear: np.ndarray, config: DMDConfig, dm_weight: float, reward_weight: float
+  cov: np.ndarray, linear: np.ndarray, config: DMDConfig, dmd_weight: float, reward_weight: float
 ) -> np.ndarray:
   """How far the linear reward moves the mean of a Gaussian, whose covariance stays, [d]."""
   t, share = levels(config)
   d = len(linear)
   noisy = (1 - t[:, None, None]) ** 2 * cov + t[:, None, None] ** 2 * np.eye(d)
-  pull = np.einsum("t,tij->ij", share * t**2, np.linalg.inv(noisy)) * dm_weight / d
+  pull = np.einsum("t,tij->ij", share * t**2, np.linalg.inv(noisy)) * dmd_weight / d
   return np.linalg.solve(pull, reward_weight * linear)
 
 
@@ -54,7 +54,7 @@ def grid_optimum(
   mixture: dict,
   reward: np.ndarray,
   config: DMDConfig,
-  dm_weight: float,
+  dmd_weight: float,
   reward_weight: float,
   grid: Grid,
   nodes: int = 24,
@@ -65,7 +65,7 @@ def grid_optimum(
   """
   prior = grid.law(mixture)
   t, share = levels(config, nodes)
-  strength = dm_weight / 2 * share * (t / (1 - t)) ** 2
+  strength = dmd_weight / 2 * share * (t / (1 - t)) ** 2
   blurs = [grid.blur(x) for x in t]
   noisy = [np.maximum(k @ prior @ k.T, 1e-300) for k in blurs]
 

@@ -43,14 +43,14 @@ SETS = (12345, 1, 2, 3, 4)  # seeds of the sets of 10,000 samples that a cold st
 SAMPLES = 1_000_000  # of a mean: its own error is then below 1 % of the smallest shift
 # Levels up to 0.4 in stage 2 on the mixture.
 LOW = MATCHING._replace(end=400.0)
-LAST = PolicyConfig(policy_weight=0.0, dm_weight=1.0, reward_weight=1.0, reward_margin=1e3)
+LAST = PolicyConfig(policy_weight=0.0, dmd_weight=1.0, reward_weight=1.0, reward_margin=1e3)
 HYBRID = LAST._replace(gaussian_log_prob=True, subset_factor=True)
 POLICIES = {
   "last step only": LAST,
   "hybrid": HYBRID,
   "hybrid, KL": HYBRID._replace(kl_weight=10.0),
-  "GRPO alone": HYBRID._replace(dm_weight=0.0, reward_weight=0.0),
-  "back-propagation alone": LAST._replace(dm_weight=0.0),
+  "GRPO alone": HYBRID._replace(dmd_weight=0.0, reward_weight=0.0),
+  "back-propagation alone": LAST._replace(dmd_weight=0.0),
 }
 
 

@@ -17,7 +17,7 @@ from benchmarks.tilt import teachers
 from rtdmd_jax.algo.rollout import sample_rollout
 from rtdmd_jax.pipeline.conditioning import Conditioning
 from rtdmd_jax.training import stage1, stage2
-from rtdmd_jax.training.latent_rewards import Scoring
+from rtdmd_jax.training.latent_rewards import LatentRewards
 from rtdmd_jax.training.optim import ema_update
 from rtdmd_jax.training.settings import DMDConfig, PolicyConfig
 from rtdmd_jax.training.state import Batch, Frozen, Roles, TrainState
@@ -111,7 +111,7 @@ def place_reward(params: dict, images: jax.Array, text: jax.Array) -> jax.Array:
   return x @ params["linear"] - 0.5 * params["quadratic"] * jnp.square(x).sum(-1)
 
 
-SCORING = Scoring(
+SCORING = LatentRewards(
   decode=lambda params, latents: latents,
   device={"place": place_reward},
   weights={"place": 1.0},
@@ -213,13 +213,13 @@ def train_stage2(
 
   def update(state: TrainState, _: None) -> tuple[TrainState, None]:
     rollout_key, fake_key, key = _keys(training, state.step)
-    samples = stage2.rollout(state, fixed, data, rollout_key, scoring=SCORING, **common)
+    samples = stage2.collect_rollout(state, fixed, data, rollout_key, scoring=SCORING, **common)
 
     def fake(state: TrainState, key: jax.Array) -> tuple[TrainState, None]:
       step = stage2.fake_score_step(state, fixed, data, samples, key, optimizer=second, **common)
       return step[0], None
 
-    if policy.dm_weight:
+    if policy.dmd_weight:
       state, _ = jax.lax.scan(fake, state, jax.random.split(fake_key, training.fake_updates))
     state, _ = stage2.policy_step(
       state, fixed, data, samples, samples.rewards, key, scoring=SCORING, optimizer=first, **common

@@ -105,7 +105,7 @@ def _sd3(config: SD3Config) -> list[tuple[str, str]]:
 _RULES = {SD3Config: _sd3, Flux1Config: lambda _: _FLUX1, Flux2Config: lambda _: _FLUX2}
 
 
-def native_layers(transformer: Transformer) -> dict[str, Fused]:
+def fused_modules(transformer: Transformer) -> dict[str, Fused]:
   """Every dense layer of the first release by its name there, without a prefix."""
   return fused_layers(
     transformer.config, dense_entries(transformer.init_abstract(), transformer.table)
@@ -141,7 +141,7 @@ def _rename(module: str, rules: Sequence[tuple[str, str]]) -> tuple[str, int]:
   raise ValueError(f"{module} has no name in the first release")
 
 
-def save_native(
+def save_comfyui(
   path: str | os.PathLike, adapters: dict[str, Any], transformer: Transformer
 ) -> None:
   """Writes adapters as one file for ComfyUI, float32.
@@ -155,7 +155,7 @@ def save_native(
   """
   layers = adapter_layers(adapters, transformer.table)
   tensors = {}
-  for name, fused in native_layers(transformer).items():
+  for name, fused in fused_modules(transformer).items():
     adapted = [module for module, _ in fused.parts if module in layers]
     if not adapted:
       continue

@@ -44,7 +44,7 @@ from rtdmd_jax.rewards.device.preprocess import (
   ClipTransform,
   PadTransform,
 )
-from rtdmd_jax.training.latent_rewards import Scoring
+from rtdmd_jax.training.latent_rewards import LatentRewards
 from rtdmd_jax.training.setup import Setup, new_adapters
 from rtdmd_jax.training.state import Batch, Frozen, Roles
 from rtdmd_jax.weights import hub
@@ -80,7 +80,7 @@ def abstract_setup(config: Any) -> Setup:
     role: config.model[f"{role}_init"] or config.model.pretrained
     for role in ("generator", "fake_score", "teacher")
   }
-  sigmas = pipeline.few_step_sigmas(config.dmd.steps, config.model.image_size)
+  sigmas = pipeline.few_step_sigmas(config.dmd.timesteps, config.model.image_size)
   roles = Roles(
     apply=pipeline.transformer.apply,
     **keys,
@@ -93,7 +93,7 @@ def abstract_setup(config: Any) -> Setup:
     n: abstract_reward(n, config.rewards[n]) for n in config.rewards if n in device_rewards.NAMES
   }
   backpropagated = tuple(n for n in models if config.rewards[n].get("backpropagate", False))
-  scoring = Scoring(
+  scoring = LatentRewards(
     decode=partial(decode_images, pipeline.vae.clone(remat=config.model.remat)),
     device={name: model.score for name, model in models.items()},
     weights={name: float(reward.weight) for name, reward in config.rewards.items()},
@@ -114,7 +114,7 @@ def abstract_setup(config: Any) -> Setup:
 
 def abstract_batch(config: Any, setup: Setup) -> Batch:
   """The shapes of a training batch."""
-  prompts, count = config.batch.prompts, config.batch.prompts * config.batch.repeats
+  prompts, count = config.batch.prompts, config.batch.prompts * config.batch.images_per_prompt
   index = jax.ShapeDtypeStruct((count,), jnp.int32)
   samples = jax.ShapeDtypeStruct((count,), jnp.uint32)
   encoded = jax.tree.map(

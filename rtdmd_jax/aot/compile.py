@@ -135,11 +135,11 @@ def measure(
 
 
 def _check_batch(config: Any) -> None:
-  count, parts = config.batch.prompts * config.batch.repeats, sharding.batch_parts()
+  count, parts = config.batch.prompts * config.batch.images_per_prompt, sharding.batch_parts()
   if count % parts:
     raise UserError(
-      f"the batch has {count} images (batch.prompts x batch.repeats), which do not split over the"
-      f" {parts} devices of mesh.data x mesh.fsdp; make it a multiple of {parts}."
+      f"the batch has {count} images (batch.prompts x batch.images_per_prompt), which do not split"
+      f" over the {parts} devices of mesh.data x mesh.fsdp; make it a multiple of {parts}."
     )
 
 
@@ -179,13 +179,13 @@ def abstract_run(config: Any, setup: Setup, mesh: Mesh) -> Run:
   state = jax.eval_shape(lambda: train.initial_state(config, setup, optimizers))
   offload = config.model.offload
   known = {
-    "state": sharding.placed(state, mesh),
-    "frozen": sharding.placed(setup.frozen, mesh).replace(
-      bases=sharding.placed(setup.frozen.bases, mesh, offload=offload)
+    "state": sharding.shard_on(state, mesh),
+    "frozen": sharding.shard_on(setup.frozen, mesh).replace(
+      bases=sharding.shard_on(setup.frozen.bases, mesh, offload=offload)
     ),
     "batch": _repeated(abstract_batch(config, setup), mesh),
   }
-  text = _local_bytes(sharding.placed(setup.pipeline.text.params, mesh, offload=offload))
+  text = _local_bytes(sharding.shard_on(setup.pipeline.text.params, mesh, offload=offload))
   return Run(config, mesh, train.PROGRAMS[config.stage](config, setup, optimizers), known, text)
 
 
@@ -193,7 +193,7 @@ def trace(run: Run, name: str) -> Traced:
   """Lowers the program `name`."""
   args = [run.known[key] for key in program_arguments(run.config.stage, name)]
   traced = run.programs[name].trace(*args)
-  _, turns = loop_turns(name, len(run.config.dmd.steps))
+  _, turns = loop_turns(name, len(run.config.dmd.timesteps))
   flops = count_flops(traced.jaxpr, turns) / run.mesh.size
   resident = run.text + _resident(run.known, args) + _unread(traced.jaxpr, args)
   return Traced(traced.lower(), flops, resident, turns)
@@ -208,7 +208,7 @@ def samples(run: Run, placed: Callable[[Tree], Tree]) -> Tree:
   """
   args = [run.known[key] for key in program_arguments(run.config.stage, "rollout")]
   made = placed(jax.eval_shape(run.programs["rollout"], *args))
-  count = run.config.batch.prompts * run.config.batch.repeats
+  count = run.config.batch.prompts * run.config.batch.images_per_prompt
   score = jax.ShapeDtypeStruct((count,), jnp.float32)
   host = {name: score for name in run.config.rewards if name not in made.rewards}
   return {"samples": made, "rewards": dict(made.rewards) | _repeated(host, run.mesh)}
@@ -352,7 +352,7 @@ def _report(run: Run, topology: str, device: Chip, costs: list[Cost]) -> dict[st
     "estimate": gpus(topology) is not None,
     "mesh": dict(run.mesh.shape),
     "chip": device._asdict(),
-    "batch": config.batch.prompts * config.batch.repeats,
+    "batch": config.batch.prompts * config.batch.images_per_prompt,
     "placement": [
       {"name": n, "parameters": c, "bytes": b, "local": local}
       for n, c, b, local in sharding.table(trees, run.mesh)

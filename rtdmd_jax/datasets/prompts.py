@@ -72,9 +72,9 @@ def load_prompts(path: str | Path, *, split: str = "train", metadata: bool = Fal
 
 
 def prompt_batch(
-  seed: int, step: int, num_prompts_total: int, prompts_per_batch: int, repeats: int
+  seed: int, step: int, num_prompts_total: int, prompts_per_batch: int, images_per_prompt: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts of global batch `step`, each repeated `repeats` times next to itself.
+  """Prompts of global batch `step`, each repeated `images_per_prompt` times next to itself.
 
   A pure function of its arguments, so a resumed run continues the same sequence and any number of
   hosts sees the same batches. The list is permuted anew in each pass; consecutive batches of a pass
@@ -86,20 +86,21 @@ def prompt_batch(
     step: number of the global batch, from 0.
     num_prompts_total: length of the prompt list.
     prompts_per_batch: distinct prompts in a global batch.
-    repeats: images of each prompt in a global batch (`K_img` in RTDMD).
+    images_per_prompt: images of each prompt in a global batch (`K_img` in RTDMD).
 
   Returns:
-    Prompt indices `[N]` int64 and sample indices `[N]` uint32, `N = prompts_per_batch * repeats`.
-    Sample indices count all samples since step 0 (modulo 2**32), to fold into random keys.
+    Prompt indices `[N]` int64 and sample indices `[N]` uint32, with `N = prompts_per_batch *
+    images_per_prompt`. Sample indices count all samples since step 0 (modulo 2**32), to
+    fold into random keys.
 
   Raises:
     UserError: the list has fewer prompts than a batch.
     ValueError: a count below 1 or a negative step.
   """
-  if min(num_prompts_total, prompts_per_batch, repeats) < 1 or step < 0:
+  if min(num_prompts_total, prompts_per_batch, images_per_prompt) < 1 or step < 0:
     raise ValueError(
       f"need positive counts and step >= 0, got {num_prompts_total} prompts, "
-      f"{prompts_per_batch} a batch, {repeats} repeats, step {step}"
+      f"{prompts_per_batch} a batch, {images_per_prompt} images_per_prompt, step {step}"
     )
   if num_prompts_total < prompts_per_batch:
     raise UserError(
@@ -109,9 +110,9 @@ def prompt_batch(
   epoch, batch = divmod(step, num_prompts_total // prompts_per_batch)
   order = _permutation(seed, epoch, num_prompts_total)
   prompts = order[batch * prompts_per_batch : (batch + 1) * prompts_per_batch]
-  count = prompts_per_batch * repeats
+  count = prompts_per_batch * images_per_prompt
   samples = (np.arange(count, dtype=np.uint64) + step * count) % 2**32
-  return np.repeat(prompts, repeats), samples.astype(np.uint32)
+  return np.repeat(prompts, images_per_prompt), samples.astype(np.uint32)
 
 
 @functools.lru_cache(maxsize=4)

@@ -160,11 +160,11 @@ def checkpoint_settings(config: Any, run: StoredRun) -> sample.Settings:
   Raises:
     UserError: its few steps are not those that `rtdmd_jax.sample` draws with.
   """
-  levels, steps = list(run.config["dmd"]["steps"]), len(run.config["dmd"]["steps"])
+  levels, steps = list(run.config["dmd"]["timesteps"]), len(run.config["dmd"]["timesteps"])
   if not np.allclose(levels, 1000.0 * (1.0 - np.arange(steps) / steps)):
     raise UserError(
-      f"{run.directory} was trained with dmd.steps={levels}; only evenly spaced steps from 1000 on"
-      " can be drawn with."
+      f"{run.directory} was trained with dmd.timesteps={levels}; only evenly spaced steps from 1000"
+      " on can be drawn with."
     )
   few = {"few_step": True, "steps": steps, "guidance": 1.0, "eta": run.config["dmd"]["eta"]}
   values = {key: config[key] for key in _SHARED} | few | {"loras": (), "out": ""}

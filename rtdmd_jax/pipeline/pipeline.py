@@ -30,7 +30,7 @@ from rtdmd_jax.pipeline.text import (
 )
 from rtdmd_jax.pipeline.velocity import role_variables, role_velocity
 from rtdmd_jax.runtime.compilation import jit
-from rtdmd_jax.runtime.sharding import place, spread, to_numpy
+from rtdmd_jax.runtime.sharding import shard, split_or_replicate, to_numpy
 from rtdmd_jax.weights.hub import local_path
 from rtdmd_jax.weights.safetensors import read_config
 
@@ -184,7 +184,7 @@ class Pipeline:
     vae, vae_params = load_vae(directory / "vae", dtype=dtype)
     text = family.load_text(directory, dtype=dtype)
     if offload:
-      text = text._replace(params=place(text.params, offload=True))
+      text = text._replace(params=shard(text.params, offload=True))
     return cls(
       transformer,
       params,
@@ -234,7 +234,7 @@ class Pipeline:
 
     Where B divides into `sharding.batch_parts()`, every device encodes its part of the prompts.
     """
-    ids = spread(self.text.tokenize(prompts))
+    ids = split_or_replicate(self.text.tokenize(prompts))
     return jax.jit(self.text.encode)(self.text.params, ids)
 
   def velocity(

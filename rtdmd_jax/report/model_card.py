@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rtdmd_jax.adapters.peft import read_notes
+from rtdmd_jax.config import with_current_names
 from rtdmd_jax.models import Transformer
 from rtdmd_jax.report.scores import overlap_sentences, score_text
 from rtdmd_jax.runtime.files import replace_text
@@ -43,7 +44,7 @@ def find_run(adapter: Path) -> Run | None:
     return None
   notes = read_notes(adapter)
   step = int(notes["step"]) if notes.get("step", "").isdecimal() else None
-  config = json.loads((workdir / "config.json").read_text())
+  config = with_current_names(json.loads((workdir / "config.json").read_text()))
   return Run(config, read_scores(workdir, step), step, notes.get("weights"))
 
 
@@ -97,12 +98,12 @@ def _front_matter(kind: str) -> str:
 
 def _training(run: Run) -> list[str]:
   c = run.config
-  few = [str(step) for step in c["dmd"]["steps"]]
+  few = [str(step) for step in c["dmd"]["timesteps"]]
   facts = {
     "stage": c["stage"],
     "training steps": _steps(run),
     **({} if run.weights is None else {"weights": run.weights}),
-    "images a step": f"{c['batch']['prompts'] * c['batch']['repeats']:,}",
+    "images a step": f"{c['batch']['prompts'] * c['batch']['images_per_prompt']:,}",
     "rank and alpha of this stage": f"{c['lora']['rank']}, {c['lora']['alpha']:g}",
     "image size": f"{c['model']['image_size']} px",
     "sampling": f"{len(few)} steps at {', '.join(few)} thousandths before the base's shift,"

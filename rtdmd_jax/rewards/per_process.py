@@ -9,10 +9,10 @@ from rtdmd_jax.datasets.prompts import Prompt
 from rtdmd_jax.rewards.isolated import Scores
 from rtdmd_jax.rewards.multi import MultiReward
 from rtdmd_jax.runtime import multihost
-from rtdmd_jax.runtime.sharding import held_rows, split_batch
+from rtdmd_jax.runtime.sharding import local_rows, split_batch
 
 
-def score_held(
+def score_local_rows(
   rewards: MultiReward, images: jax.Array, prompts: Sequence[Prompt]
 ) -> dict[str, np.ndarray]:
   """Every reward [N] of a global array of images [N, H, W, 3]; each process scores what it holds.
@@ -23,9 +23,9 @@ def score_held(
   Raises:
     UserError: in all processes, where one of them cannot score.
   """
-  rows, held = held_rows(split_batch(images))
+  rows, held = local_rows(split_batch(images))
   own: dict[str, np.ndarray] = {}
-  with multihost.together():
+  with multihost.raise_on_all_processes():
     if len(rows):
       mine = [prompts[i] for i in rows]
       own = rewards(held, [p.text for p in mine], [p.record for p in mine])

@@ -19,7 +19,7 @@ def jit(function: Callable, **options: Any) -> Callable:
   return jax.jit(function, compiler_options=_OPTIONS.get(platform()), **options)
 
 
-def keep_programs(workdir: Path) -> None:
+def enable_compilation_cache(workdir: Path) -> None:
   """Keeps what is compiled from now on in `workdir/compiled`, from where a later start loads it.
 
   `JAX_COMPILATION_CACHE_DIR` names another place. Programs for a CPU are kept only if it is set:

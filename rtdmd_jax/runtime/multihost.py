@@ -31,7 +31,7 @@ def is_main() -> bool:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_other_processes() -> Iterator[None]:
   """Inside, only the main process prints to stdout; errors of every process are seen."""
   with contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(io.StringIO()):
     yield
@@ -48,7 +48,7 @@ def gather(value: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_processes() -> Iterator[None]:
   """A `UserError` inside ends all processes with it, so that none is left waiting.
 
   What is inside must not wait for other processes.
@@ -66,7 +66,7 @@ def together() -> Iterator[None]:
       raise UserError(f"process {number}: {sentence}")
 
 
-def agree(facts: dict[str, Any]) -> None:
+def assert_equal(facts: dict[str, Any]) -> None:
   """Compares nested dicts of JSON values with those of process 0.
 
   Raises:
@@ -83,7 +83,7 @@ def agree(facts: dict[str, Any]) -> None:
       )
 
 
-class Agreement:
+class AsyncMax:
   """The largest number that any process gives, the same in all of them.
 
   With several processes it is that of the call before, so that no call waits for a device that is

@@ -127,7 +127,7 @@ def shardings(tree: Tree, mesh: Mesh, *, offload: bool = False) -> Tree:
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def placed(tree: Tree, mesh: Mesh, *, offload: bool = False) -> Tree:
+def shard_on(tree: Tree, mesh: Mesh, *, offload: bool = False) -> Tree:
   """Shapes of a tree as it lies on a mesh; see `shardings`."""
   return jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -141,7 +141,7 @@ def on_host(leaf: Any) -> bool:
   return getattr(getattr(leaf, "sharding", None), "memory_kind", None) == HOST
 
 
-def put(tree: Tree, sharding: Any) -> Tree:
+def device_put(tree: Tree, sharding: Any) -> Tree:
   """`jax.device_put(tree, sharding)` for meshes over several processes too.
 
   There each process takes its own parts of the arrays it has on the host, which must be equal in
@@ -178,7 +178,7 @@ def to_numpy(tree: Tree) -> Tree:
   return jax.device_get(jax.tree.map(whole, tree))
 
 
-def held_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+def local_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
   """Indices [n], ascending, and values [n, ...] of the rows that this process holds.
 
   `array` is split along its first axis at most. Of several processes that hold a row, one gets it.
@@ -193,31 +193,31 @@ def held_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
   return np.concatenate(rows), np.concatenate([parts[start] for start in sorted(parts)])
 
 
-def place(tree: Tree, *, offload: bool = False) -> Tree:
+def shard(tree: Tree, *, offload: bool = False) -> Tree:
   """Puts every array where `shardings` says on the current mesh, or on jax's default device."""
   mesh = current()
-  return put(tree, None if mesh is None else shardings(tree, mesh, offload=offload))
+  return device_put(tree, None if mesh is None else shardings(tree, mesh, offload=offload))
 
 
 def replicate(tree: Tree) -> Tree:
   """Puts every array on all devices of the current mesh, or on jax's default device."""
   mesh = current()
-  return put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+  return device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
 def split_batch(tree: Tree) -> Tree:
   """Splits the first axis of every array over the batch's axes of the current mesh."""
   mesh = current()
-  return put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+  return device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
 
 
-def spread(tree: Tree) -> Tree:
+def split_or_replicate(tree: Tree) -> Tree:
   """`split_batch` of arrays [P, ...] where all P divide into `batch_parts()`, else `replicate`."""
   whole = any(len(leaf) % batch_parts() for leaf in jax.tree.leaves(tree))
   return replicate(tree) if whole else split_batch(tree)
 
 
-def pin(tree: Tree) -> Tree:
+def constrain_by_rules(tree: Tree) -> Tree:
   """Inside a compiled program: keeps every array of `tree` where the table says."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:

@@ -30,13 +30,13 @@ def make_batch(
   seed: int,
   step: int,
   prompts_per_batch: int,
-  repeats: int,
+  images_per_prompt: int,
 ) -> tuple[Batch, list[Prompt]]:
   """Global batch number `step`, on the device, and the prompt of each sample."""
-  chosen, samples = prompt_batch(seed, step, len(prompts), prompts_per_batch, repeats)
-  distinct = chosen[::repeats]
+  chosen, samples = prompt_batch(seed, step, len(prompts), prompts_per_batch, images_per_prompt)
+  distinct = chosen[::images_per_prompt]
   encoded = cache([prompts[i].text for i in distinct])
-  index = np.repeat(np.arange(prompts_per_batch, dtype=np.int32), repeats)
+  index = np.repeat(np.arange(prompts_per_batch, dtype=np.int32), images_per_prompt)
   batch = Batch(
     encoded["conditioning"], index, samples, unconditional, encoded.get("reward_text", {})
   )

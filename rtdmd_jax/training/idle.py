@@ -21,10 +21,10 @@ def warnings(config: Any) -> list[str]:
   if config.stage != "stage2":
     return found
   policy = config.policy
-  if policy.policy_weight and config.batch.repeats == 1 and policy.per_prompt:
+  if policy.policy_weight and config.batch.images_per_prompt == 1 and policy.per_prompt:
     found.append(
-      "batch.repeats is 1 and policy.per_prompt is true: a group of one image has no baseline of"
-      " its own, so that of the batch takes its place; raise batch.repeats."
+      "batch.images_per_prompt is 1 and policy.per_prompt is true: a group of one image has no"
+      " baseline of its own, so that of the batch takes its place; raise batch.images_per_prompt."
     )
   if policy.policy_weight and not has_weight(config):
     found.append("every reward has weight 0, so that the policy gradient is 0.")

@@ -12,7 +12,7 @@ from rtdmd_jax.training.state import Frozen
 Tree = Any
 
 
-class Scoring(NamedTuple):
+class LatentRewards(NamedTuple):
   """Rewards that live on the device, and the decoder that feeds them.
 
   `decode` maps (vae params, latents [B, h, w, c]) to images [B, H, W, 3] in [0, 1]; a device reward
@@ -28,22 +28,22 @@ class Scoring(NamedTuple):
   gradient: Mapping[str, Callable[[Tree, jax.Array, jax.Array], jax.Array]] = MappingProxyType({})
 
 
-class Judged(NamedTuple):
+class ScoredLatents(NamedTuple):
   """What decoding clean latents has shown; the last two only where rewards are back-propagated."""
 
   rewards: dict[str, jax.Array]  # [n] each
   images: jax.Array  # [n, H, W, 3] in [0, 1]
-  total: jax.Array | None  # [n], weighted sum of the back-propagated rewards
-  slope: jax.Array | None  # [n, h, w, c], its gradient by the latents
+  weighted_reward: jax.Array | None  # [n], weighted sum of the back-propagated rewards
+  reward_grad: jax.Array | None  # [n, h, w, c], its gradient by the latents
 
 
-def judge(
+def score_latents(
   latents: jax.Array,
   text: dict[str, jax.Array],
   frozen: Frozen,
-  scoring: Scoring,
+  scoring: LatentRewards,
   backward: tuple[str, ...],
-) -> Judged:
+) -> ScoredLatents:
   """Decodes clean latents once, scores them, and back-propagates the scores.
 
   Args:
@@ -65,14 +65,14 @@ def judge(
     return sum(weighted, jnp.zeros(len(latents))), (images, scores)
 
   if backward:
-    total, pull_back, (images, scores) = jax.vjp(summed, latents, has_aux=True)
-    (slope,) = pull_back(jnp.ones_like(total))
+    weighted_reward, pull_back, (images, scores) = jax.vjp(summed, latents, has_aux=True)
+    (reward_grad,) = pull_back(jnp.ones_like(weighted_reward))
   else:
-    total = slope = None
+    weighted_reward = reward_grad = None
     images, scores = summed(latents)[1]
   known = scores.keys() - scoring.gradient.keys()
   rewards = {
     name: scores[name] if name in known else score(scoring.device, name, images)
     for name in scoring.device
   }
-  return Judged(rewards, images, total, slope)
+  return ScoredLatents(rewards, images, weighted_reward, reward_grad)

@@ -19,7 +19,7 @@ _NORMS = ("grad_norm", "update_norm")
 _NONE: Mapping[str, Sequence[int]] = MappingProxyType({})
 
 
-class Skips:
+class NonFiniteGuard:
   """Follows the updates of both networks in every step's metrics.
 
   A step is looked at when the next one has been dispatched, so that the device never waits.
@@ -42,17 +42,17 @@ class Skips:
     )
     self._last: tuple[int, dict[str, jax.Array]] | None = None
 
-  def follow(self, step: int, metrics: dict[str, jax.Array]) -> None:
+  def observe(self, step: int, metrics: dict[str, jax.Array]) -> None:
     """Takes a step's metrics and looks at those of the step before.
 
     Raises:
       Stopped: the limit is reached; gradients and losses that are not finite are named.
     """
-    self.look()
+    self.flush()
     self._last = (step, metrics)
 
-  def look(self) -> None:
-    """Looks at the last step now; raises what `follow` does."""
+  def flush(self) -> None:
+    """Looks at the last step now; raises what `observe` does."""
     if self._last is None:
       return
     (step, metrics), self._last = self._last, None
@@ -83,7 +83,7 @@ class Skips:
     return (
       f"warning: the last {count} updates of {network} changed nothing: its gradient or its"
       f" learning rate is 0. Look at {network}.learning_rate, the weights of policy and rewards,"
-      " batch.repeats, and whether rewards differ between images (samples/kept)"
+      " batch.images_per_prompt, and whether rewards differ between images (samples/kept)"
     )
 
   def finish(self) -> None:
@@ -92,7 +92,7 @@ class Skips:
     Raises:
       Stopped: every update of a network was skipped.
     """
-    self.look()
+    self.flush()
     for network in NETWORKS:
       updates, skipped = self._updates[network], self._totals[network]
       if updates and updates == skipped:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from rtdmd_jax.config import config_diff
+from rtdmd_jax.config import config_diff, with_current_names
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.runtime.checkpoint import Checkpoints
 from rtdmd_jax.runtime.files import replace_text
@@ -20,7 +20,7 @@ from rtdmd_jax.training.state import TrainState
 FIXED = (
   *("stage", "seed", "lora", "load", "data.prompts", "data.held_out", "dmd", "policy", "rewards"),
   # Not batch.micro_batches, model.remat and model.attention, which only save memory.
-  *("batch.prompts", "batch.repeats", "train.fake_update_ratio"),
+  *("batch.prompts", "batch.images_per_prompt", "train.fake_update_ratio"),
   *(f"model.{key}" for key in ("pretrained", "image_size", "dtype", "base_storage")),
   *(f"model.{role}_init" for role in ("generator", "fake_score", "teacher")),
 )
@@ -122,6 +122,7 @@ def check_start(
   old = saved.read_extra()
   # Checkpoints of earlier versions carry nothing; their configuration lies beside them.
   stored = old["config"] if "config" in old else read_stored_config(workdir / "config.json")
+  stored = with_current_names(stored)
   name = f"{workdir / 'checkpoints' / str(saved.latest_step)}"
   lines = check_resume(name, stored, record["config"], FIXED, allow=allow)
   lines += check_content(name, old.get("files", {}), record["files"], lines, allow=allow)

@@ -8,7 +8,7 @@ class Consistency(NamedTuple):
 
   weight: float = 0.01
   max_steps_back: int = 200
-  moves: int = 1
+  transitions: int = 1
   two_sample: bool = True
   stop_transitions: bool = True
   adjacent: bool = False
@@ -52,7 +52,7 @@ class PolicyConfig(NamedTuple):
   global_std: bool = True
   weight_advantages: bool = True
   policy_weight: float = 1.0
-  dm_weight: float = 1e-3
+  dmd_weight: float = 1e-3
   reward_weight: float = 1e-4
   reward_margin: float = 3.0
   micro_batches: int = 1

@@ -28,9 +28,9 @@ from rtdmd_jax.rewards.multi import (
   make_for_evaluation,
 )
 from rtdmd_jax.rewards.needs import check_training_prompts
-from rtdmd_jax.runtime.multihost import gather, together
-from rtdmd_jax.runtime.sharding import batch_parts, place, spread
-from rtdmd_jax.training.latent_rewards import Scoring
+from rtdmd_jax.runtime.multihost import gather, raise_on_all_processes
+from rtdmd_jax.runtime.sharding import batch_parts, shard, split_or_replicate
+from rtdmd_jax.training.latent_rewards import LatentRewards
 from rtdmd_jax.training.settings import Consistency, DMDConfig, OptimizerConfig, PolicyConfig
 from rtdmd_jax.training.state import Frozen, Roles
 from rtdmd_jax.training.validate import OBJECTIVES, check_policy_steps
@@ -63,7 +63,7 @@ class Setup:
   pipeline: Pipeline
   roles: Roles
   frozen: Frozen
-  scoring: Scoring
+  scoring: LatentRewards
   host_rewards: MultiReward | None
   cache: PromptCache
   unconditional: Conditioning
@@ -82,7 +82,7 @@ def build(config: Any) -> Setup:
     UserError: a missing or broken file, or values that do not fit together; of several processes,
       in all of them.
   """
-  with together():
+  with raise_on_all_processes():
     setup = _load(config)
   setup = _available_everywhere(setup)
   models = {n: score.__self__ for n, score in {**setup.scoring.device, **setup.watched}.items()}
@@ -123,7 +123,7 @@ def _load(config: Any) -> Setup:
     base_storage=config.model.base_storage,
     offload=config.model.offload,
   )
-  sigmas = pipeline.few_step_sigmas(config.dmd.steps, config.model.image_size)
+  sigmas = pipeline.few_step_sigmas(config.dmd.timesteps, config.model.image_size)
   bases, keys = _bases(config.model, pipeline)
   roles = Roles(
     apply=pipeline.transformer.apply,
@@ -140,7 +140,7 @@ def _load(config: Any) -> Setup:
     name: options[name] for name in config.eval.rewards if name not in device_rewards.NAMES
   }
   differentiable = _differentiable(config, models)
-  scoring = Scoring(
+  scoring = LatentRewards(
     decode=partial(decode_images, pipeline.vae.clone(remat=config.model.remat)),
     device={name: models[name].score for name in models if name in weights},
     weights=weights,
@@ -259,7 +259,7 @@ def _stage_one(path: str, pipeline: Pipeline) -> Tree:
   """Adapters of an earlier stage with their scale folded in; empty without a path."""
   if not path:
     return {}
-  return place(load_adapters([Lora.parse(path)], pipeline.transformer))
+  return shard(load_adapters([Lora.parse(path)], pipeline.transformer))
 
 
 def _encoder(pipeline: Pipeline, models: dict[str, Any]):
@@ -267,7 +267,7 @@ def _encoder(pipeline: Pipeline, models: dict[str, Any]):
 
   def encode(prompts: Sequence[str]) -> Tree:
     text = {
-      name: features[name](model.params, spread(model.tokenize(prompts)))
+      name: features[name](model.params, split_or_replicate(model.tokenize(prompts)))
       for name, model in models.items()
     }
     return {"conditioning": pipeline.encode(prompts), "reward_text": text}
@@ -297,7 +297,7 @@ def dmd_config(config: Any, pipeline: Pipeline) -> DMDConfig:
   """
   if config.dmd.objective not in OBJECTIVES:
     raise UserError(f"dmd.objective is {config.dmd.objective!r}; use {' or '.join(OBJECTIVES)}.")
-  values = {k: v for k, v in config.dmd.items() if k not in ("steps", "consistency")}
+  values = {k: v for k, v in config.dmd.items() if k not in ("timesteps", "consistency")}
   consistency = Consistency(**config.dmd.consistency)
   return DMDConfig(**values, shift=pipeline.schedule.shift, consistency=consistency)
 
@@ -313,23 +313,26 @@ def micro_batches(config: Any) -> int:
   Raises:
     UserError: it does not divide the batch, or a part does not split over the devices.
   """
-  number, count = config.batch.micro_batches, config.batch.prompts * config.batch.repeats
+  number, count = config.batch.micro_batches, config.batch.prompts * config.batch.images_per_prompt
   if number < 1 or count % number:
     raise UserError(
       f"batch.micro_batches is {number}, which does not divide the batch of {count} images"
-      " (batch.prompts x batch.repeats)."
+      " (batch.prompts x batch.images_per_prompt)."
     )
   parts = batch_parts()
   if count // number % parts:
     raise UserError(
       f"a micro-batch has {count // number} images, which do not split over the {parts} devices of"
-      " mesh.data x mesh.fsdp; change batch.prompts, batch.repeats or batch.micro_batches."
+      " mesh.data x mesh.fsdp; change batch.prompts, batch.images_per_prompt or"
+      " batch.micro_batches."
     )
   return number
 
 
 def _decode_parts(config: Any) -> int:
-  images = config.batch.prompts * config.batch.repeats // micro_batches(config) // batch_parts()
+  images = (
+    config.batch.prompts * config.batch.images_per_prompt // micro_batches(config) // batch_parts()
+  )
   at_once = config.batch.decode_chunk or images
   if at_once < 0 or images % at_once:
     raise UserError(
@@ -351,4 +354,4 @@ def policy_config(config: Any) -> PolicyConfig:
     **config.policy, micro_batches=micro_batches(config), decode_parts=_decode_parts(config)
   )
   # A group of one has no spread: its advantage is taken over the batch, as the published code does.
-  return policy._replace(per_prompt=policy.per_prompt and config.batch.repeats > 1)
+  return policy._replace(per_prompt=policy.per_prompt and config.batch.images_per_prompt > 1)

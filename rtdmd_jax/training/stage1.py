@@ -71,7 +71,7 @@ def teacher_velocity(
   )
 
 
-def roll_out(
+def sample_last_step(
   velocity: Velocity,
   roles: Roles,
   config: DMDConfig,
@@ -113,7 +113,7 @@ def start_of_interval(
   )
 
 
-def renoise_level(
+def renoise_sigma(
   config: DMDConfig, sigma_s: jax.Array, sample_index: jax.Array, key: jax.Array
 ) -> jax.Array:
   """Levels [B] at which teacher and fake score are compared."""
@@ -153,18 +153,18 @@ def fake_score_loss(
     level = sigma.reshape(-1, *[1] * len(shape))
     loss = losses.flow_matching_loss(velocity((1 - level) * x0 + level * noise, sigma), x0, noise)
     return loss, {"fake_score": loss}
-  sigma_t = renoise_level(config, sigma_s, sample_index, level_key)
+  sigma_t = renoise_sigma(config, sigma_s, sample_index, level_key)
   c = config.consistency
   steps_back = transition_noise = None
   if c.weight:
     if c.adjacent:
-      steps_back = timesteps.adjacent_steps(sigma_t, sigmas, c.moves)
+      steps_back = timesteps.adjacent_steps(sigma_t, sigmas, c.transitions)
     else:
       steps_back = timesteps.consistency_steps(
-        back_key, c.moves, sample_index, epsilon=c.max_steps_back
+        back_key, c.transitions, sample_index, epsilon=c.max_steps_back
       )
     paths = 2 if c.two_sample else 1
-    transition_noise = sample_noise(path_key, sample_index, (paths, c.moves, *shape))
+    transition_noise = sample_noise(path_key, sample_index, (paths, c.transitions, *shape))
     transition_noise = jnp.moveaxis(transition_noise, 0, 2)
   return losses.ambient_fake_score_loss(
     velocity,
@@ -197,7 +197,7 @@ def generator_loss(
   """The generator's distribution-matching loss on `x_s` [B, ...], weights [B] or None."""
   level_key, noise_key, transition_key = jax.random.split(key, 3)
   shape = x_s.shape[1:]
-  sigma_t = renoise_level(config, sigma_s, sample_index, level_key)
+  sigma_t = renoise_sigma(config, sigma_s, sample_index, level_key)
   noise = sample_noise(noise_key, sample_index, shape)
   if config.objective == "dmd":
     return losses.plain_generator_loss(
@@ -234,7 +234,7 @@ def fake_score_step(
   def loss_fn(adapters: Tree, index: jax.Array, prompt: jax.Array) -> tuple[jax.Array, Metrics]:
     conditioning = batch.conditioning.take(prompt)
     generator = generator_velocity(roles, frozen, state.generator, conditioning)
-    last = roll_out(generator, roles, config, index, rollout_key, differentiable=False)
+    last = sample_last_step(generator, roles, config, index, rollout_key, differentiable=False)
     x_s, sigma_s = start_of_interval(last, roles, config, index, start_key)
     velocity = fake_score_velocity(roles, frozen, adapters, conditioning)
     return fake_score_loss(velocity, config, roles.sigmas, x_s, sigma_s, index, loss_key)
@@ -270,7 +270,7 @@ def generator_step(
       roles, frozen, config, conditioning, batch.unconditional, guidance_key
     )
     velocity = generator_velocity(roles, frozen, adapters, conditioning)
-    last = roll_out(velocity, roles, config, index, rollout_key)
+    last = sample_last_step(velocity, roles, config, index, rollout_key)
     x_s, sigma_s = start_of_interval(last, roles, config, index, start_key)
     loss = generator_loss(x_s, sigma_s, teacher, fake, config, index, loss_key)
     return loss, {"generator": loss}

@@ -27,7 +27,7 @@ from rtdmd_jax.algo.transitions import (
 from rtdmd_jax.pipeline.velocity import role_variables, role_velocity
 from rtdmd_jax.runtime.sharding import constrain
 from rtdmd_jax.training import stage1
-from rtdmd_jax.training.latent_rewards import Judged, Scoring, judge
+from rtdmd_jax.training.latent_rewards import LatentRewards, ScoredLatents, score_latents
 from rtdmd_jax.training.micro_batching import accumulated_grad, map_parts, sorted_parts
 from rtdmd_jax.training.optim import guarded_update, repeated_update
 from rtdmd_jax.training.settings import DMDConfig, PolicyConfig
@@ -40,7 +40,7 @@ _MAXIMA = frozenset({"ratio/drift"})
 
 
 @flax.struct.dataclass
-class Rollout:
+class RolloutBatch:
   """One epoch's samples; `x[0]` is the initial noise and `x[K]` the clean latents."""
 
   x: jax.Array  # [K + 1, N, h, w, c]
@@ -50,11 +50,11 @@ class Rollout:
   images: jax.Array  # [N, H, W, 3] uint8, for the host's rewards
   # Of the rewards that are back-propagated, if there are any: [N] their weighted sum, and
   # [N, h, w, c] its gradient by the clean latents.
-  total: jax.Array | None = None
-  slope: jax.Array | None = None
+  weighted_reward: jax.Array | None = None
+  reward_grad: jax.Array | None = None
 
 
-def rollout(
+def collect_rollout(
   state: TrainState,
   frozen: Frozen,
   batch: Batch,
@@ -63,8 +63,8 @@ def rollout(
   roles: Roles,
   config: DMDConfig,
   policy: PolicyConfig,
-  scoring: Scoring,
-) -> Rollout:
+  scoring: LatentRewards,
+) -> RolloutBatch:
   """K steps of the generator for every sample, decoded and scored, in micro-batches.
 
   Steps that do not train share their noise among the repeats of a prompt (SubGRPO). The policy
@@ -94,22 +94,22 @@ def rollout(
     found = map_parts(decoded, policy.decode_parts, x[-1], prompt)
     return jnp.moveaxis(x, 0, 1), path.log_prob.T, found
 
-  def decoded(latents: jax.Array, prompt: jax.Array) -> Judged:
+  def decoded(latents: jax.Array, prompt: jax.Array) -> ScoredLatents:
     text = jax.tree.map(lambda a: a[prompt], batch.reward_text)
     backward = scoring.differentiable if policy.reward_weight else ()
-    found = judge(latents, text, frozen, scoring, backward)
+    found = score_latents(latents, text, frozen, scoring, backward)
     return found._replace(images=jnp.round(255.0 * found.images).astype(jnp.uint8))
 
   samples = jnp.arange(batch.sample_index.shape[0])
   x, log_prob, found = map_parts(micro, policy.micro_batches, samples)
-  return Rollout(jnp.moveaxis(x, 1, 0), log_prob.T, chosen, *found)
+  return RolloutBatch(jnp.moveaxis(x, 1, 0), log_prob.T, chosen, *found)
 
 
 def fake_score_step(
   state: TrainState,
   frozen: Frozen,
   batch: Batch,
-  samples: Rollout,
+  samples: RolloutBatch,
   key: jax.Array,
   *,
   roles: Roles,
@@ -155,8 +155,8 @@ class _Rows(NamedTuple):
   other_weight: jax.Array  # [N] of the terms that need no advantage
   prompt: jax.Array  # [N]
   index: jax.Array  # [N], see `Batch`
-  total: jax.Array | None  # see `Rollout`
-  slope: jax.Array | None
+  weighted_reward: jax.Array | None  # see `Rollout`
+  reward_grad: jax.Array | None
 
 
 def policy_loss(
@@ -217,14 +217,14 @@ def policy_step(
   state: TrainState,
   frozen: Frozen,
   batch: Batch,
-  samples: Rollout,
+  samples: RolloutBatch,
   rewards: dict[str, jax.Array],
   key: jax.Array,
   *,
   roles: Roles,
   config: DMDConfig,
   policy: PolicyConfig,
-  scoring: Scoring,
+  scoring: LatentRewards,
   optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, Metrics]:
   """One update of the generator by the hybrid policy gradient.
@@ -268,7 +268,7 @@ def policy_step(
   keep = signal | (scored & ~jnp.any(signal))
   weight, other_weight = (a * (count / jnp.maximum(jnp.sum(a), 1)) for a in (signal, keep))
   x, log_prob = jnp.moveaxis(samples.x, 1, 0), samples.log_prob.T
-  sample = (batch.prompt_index, batch.sample_index, samples.total, samples.slope)
+  sample = (batch.prompt_index, batch.sample_index, samples.weighted_reward, samples.reward_grad)
   rows = _Rows(x, log_prob, advantages, weight, other_weight, *sample)
   parts = sorted_parts(~keep, policy.micro_batches, rows)
   terms = policy.num_train_steps + 1
@@ -324,7 +324,7 @@ def policy_step(
     start_key, noise_key = jax.random.split(level_key)
     x0 = x0_from_v(x, v, sigma)
     loss, metrics = jnp.zeros(()), {}
-    if policy.dm_weight:
+    if policy.dmd_weight:
       x_next = cps_step(x, v, sigma, next_sigma, config.eta, jnp.zeros_like(x))
       last = LastStep(x, v, x_next, x0, sigma, next_sigma)
       x_s, sigma_s = stage1.start_of_interval(last, roles, config, part.index, start_key)
@@ -340,12 +340,14 @@ def policy_step(
         noise_key,
         weights=part.other_weight,
       )
-      loss += policy.dm_weight * dm
+      loss += policy.dmd_weight * dm
       metrics["loss/generator"] = dm
-    if policy.reward_weight and part.slope is not None:
+    if policy.reward_weight and part.reward_grad is not None:
       # Linear around the rollout's latents, which are these.
-      change = jnp.sum(part.slope * (x0 - jax.lax.stop_gradient(x0)), axis=(1, 2, 3))
-      hinge = losses.reward_hinge(part.total + change, policy.reward_margin, part.other_weight)
+      change = jnp.sum(part.reward_grad * (x0 - jax.lax.stop_gradient(x0)), axis=(1, 2, 3))
+      hinge = losses.reward_hinge(
+        part.weighted_reward + change, policy.reward_margin, part.other_weight
+      )
       loss += policy.reward_weight * hinge
       metrics["loss/reward_backprop"] = hinge
     return loss, metrics

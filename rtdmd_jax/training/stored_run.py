@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rtdmd_jax.adapters.load import Lora, load_adapters
 from rtdmd_jax.adapters.lora import fold_scale, stack_adapters
+from rtdmd_jax.config import with_current_names
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import load_base
 from rtdmd_jax.models.transformer import Transformer
@@ -92,7 +93,8 @@ class StoredRun(NamedTuple):
       step = saved.latest_step if step is None else step
     # Those of earlier versions of this package have none of their own.
     stored = extra if isinstance(extra, dict) else {}
-    return cls(workdir, step, stored.get("config") or read_stored_config(workdir / "config.json"))
+    config = stored.get("config") or read_stored_config(workdir / "config.json")
+    return cls(workdir, step, with_current_names(config))
 
   @property
   def directory(self) -> Path:

@@ -34,7 +34,7 @@ for _section, _class in (
   _DEFAULTS |= {f"{_section}.{key}": value for key, value in _class._field_defaults.items()}
 del _DEFAULTS["dmd.consistency"]
 
-_PATHS = ("max_steps_back", "moves", "two_sample", "stop_transitions", "adjacent")
+_PATHS = ("max_steps_back", "transitions", "two_sample", "stop_transitions", "adjacent")
 _CONSISTENCY = tuple(f"dmd.consistency.{key}" for key in _PATHS)
 _AMBIENT = ("start_mode", "boundary_index", "offset", "end", "inside", "scale_out")
 _MATCHING = tuple(key for key in _DEFAULTS if key.startswith("dmd.") and key != "dmd.eta")
@@ -45,7 +45,7 @@ def _plain(config: Any) -> bool:
 
 
 def _unmatched(config: Any) -> bool:
-  return config.stage == "stage2" and not config.policy.dm_weight
+  return config.stage == "stage2" and not config.policy.dmd_weight
 
 
 def _matched(when: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -61,7 +61,7 @@ _RULES = (
   Rule(
     (*_MATCHING, "fake_score", "train.fake_update_ratio"),
     _unmatched,
-    "policy.dm_weight is 0, so that no distribution is matched and no fake score trained",
+    "policy.dmd_weight is 0, so that no distribution is matched and no fake score trained",
   ),
   Rule(
     (*(f"dmd.{key}" for key in _AMBIENT), "dmd.weight_low", "dmd.weight_high", "dmd.consistency"),
@@ -108,12 +108,12 @@ _RULES = (
   ),
   Rule(
     ("policy.per_prompt", "policy.global_std"),
-    _in_stage2(lambda c: c.batch.repeats == 1),
-    "batch.repeats is 1, so that mean and deviation are those of the batch",
+    _in_stage2(lambda c: c.batch.images_per_prompt == 1),
+    "batch.images_per_prompt is 1, so that mean and deviation are those of the batch",
   ),
   Rule(
     ("policy.global_std",),
-    _in_stage2(lambda c: c.batch.repeats > 1 and not c.policy.per_prompt),
+    _in_stage2(lambda c: c.batch.images_per_prompt > 1 and not c.policy.per_prompt),
     "policy.per_prompt is false, so that the deviation is that of the batch",
   ),
   Rule(("ema.warmup", "ema.applications"), lambda c: not c.ema.decay, "ema.decay is 0"),

@@ -52,7 +52,7 @@ _RULES: dict[str, Rule] = {
   "lora.dtype": _one_of(DTYPES),
   "lora.targets": (len, "at least one name"),
   "data.cache_gb": _NOT_NEGATIVE,
-  "dmd.steps": _LEVELS,
+  "dmd.timesteps": _LEVELS,
   "dmd.objective": _one_of(OBJECTIVES),
   "dmd.eta": _FRACTION,
   "dmd.guidance_low": _NOT_NEGATIVE,
@@ -73,13 +73,13 @@ _RULES: dict[str, Rule] = {
     lambda v: isinstance(v, Integral) and 1 <= v <= 1000,
     "a whole number from 1 to 1000",
   ),
-  "dmd.consistency.moves": _COUNT,
+  "dmd.consistency.transitions": _COUNT,
   "ema.decay": _DECAY,
   "ema.every": _COUNT,
   "ema.warmup": _BOOL,
   "ema.applications": _COUNT,
   "batch.prompts": _COUNT,
-  "batch.repeats": _COUNT,
+  "batch.images_per_prompt": _COUNT,
   "batch.micro_batches": _COUNT,
   "train.steps": _NATURAL,
   "train.fake_update_ratio": _COUNT,
@@ -128,7 +128,7 @@ _STAGE2_RULES: dict[str, Rule] = {
   "policy.global_std": _BOOL,
   "policy.weight_advantages": _BOOL,
   "policy.policy_weight": _NOT_NEGATIVE,
-  "policy.dm_weight": _NOT_NEGATIVE,
+  "policy.dmd_weight": _NOT_NEGATIVE,
   "policy.reward_weight": _NOT_NEGATIVE,
   "policy.reward_margin": _FINITE,
 }
@@ -202,12 +202,14 @@ def check_policy_steps(config: Any) -> None:
   """Checks that a rollout has the stochastic steps that `policy` chooses from.
 
   Raises:
-    UserError: a range beyond the stochastic steps, which are all but the last of `dmd.steps`, or
-      one of fewer steps than are to be trained.
+    UserError: a range beyond the stochastic steps, all but the last of `dmd.timesteps`, or one of
+      fewer steps than are to be trained.
   """
-  policy, last = config.policy, len(config.dmd.steps) - 2
+  policy, last = config.policy, len(config.dmd.timesteps) - 2
   if last < 0:
-    raise UserError("dmd.steps has one step, but stage 2 trains those before the last; give more.")
+    raise UserError(
+      "dmd.timesteps has one step, but stage 2 trains those before the last; give more."
+    )
   if not 0 <= policy.range_start <= policy.range_end <= last:
     raise UserError(
       f"policy.range_start..range_end is {policy.range_start}..{policy.range_end}; stochastic"
@@ -295,9 +297,9 @@ def _model(config: Any) -> Iterator[str]:
 
 
 def _boundary(config: Any) -> Iterator[str]:
-  index, steps = config.dmd.boundary_index, len(config.dmd.steps)
+  index, steps = config.dmd.boundary_index, len(config.dmd.timesteps)
   if config.dmd.start_mode == "fixed_boundary" and index > steps:
-    yield f"dmd.boundary_index is {index}; with {steps} dmd.steps it must be in 1..{steps}."
+    yield f"dmd.boundary_index is {index}; with {steps} dmd.timesteps it must be in 1..{steps}."
 
 
 def _stage2(config: Any) -> Iterator[str]:
@@ -320,10 +322,10 @@ def _stage2(config: Any) -> Iterator[str]:
       )
   if not (
     (policy.policy_weight and has_weight(config))
-    or policy.dm_weight
+    or policy.dmd_weight
     or (policy.reward_weight and has_slope(config))
   ):
     yield (
       "nothing trains the generator: it takes policy.policy_weight with a reward of another weight"
-      " than 0, policy.dm_weight, or policy.reward_weight with a reward to back-propagate."
+      " than 0, policy.dmd_weight, or policy.reward_weight with a reward to back-propagate."
     )

@@ -317,7 +317,7 @@ def _load(
     arrays = {entry.path: _read_leaf(entry, leaf, tensors, _leaf_dtype(leaf.dtype, dtype))}
   # A transfer that is still under way would keep its leaf in host memory.
   return {
-    path: jax.block_until_ready(sharding_table.put(array, places[path]))
+    path: jax.block_until_ready(sharding_table.device_put(array, places[path]))
     for path, array in arrays.items()
   }
 

@@ -17,7 +17,7 @@ from tests.support.programs import float_results
 OVERRIDES = [
   "model.base_storage=int8",
   "batch.prompts=3",
-  "batch.repeats=2",
+  "batch.images_per_prompt=2",
   "batch.micro_batches=1",
 ]
 

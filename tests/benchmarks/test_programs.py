@@ -26,8 +26,11 @@ def test_random_leaves_keep_shapes_and_types():
   config = load_config(str(ROOT / "configs/tiny_stage2.py"), ["batch.prompts=2"])
   setup = abstract_setup(config)
   batch = programs.random_batch(config, setup)
-  count = 2 * config.batch.repeats
-  assert batch.prompt_index.tolist() == [0] * config.batch.repeats + [1] * config.batch.repeats
+  count = 2 * config.batch.images_per_prompt
+  assert (
+    batch.prompt_index.tolist()
+    == [0] * config.batch.images_per_prompt + [1] * config.batch.images_per_prompt
+  )
   assert batch.sample_index.shape == (count,) and batch.sample_index.dtype == jnp.uint32
   shapes = programs.random_like(setup.frozen.vae)
   for made, shape in zip(*map(programs.jax.tree.leaves, (shapes, setup.frozen.vae)), strict=True):

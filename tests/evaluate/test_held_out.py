@@ -140,7 +140,7 @@ import {stage} as stage
 
 def get_config():
   c = stage.get_config()
-  c.batch.prompts = c.batch.repeats = 2
+  c.batch.prompts = c.batch.images_per_prompt = 2
   c.batch.micro_batches = 1
   c.eval.final_prompts = c.eval.prompts = c.eval.chunk = 4
   c.eval.preview = c.eval.teacher_steps = c.train.steps = 2

@@ -16,7 +16,7 @@ import peft
 import torch
 from safetensors.torch import save_file
 
-from rtdmd_jax.adapters.comfyui import native_layers
+from rtdmd_jax.adapters.comfyui import fused_modules
 from rtdmd_jax.adapters.load import Lora, load_adapters
 from rtdmd_jax.adapters.peft import adapter_layers
 from rtdmd_jax.models import build_transformer
@@ -95,7 +95,7 @@ def by_converter(family, changes, monkeypatch):
     patch.setattr(torch, "split", narrow)
     checkpoint = {
       f"{name}.weight": torch.zeros(sum(n for _, n in layer.parts), layer.inputs)
-      for name, layer in native_layers(family.transformer).items()
+      for name, layer in fused_modules(family.transformer).items()
     }
     checkpoint |= {f"{name}.weight": torch.tensor(change) for name, change in changes.items()}
     found = getattr(single_file_utils, CONVERTERS[family.name])(FirstRelease(config, checkpoint))
@@ -132,7 +132,7 @@ def firsts(family, chosen=lambda name: True):
   """The first release's dense layers."""
   return [
     (name, sum(rows for _, rows in layer.parts), layer.inputs)
-    for name, layer in native_layers(family.transformer).items()
+    for name, layer in fused_modules(family.transformer).items()
     if chosen(name)
   ]
 

@@ -57,7 +57,7 @@ def draws(roles, config):
   start_key, step_key, stop_key = jax.random.split(rollout_key, 3)
   level_key, renoise_key, transition_key = jax.random.split(loss_key, 3)
   stop = int(random_stop(stop_key, len(SIGMAS) - 1))
-  level = stage1.renoise_level(config, jnp.float32(SIGMAS[stop]), index, level_key)
+  level = stage1.renoise_sigma(config, jnp.float32(SIGMAS[stop]), index, level_key)
   return Draws(
     noise(start_key),
     [noise(jax.random.fold_in(step_key, i)) for i in range(len(SIGMAS) - 1)],

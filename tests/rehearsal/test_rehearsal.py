@@ -36,7 +36,7 @@ TRAIN = {
   "train.log_every": 4, "train.save_every": 5, "eval.every": 8, "eval.prompts": 2,
   "eval.final_prompts": 3, "eval.chunk": 2, "eval.preview": 2, "eval.teacher_steps": 2,
 }  # fmt: skip
-STAGE2 = TRAIN | {"batch.repeats": 2, "batch.micro_batches": 2}
+STAGE2 = TRAIN | {"batch.images_per_prompt": 2, "batch.micro_batches": 2}
 INFER = {"height": 64, "width": 64, "batch": 2}
 EVAL = INFER | {"limit": 2, "preview": 2}
 PRETRAIN = {
@@ -46,8 +46,8 @@ PRETRAIN = {
 TINY_TRAIN = {key: value for key, value in TRAIN.items() if key != "model.image_size"}
 TINY_CONFIGS = {
   "tiny_stage1": TINY_TRAIN,
-  "tiny_stage2": TINY_TRAIN | {"batch.repeats": 2, "eval.final_images": 1},
-  "tiny_stage2_long": TINY_TRAIN | {"batch.repeats": 2, "eval.final_images": 1},
+  "tiny_stage2": TINY_TRAIN | {"batch.images_per_prompt": 2, "eval.final_images": 1},
+  "tiny_stage2_long": TINY_TRAIN | {"batch.images_per_prompt": 2, "eval.final_images": 1},
   "tiny_infer": {},
   "tiny_eval": {"limit": 2, "batch": 2, "preview": 2},
   "tiny_pretrain": PRETRAIN,

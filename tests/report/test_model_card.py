@@ -10,9 +10,9 @@ from rtdmd_jax.runtime.files import save_tensors
 CONFIG = {
   "stage": "stage2",
   "model": {"image_size": 512},
-  "dmd": {"steps": [1000, 750, 500, 250], "eta": 0.9},
+  "dmd": {"timesteps": [1000, 750, 500, 250], "eta": 0.9},
   "lora": {"rank": 32, "alpha": 64.0},
-  "batch": {"prompts": 48, "repeats": 24},
+  "batch": {"prompts": 48, "images_per_prompt": 24},
   "train": {"steps": 1000},
   "rewards": {"hpsv2": {"weight": 1.0}, "geneval": {"weight": 0.5}},
 }

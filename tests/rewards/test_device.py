@@ -11,7 +11,7 @@ from rtdmd_jax.datasets.shapes.draw import draw
 from rtdmd_jax.datasets.shapes.grammar import all_records
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards import device_rewards
-from rtdmd_jax.training.latent_rewards import judge
+from rtdmd_jax.training.latent_rewards import score_latents
 from rtdmd_jax.training.setup import build
 from tests.support import toy
 from tests.support.paths import CONFIGS, TINY
@@ -108,11 +108,11 @@ def test_back_propagation_takes_its_own_function():
   text = {"bright": jnp.ones((12, 1))}
   plain = toy.scoring()
   other = plain._replace(gradient={"bright": lambda p, x, text: jnp.full(len(x), 4.0)})
-  found = [judge(latents, text, toy.frozen(), s, ("bright",)) for s in (plain, other)]
+  found = [score_latents(latents, text, toy.frozen(), s, ("bright",)) for s in (plain, other)]
   np.testing.assert_array_equal(found[0].total, found[0].rewards["bright"])
   np.testing.assert_array_equal(found[1].rewards["bright"], found[0].rewards["bright"])
   np.testing.assert_array_equal(found[1].total, 4.0)
-  assert np.abs(found[0].slope).min() > 0 and np.abs(found[1].slope).max() == 0
+  assert np.abs(found[0].reward_grad).min() > 0 and np.abs(found[1].reward_grad).max() == 0
 
 
 def test_a_reward_without_gradients_cannot_be_back_propagated():
@@ -135,7 +135,7 @@ def test_several_rewards_are_back_propagated_together():
   latents = jax.random.normal(jax.random.key(1), (2, *setup.roles.latent_shape))
 
   def gradient(*names):
-    run = lambda x: judge(x, text, setup.frozen, setup.scoring, names).slope  # noqa: E731
+    run = lambda x: score_latents(x, text, setup.frozen, setup.scoring, names).reward_grad  # noqa: E731
     return jax.jit(run)(latents)
 
   both = gradient("clipscore", "pickscore")

@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from rtdmd_jax.runtime.compilation import keep_programs
+from rtdmd_jax.runtime.compilation import enable_compilation_cache
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ def test_programs_are_kept_in_the_workdir(tmp_path, monkeypatch, backend, before
   monkeypatch.setattr(jax, "default_backend", lambda: backend)
   try:
     jax.config.update("jax_compilation_cache_dir", before)
-    keep_programs(tmp_path)
+    enable_compilation_cache(tmp_path)
     found = jax.config.jax_compilation_cache_dir
     assert found == (str(tmp_path / after) if after == "compiled" else after)
   finally:

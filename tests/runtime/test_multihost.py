@@ -13,7 +13,7 @@ from rtdmd_jax import errors
 from rtdmd_jax.datasets.prompts import Prompt
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards.multi import MultiReward
-from rtdmd_jax.rewards.per_process import score_held, score_shared
+from rtdmd_jax.rewards.per_process import score_local_rows, score_shared
 from rtdmd_jax.runtime import multihost, sharding
 from tests.support.processes import finish, start
 
@@ -21,20 +21,23 @@ from tests.support.processes import finish, start
 def test_a_process_alone_hears_itself():
   value = {"a": [1, None, "ä" * 300], "b": 0.1}
   assert multihost.gather(value) == [value]
-  multihost.agree(value)
-  agreement = multihost.Agreement()
+  multihost.assert_equal(value)
+  agreement = multihost.AsyncMax()
   assert [agreement(n) for n in (0, 15, 0)] == [0, 15, 0]
   assert multihost.is_main()
 
 
 def test_an_error_passes_through():
-  with pytest.raises(UserError, match="^mine$"), multihost.together():
+  with pytest.raises(UserError, match="^mine$"), multihost.raise_on_all_processes():
     raise UserError("mine")
 
 
 def test_an_error_of_another_process_ends_this_one(monkeypatch):
   monkeypatch.setattr(multihost, "gather", lambda own: [own, "no such file"])
-  with pytest.raises(UserError, match="^process 1: no such file$"), multihost.together():
+  with (
+    pytest.raises(UserError, match="^process 1: no such file$"),
+    multihost.raise_on_all_processes(),
+  ):
     pass
 
 
@@ -42,17 +45,17 @@ def test_what_differs_is_named(monkeypatch):
   others = [{"config": {"seed": 1, "x": 2}}, {"config": {"seed": 2, "x": 2}}]
   monkeypatch.setattr(multihost, "gather", lambda own: [own, *others])
   with pytest.raises(UserError, match="process 2 differs from process 0 in config.seed: 1 -> 2;"):
-    multihost.agree(others[0])
+    multihost.assert_equal(others[0])
   others[:] = [{"config": {"seed": 1}}]
   with pytest.raises(UserError, match="process 1 .* config.x: 2 -> absent"):
-    multihost.agree({"config": {"seed": 1, "x": 2}})
+    multihost.assert_equal({"config": {"seed": 1, "x": 2}})
 
 
 def test_the_other_processes_print_nothing(capsys, monkeypatch):
-  with multihost.quiet():
+  with multihost.silence_other_processes():
     print("main")
   monkeypatch.setattr(multihost, "is_main", lambda: False)
-  with multihost.quiet():
+  with multihost.silence_other_processes():
     print("other")
   assert capsys.readouterr().out == "main\n"
 
@@ -67,11 +70,13 @@ def test_rows_and_scores_of_one_process(monkeypatch):
 
   rewards = MultiReward({"r": reward}, {"r": 1.0}, {}, {"r": 1.0}, isolate_failures=False)
   want = np.array([0, 1, 2, np.nan, 4], np.float32) / np.float32(7)
-  np.testing.assert_allclose(score_held(rewards, jax.numpy.asarray(images), prompts)["r"], want)
+  np.testing.assert_allclose(
+    score_local_rows(rewards, jax.numpy.asarray(images), prompts)["r"], want
+  )
   shared = score_shared(rewards, images, prompts, ["r"])
   np.testing.assert_allclose(shared.values["r"], want)
   assert shared.reasons == {"r": "it gave no score and no reason"}
-  rows, held = sharding.held_rows(jax.numpy.asarray(images))
+  rows, held = sharding.local_rows(jax.numpy.asarray(images))
   np.testing.assert_array_equal(rows, np.arange(5))
   np.testing.assert_array_equal(held, images)
   # Two processes take turns; what the other one scores arrives by `gather`.
@@ -136,7 +141,11 @@ def test_encodings_of_several_processes_equal_those_of_one(tmp_path):
 
 SMALL = [
   *("--config=configs/tiny_stage2.py", "--config.batch.micro_batches=1"),
-  *("--config.batch.prompts=2", "--config.batch.repeats=2", "--config.eval.final_prompts=3"),
+  *(
+    "--config.batch.prompts=2",
+    "--config.batch.images_per_prompt=2",
+    "--config.eval.final_prompts=3",
+  ),
   *("--config.eval.prompts=2", "--config.eval.chunk=2", "--config.eval.preview=2"),
   *("--config.eval.teacher_steps=1", "--config.train.log_every=1", "--config.train.steps=4"),
   "--config.ema.decay=0.9",

@@ -71,7 +71,11 @@ def test_a_mesh_that_does_not_fit(sizes, words):
 
 def test_without_a_mesh_nothing_is_constrained():
   x = np.ones((3, 2))
-  assert sharding.constrain(x) is x and sharding.pin(x) is x and sharding.current() is None
+  assert (
+    sharding.constrain(x) is x
+    and sharding.constrain_by_rules(x) is x
+    and sharding.current() is None
+  )
 
 
 def run_script(name, *arguments):

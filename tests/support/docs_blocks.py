@@ -39,7 +39,7 @@ _TRAINING = {
 _PHASES = ("vae", "text", "scorer", "teacher")
 _SMALLER = {
   "stage1": _TRAINING | {"train.fake_update_ratio": 2},
-  "stage2": _TRAINING | {"batch.repeats": 2},
+  "stage2": _TRAINING | {"batch.images_per_prompt": 2},
   "pretrain": {
     "images": 12,
     **{f"{phase}.{key}": n for phase in _PHASES for key, n in (("steps", 2), ("batch_size", 4))},
@@ -52,7 +52,7 @@ _ARGUMENTS = {
     "--images=1", "--config.eval.chunk=4", "--config.eval.teacher_steps=2",
   ],
   "benchmarks.policy_variance": [
-    "--batches=1", "--config.batch.prompts=2", "--config.batch.repeats=2",
+    "--batches=1", "--config.batch.prompts=2", "--config.batch.images_per_prompt=2",
     "--config.batch.micro_batches=1",
   ],
   "pytest": ["tests/test_launch.py"],

@@ -32,7 +32,7 @@ def run():
   chunk = encoding_chunk(len(PROMPTS), sharding.batch_parts())
   cache = PromptCache(setup._encoder(pipeline, models), chunk=chunk)
   encoded = cache(PROMPTS)
-  ids = sharding.spread(pipeline.text.tokenize(PROMPTS))
+  ids = sharding.split_or_replicate(pipeline.text.tokenize(PROMPTS))
   compiled = jax.jit(pipeline.text.encode).lower(pipeline.text.params, ids).compile()
   split = {
     a.sharding.shard_shape(a.shape) != a.shape for a in jax.tree.leaves(pipeline.text.params)

@@ -41,8 +41,8 @@ def compiled(base, transformer, *, offload=False):
   def loss(adapters, base, *inputs):
     return jnp.mean(transformer.apply({"params": base, "lora": adapters}, *inputs) ** 2)
 
-  adapters = sharding.placed(adapters, mesh)
-  base = sharding.placed(base, mesh, offload=offload)
+  adapters = sharding.shard_on(adapters, mesh)
+  base = sharding.shard_on(base, mesh, offload=offload)
   inputs = [
     jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
     for shape in ((8, 8, 8, 64), (8,), (8, 32, 256))

@@ -23,7 +23,7 @@ from rtdmd_jax.pipeline.conditioning import Conditioning
 from rtdmd_jax.runtime import distributed, multihost, sharding
 from rtdmd_jax.training import stage1 as s1
 from rtdmd_jax.training import stage2 as s2
-from rtdmd_jax.training.latent_rewards import Scoring
+from rtdmd_jax.training.latent_rewards import LatentRewards
 from rtdmd_jax.training.optim import make_optimizer
 from rtdmd_jax.training.settings import OptimizerConfig
 from rtdmd_jax.training.state import Frozen, TrainState
@@ -59,7 +59,9 @@ def setup():
     generator, fake = make(jax.random.key(1)), make(jax.random.key(2))
     opt = optimizer.init
     zero = jnp.zeros((), jnp.int32)
-    return sharding.pin(TrainState(zero, generator, fake, generator, opt(generator), opt(fake)))
+    return sharding.constrain_by_rules(
+      TrainState(zero, generator, fake, generator, opt(generator), opt(fake))
+    )
 
   tokens = rng.normal(size=(PROMPTS, 5, 16)).astype(np.float32)
   pooled = rng.normal(size=(PROMPTS, 16)).astype(np.float32)
@@ -73,13 +75,13 @@ def setup():
   sigmas = jnp.append(jnp.asarray(sd3_sigmas([1000, 750, 500, 250], shift=3.0)), 0.0)
   roles = s1.Roles(transformer.apply, "base", "base", "base", 2.0, sigmas, SHAPE)
   frozen = Frozen(
-    {"base": sharding.place(base)}, {}, {}, {}, sharding.replicate({"bright": np.float32(0.5)})
+    {"base": sharding.shard(base)}, {}, {}, {}, sharding.replicate({"bright": np.float32(0.5)})
   )
   return roles, frozen, jax.jit(initial)(), sharding.replicate(batch), optimizer
 
 
 def scoring():
-  return Scoring(
+  return LatentRewards(
     decode=lambda params, latents: jax.nn.sigmoid(latents),
     device={"bright": lambda p, images, text: p * images.mean((1, 2, 3)) * text[:, 0]},
     weights={"bright": 1.0},
@@ -102,7 +104,7 @@ def stages():
 
   def epoch(state, frozen, batch, key):
     keys = jax.random.split(key, 3)
-    samples = s2.rollout(state, frozen, batch, keys[0], scoring=scoring(), **more)
+    samples = s2.collect_rollout(state, frozen, batch, keys[0], scoring=scoring(), **more)
     state, a = s2.fake_score_step(
       state, frozen, batch, samples, keys[1], optimizer=optimizer, **more
     )
@@ -115,7 +117,7 @@ def stages():
   def pinned(step):
     def wrapped(state, frozen, batch, key):
       state, metrics = step(state, frozen, batch, key)
-      return sharding.pin(state), metrics
+      return sharding.constrain_by_rules(state), metrics
 
     program = jax.jit(wrapped)
     # Arrays of several processes are arguments; a program may not hold them.

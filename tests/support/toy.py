@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rtdmd_jax.pipeline.conditioning import Conditioning
-from rtdmd_jax.training.latent_rewards import Scoring
+from rtdmd_jax.training.latent_rewards import LatentRewards
 from rtdmd_jax.training.optim import make_optimizer
 from rtdmd_jax.training.settings import OptimizerConfig
 from rtdmd_jax.training.state import Batch, Frozen, Roles, TrainState
@@ -51,18 +51,18 @@ def state(learning_rate=1e-2):
   return new, optimizer
 
 
-def batch(prompts=3, repeats=4):
+def batch(prompts=3, images_per_prompt=4):
   tokens = jax.random.normal(jax.random.key(5), (prompts, 4, 3))
   conditioning = Conditioning(tokens, None)
-  index = jnp.repeat(jnp.arange(prompts), repeats)
+  index = jnp.repeat(jnp.arange(prompts), images_per_prompt)
   empty = Conditioning(jnp.zeros((1, 4, 3)), None)
-  sample = jnp.arange(prompts * repeats, dtype=jnp.uint32)
+  sample = jnp.arange(prompts * images_per_prompt, dtype=jnp.uint32)
   return Batch(conditioning, index, sample, empty, {"bright": jnp.ones((prompts, 1))})
 
 
 def scoring(differentiable=("bright",)):
   """One reward on the device (brightness) and one from the host."""
-  return Scoring(
+  return LatentRewards(
     decode=lambda params, latents: jax.nn.sigmoid(latents),
     device={"bright": lambda p, images, text: p * images.mean((1, 2, 3)) * text[:, 0]},
     weights={"bright": 1.0, "host": 0.5},

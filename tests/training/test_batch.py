@@ -68,7 +68,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
   prompts = [Prompt("x" * n, None) for n in range(1, 8)]
   cache = PromptCache(_encode([]), chunk=4)
   empty = Conditioning(jnp.zeros((1, 1, 1)), None)
-  settings = dict(seed=3, prompts_per_batch=3, repeats=2)
+  settings = dict(seed=3, prompts_per_batch=3, images_per_prompt=2)
   one, chosen = make_batch(prompts, cache, empty, step=4, **settings)
   two, _ = make_batch(prompts, PromptCache(_encode([])), empty, step=4, **settings)
   np.testing.assert_array_equal(one.conditioning.tokens, two.conditioning.tokens)

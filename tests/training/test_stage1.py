@@ -29,7 +29,7 @@ def _steps(config, key=KEY, batch=None, frozen=None):
   [
     DMDConfig(),
     DMDConfig(consistency=Consistency(weight=0.0)),
-    DMDConfig(consistency=Consistency(moves=2, two_sample=False)),
+    DMDConfig(consistency=Consistency(transitions=2, two_sample=False)),
     DMDConfig(consistency=Consistency(adjacent=True)),
     DMDConfig(start_mode="fixed_boundary", inside=True),
     DMDConfig(objective="dmd"),

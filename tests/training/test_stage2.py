@@ -9,7 +9,7 @@ import pytest
 
 from rtdmd_jax.runtime.flops import count_flops
 from rtdmd_jax.training import stage2
-from rtdmd_jax.training.latent_rewards import judge
+from rtdmd_jax.training.latent_rewards import score_latents
 from rtdmd_jax.training.settings import DMDConfig, PolicyConfig
 from tests.support import toy
 from tests.support.programs import call_sites
@@ -25,7 +25,7 @@ def _programs(policy, differentiable=("bright",)):
   common = dict(roles=toy.roles(), config=DMDConfig(), policy=policy)
   scoring = toy.scoring(differentiable)
   return (
-    jax.jit(partial(stage2.rollout, scoring=scoring, **common)),
+    jax.jit(partial(stage2.collect_rollout, scoring=scoring, **common)),
     jax.jit(partial(stage2.policy_step, scoring=scoring, optimizer=optimizer, **common)),
     jax.jit(partial(stage2.fake_score_step, optimizer=optimizer, **common)),
   )
@@ -140,7 +140,7 @@ def test_the_ratio_of_an_on_policy_update_is_one():
 
 
 def test_policy_gradient_raises_the_log_probability_of_the_better_sample():
-  policy = PolicyConfig(dm_weight=0.0, reward_weight=0.0)
+  policy = PolicyConfig(dmd_weight=0.0, reward_weight=0.0)
   rewards = {"bright": jnp.zeros(12), "host": jnp.tile(jnp.array([1.0, 0, 0, 0]), 3)}
   state, samples, new, _, _ = _run(policy, rewards)
 
@@ -166,7 +166,7 @@ def test_policy_gradient_raises_the_log_probability_of_the_better_sample():
 
 def test_groups_without_spread_have_no_weight_and_no_spread_at_all_no_policy_gradient():
   flat = {"bright": jnp.zeros(12), "host": jnp.zeros(12)}
-  state, _, new, metrics, _ = _run(PolicyConfig(dm_weight=0.0, reward_weight=0.0), flat)
+  state, _, new, metrics, _ = _run(PolicyConfig(dmd_weight=0.0, reward_weight=0.0), flat)
   assert float(metrics["samples/kept"]) == 0
   assert float(metrics["generator/grad_norm"]) == float(metrics["generator/update_norm"]) == 0
   _same(state.generator, new.generator, 0)
@@ -217,7 +217,7 @@ def test_a_failed_sample_is_left_out():
 
 def test_samples_that_a_toy_reward_fails_on_do_not_steer_the_update():
   """A failed sample is absent: neither its trajectory nor a fake 0 reaches the generator."""
-  policy = PolicyConfig(dm_weight=0.0, reward_weight=0.0)
+  policy = PolicyConfig(dmd_weight=0.0, reward_weight=0.0)
   failed = np.array([1, 5, 6])
   host = np.linspace(0, 1, 12, dtype=np.float32) ** 2
   host[failed] = np.nan
@@ -245,7 +245,7 @@ def test_a_batch_that_failed_as_a_whole_changes_nothing():
 
 
 def test_reward_back_propagation_raises_the_reward():
-  policy = PolicyConfig(dm_weight=0.0, policy_weight=0.0, reward_weight=1.0)
+  policy = PolicyConfig(dmd_weight=0.0, policy_weight=0.0, reward_weight=1.0)
   state, samples, new, _, _ = _run(policy)
   _, later, *_ = _run(policy, state=state.replace(generator=new.generator))
   assert float(later.rewards["bright"].mean()) > float(samples.rewards["bright"].mean())
@@ -254,13 +254,13 @@ def test_reward_back_propagation_raises_the_reward():
 def test_back_propagated_gradient_equals_finite_differences():
   x0 = jax.random.normal(KEY, (12, *toy.SHAPE))
   text = {"bright": jnp.ones((12, 1))}
-  found = lambda x: judge(x, text, toy.frozen(), toy.scoring(), ("bright",))  # noqa: E731
+  found = lambda x: score_latents(x, text, toy.frozen(), toy.scoring(), ("bright",))  # noqa: E731
   direction = jax.random.normal(jax.random.key(9), x0.shape)
   with jax.enable_x64(True):
     h = 1e-3
-    ends = (found(x0 + sign * h * direction).total.sum() for sign in (1, -1))
+    ends = (found(x0 + sign * h * direction).weighted_reward.sum() for sign in (1, -1))
     numeric = (next(ends) - next(ends)) / (2 * h)
-  analytic = jnp.sum(found(x0).slope * direction)
+  analytic = jnp.sum(found(x0).reward_grad * direction)
   np.testing.assert_allclose(analytic, numeric, rtol=1e-2)
 
 

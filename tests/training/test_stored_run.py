@@ -24,10 +24,10 @@ TARGETS = ["attn.to_q", "proj_out"]
 SETTINGS = {
   "stage": "stage1",
   "model": {"image_size": 64, "fake_score_init": ""},
-  "dmd": {"steps": [1000, 750, 500, 250], "eta": 0.9},
+  "dmd": {"timesteps": [1000, 750, 500, 250], "eta": 0.9},
   "lora": {"rank": 2, "alpha": 4.0},
   "ema": {"decay": 0.9, "every": 2},
-  "batch": {"prompts": 4, "repeats": 1},
+  "batch": {"prompts": 4, "images_per_prompt": 1},
   "train": {"steps": 3},
   "rewards": {},
 }

@@ -80,7 +80,7 @@ def time(config: Any, costs: Mapping[str, float]) -> str:
   turns = dict.fromkeys(costs, 1.0)
   if config.stage == "stage1":
     turns["generator"] = 1 / config.train.fake_update_ratio
-  elif not config.policy.dm_weight:  # nothing asks for the fake score
+  elif not config.policy.dmd_weight:  # nothing asks for the fake score
     turns["fake_score"] = 0.0
   step = sum(cost * turns[name] for name, cost in costs.items()) / 1e12
   size = f"{step:.3g}" if step < 100 else f"{step:,.0f}"

@@ -97,11 +97,11 @@ def _published(name: str, options: Any) -> dict[str, str]:
 
 def _divides(config: Any, setup: Setup) -> None:
   mesh = sharding.current()
-  count, parts = config.batch.prompts * config.batch.repeats, sharding.batch_parts()
+  count, parts = config.batch.prompts * config.batch.images_per_prompt, sharding.batch_parts()
   if count % parts:
     raise UserError(
-      f"the batch has {count} images (batch.prompts x batch.repeats), which do not split over the"
-      f" {parts} devices of mesh.data x mesh.fsdp; make it a multiple of {parts}."
+      f"the batch has {count} images (batch.prompts x batch.images_per_prompt), which do not split"
+      f" over the {parts} devices of mesh.data x mesh.fsdp; make it a multiple of {parts}."
     )
   heads = setup.pipeline.transformer.config.num_attention_heads
   if heads % mesh.shape["tensor"]:
@@ -115,7 +115,7 @@ def _trees(config: Any, setup: Setup, state: Any) -> Mapping[str, Any]:
   """What stays on the devices during a run, by name."""
   frozen, mesh = setup.frozen, sharding.current()
   bases, text = (
-    sharding.placed(tree, mesh, offload=config.model.offload)
+    sharding.shard_on(tree, mesh, offload=config.model.offload)
     for tree in (frozen.bases, setup.pipeline.text.params)
   )
   watched = {
@@ -163,8 +163,10 @@ def _trace(
       raise UserError(
         f"the program {name} cannot be made of this configuration: {error}"
       ) from error
-    costs[name] = count_flops(traced.jaxpr, loop_turns(name, len(config.dmd.steps))[0])
+    costs[name] = count_flops(traced.jaxpr, loop_turns(name, len(config.dmd.timesteps))[0])
     if name == "rollout":
-      score = jax.ShapeDtypeStruct((config.batch.prompts * config.batch.repeats,), jnp.float32)
+      score = jax.ShapeDtypeStruct(
+        (config.batch.prompts * config.batch.images_per_prompt,), jnp.float32
+      )
       known |= {"samples": traced.out_info, "rewards": dict.fromkeys(config.rewards, score)}
   return costs

@@ -134,7 +134,7 @@ def _reward(name: str, reward: Any) -> str:
 
 def _plan(config: Any) -> list[str]:
   """What the run would do, step by step."""
-  t, images = config.train, config.batch.prompts * config.batch.repeats
+  t, images = config.train, config.batch.prompts * config.batch.images_per_prompt
   lines = [f"would run: {config.stage}, {t.steps:,} steps of {images:,} images"]
   if config.stage == "stage1":
     lines.append(f"  each: a fake-score update; every {t.fake_update_ratio}th: a generator update")
