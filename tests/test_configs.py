@@ -9,6 +9,7 @@ import pytest
 from rtdmd_jax.adapters import lora
 from rtdmd_jax.config import flatten, load_config
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.evaluate.suite import settings
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.rewards import device_rewards
 from tests.support.paths import CONFIGS
