@@ -15,6 +15,7 @@ from rtdmd_jax.config import flatten, load_config
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.evaluate import evaluator, finish, held_out, systems
 from rtdmd_jax.runtime.sharding import make_mesh
+from rtdmd_jax.training import stages
 from rtdmd_jax.training.unused_settings import settings_without_effect
 from tests.support import toy, toy_run
 from tests.support.paths import CONFIGS
@@ -123,16 +124,16 @@ OF_STAGE_2 = {
 }
 # What a run does with these is observed below; the code that reads them.
 AT_RUN_TIME = {
-  "stage": "train.STAGES",
+  "stage": "stages.make_stage",
   "train.steps": "train._loop",
-  "train.fake_update_ratio": "train.stage1_step",
+  "train.fake_update_ratio": "stage1.Stage1.step",
   "train.log_every": "train._loop",
   "train.save_every": "train._loop",
   "train.keep": "checkpoint.Checkpoints",
   "train.keep_every": "checkpoint.Checkpoints",
   "train.max_skipped": "nonfinite.NonFiniteGuard",
-  "train.profile_start": "profile.profiled",
-  "train.profile_steps": "profile.profiled",
+  "train.profile_start": "profiling.profiled",
+  "train.profile_steps": "profiling.profiled",
   "train.grace_seconds": "preemption.Preemption",
   "eval.every": "train._loop",
   "eval.prompts": "held_out.evaluate",
@@ -334,13 +335,13 @@ def test_a_run_does_what_its_settings_say(tmp_path, monkeypatch, capsys):
     run.trace = jitted.trace
     return run
 
-  def programs(*args):
-    finish = original(*args)["finish"]
+  def programs(*args, **how):
+    finish = original(*args, **how)["finish"]
     return {name: program(name) for name in ("fake_score", "generator")} | {"finish": finish}
 
-  original, wandb, saved = train.stage1_programs, MagicMock(), []
-  monkeypatch.setattr(train, "stage1_programs", programs)
-  monkeypatch.setattr(train, "new_adapters", lambda config, pipeline, key: toy.adapters(1))
+  original, wandb, saved = stages.compile_programs, MagicMock(), []
+  monkeypatch.setattr(stages, "compile_programs", programs)
+  monkeypatch.setattr(stages, "new_adapters", lambda config, pipeline, key: toy.adapters(1))
   for module in (train, finish):
     monkeypatch.setattr(module, "export_adapters", lambda *args: None)
   monkeypatch.setattr(train, "import_wandb", wandb.imported)
@@ -350,7 +351,7 @@ def test_a_run_does_what_its_settings_say(tmp_path, monkeypatch, capsys):
   for name in ("start_trace", "stop_trace"):
     monkeypatch.setattr(jax.profiler, name, lambda *args: profile.append(calls["fake_score"]))
   _watched(monkeypatch, train, "Preemption", seen, "train.grace_seconds", 0)
-  _watched(monkeypatch, train, "Skips", seen, "train.max_skipped", 0)
+  _watched(monkeypatch, train, "NonFiniteGuard", seen, "train.max_skipped", 0)
   _watched(monkeypatch, held_out, "Monitor", seen, "rewards.geneval.weight", 1)
   save = train.Checkpoints.save
   monkeypatch.setattr(

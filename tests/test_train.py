@@ -269,9 +269,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_after_the_first_steps_nothing_recompiles_and_nothing_is_transferred_by_accident(tmp_path):
-  from rtdmd_jax.train import STAGES, Optimizers, initial_state, step_batch
-  from rtdmd_jax.training.optim import make_optimizer
-  from rtdmd_jax.training.setup import build, optimizer_config
+  from rtdmd_jax.training.setup import build
+  from rtdmd_jax.training.stages import initial_state, make_step, step_batch
 
   events = []
   jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: events.append(event))
@@ -284,11 +283,8 @@ def test_after_the_first_steps_nothing_recompiles_and_nothing_is_transferred_by_
       if config.stage == "stage2":
         config.batch.micro_batches = 2
     setup = build(config)
-    optimizers = Optimizers(
-      *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
-    )
-    state = initial_state(config, setup, optimizers)
-    step = STAGES[config.stage](config, setup, optimizers)
+    state = initial_state(config, setup)
+    step = make_step(config, setup)
 
     def run(number, state, config=config, setup=setup, step=step):
       batch, prompts = step_batch(config, setup, number)

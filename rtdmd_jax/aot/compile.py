@@ -19,7 +19,6 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rtdmd_jax import train
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup
 from rtdmd_jax.aot.hlo import traffic
 from rtdmd_jax.errors import UserError
@@ -28,8 +27,9 @@ from rtdmd_jax.runtime.chips import Chip, chip, gpus, roofline
 from rtdmd_jax.runtime.extras import missing
 from rtdmd_jax.runtime.flops import count_flops
 from rtdmd_jax.runtime.throughput import loop_turns
-from rtdmd_jax.training.optim import make_optimizer
-from rtdmd_jax.training.setup import Setup, optimizer_config
+from rtdmd_jax.training.programs import Program, compile_programs
+from rtdmd_jax.training.setup import Setup
+from rtdmd_jax.training.stages import STAGES, initial_state, step_programs
 
 Tree = Any
 
@@ -124,8 +124,8 @@ def measure(
     UserError: a bad config or topology, a batch that does not split over the devices, or a program
       on which the compiler itself fails.
   """
-  if config.stage not in train.PROGRAMS:
-    raise UserError(f"stage is {config.stage!r}; use one of {', '.join(train.PROGRAMS)}.")
+  if config.stage not in STAGES:
+    raise UserError(f"stage is {config.stage!r}; use one of {', '.join(STAGES)}.")
   # Made before the mesh is set, so that no constant asks for a device that is not there.
   setup = abstract_setup(config)
   device, devices = get_devices(topology)
@@ -150,13 +150,15 @@ class Run(NamedTuple):
     config: of the run.
     mesh: of its devices.
     programs: of a training step, by name.
+    compiled: the same as functions that jax compiles.
     known: what they read, where it will lie: state, frozen, batch; then samples and rewards.
     text: bytes of the text encoders on one device.
   """
 
   config: Any
   mesh: Mesh
-  programs: dict[str, Any]
+  programs: dict[str, Program]
+  compiled: dict[str, Any]
   known: dict[str, Tree]
   text: float
 
@@ -173,10 +175,7 @@ class Traced(NamedTuple):
 def abstract_run(config: Any, setup: Setup, mesh: Mesh) -> Run:
   """The programs of `config` and what they read, placed on `mesh`, which must be set."""
   _check_batch(config)
-  optimizers = train.Optimizers(
-    *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
-  )
-  state = jax.eval_shape(lambda: train.initial_state(config, setup, optimizers))
+  state = jax.eval_shape(lambda: initial_state(config, setup))
   offload = config.model.offload
   known = {
     "state": sharding.shard_on(state, mesh),
@@ -186,13 +185,15 @@ def abstract_run(config: Any, setup: Setup, mesh: Mesh) -> Run:
     "batch": _repeated(abstract_batch(config, setup), mesh),
   }
   text = _local_bytes(sharding.shard_on(setup.pipeline.text.params, mesh, offload=offload))
-  return Run(config, mesh, train.PROGRAMS[config.stage](config, setup, optimizers), known, text)
+  programs = {program.name: program for program in step_programs(config, setup)}
+  compiled = compile_programs(tuple(programs.values()), config.seed)
+  return Run(config, mesh, programs, compiled, known, text)
 
 
 def trace(run: Run, name: str) -> Traced:
   """Lowers the program `name`."""
-  args = [run.known[key] for key in program_arguments(run.config.stage, name)]
-  traced = run.programs[name].trace(*args)
+  args = run.programs[name].arguments(run.known)
+  traced = run.compiled[name].trace(*args)
   _, turns = loop_turns(name, len(run.config.dmd.timesteps))
   flops = count_flops(traced.jaxpr, turns) / run.mesh.size
   resident = run.text + _resident(run.known, args) + _unread(traced.jaxpr, args)
@@ -206,8 +207,8 @@ def samples(run: Run, placed: Callable[[Tree], Tree]) -> Tree:
     run: of stage 2.
     placed: from the result's shapes to the same with shardings.
   """
-  args = [run.known[key] for key in program_arguments(run.config.stage, "rollout")]
-  made = placed(jax.eval_shape(run.programs["rollout"], *args))
+  args = run.programs["rollout"].arguments(run.known)
+  made = placed(jax.eval_shape(run.compiled["rollout"], *args))
   count = run.config.batch.prompts * run.config.batch.images_per_prompt
   score = jax.ShapeDtypeStruct((count,), jnp.float32)
   host = {name: score for name in run.config.rewards if name not in made.rewards}
@@ -236,16 +237,6 @@ def _as_compiled(compiled: Any, mesh: Mesh, shapes: Tree) -> Tree:
   if compiled is None:  # it was refused
     return _repeated(shapes, mesh)
   return jax.tree.map(_with, shapes, compiled.output_shardings)
-
-
-def program_arguments(stage: str, name: str) -> tuple[str, ...]:
-  """What the program `name` of a stage reads: state, frozen, batch, samples, rewards."""
-  if name == "finish":
-    return ("state",)
-  extra = (
-    {"fake_score": ("samples",), "policy": ("samples", "rewards")} if stage == "stage2" else {}
-  )
-  return ("state", "frozen", "batch", *extra.get(name, ()))
 
 
 def _with(shape: Any, where: Any) -> jax.ShapeDtypeStruct:

@@ -30,7 +30,7 @@ from rtdmd_jax.runtime.compilation import jit
 from rtdmd_jax.runtime.multihost import is_main
 from rtdmd_jax.runtime.sharding import replicate, to_numpy
 from rtdmd_jax.training.setup import Setup
-from rtdmd_jax.training.stage1 import fake_score_velocity
+from rtdmd_jax.training.velocities import fake_score_velocity
 
 Tree = Any
 # Noise level of the shown predictions of the fake score: composition is settled, details are not.

@@ -2,15 +2,23 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from rtdmd_jax.training.settings import OptimizerConfig
+from rtdmd_jax.training.state import TrainState
 
 Tree = Any
+
+
+class Optimizers(NamedTuple):
+  """One optimizer for each trained network."""
+
+  generator: optax.GradientTransformation
+  fake_score: optax.GradientTransformation
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -55,6 +63,26 @@ def guarded_update(
       "finite": jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]),
     },
   )
+
+
+def apply_gradients(
+  state: TrainState, network: str, optimizer: optax.GradientTransformation, grads: Tree
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """The state after a guarded update of one network, and the update's metrics.
+
+  Args:
+    state: before the update.
+    network: "generator" or "fake_score".
+    optimizer: the network's.
+    grads: of the network's adapters.
+
+  Returns:
+    The new state, and the metrics of `guarded_update` as `<network>/<name>`.
+  """
+  adapters, opt_state = state.trained(network)
+  adapters, opt_state, info = guarded_update(optimizer, grads, opt_state, adapters)
+  metrics = {f"{network}/{name}": value for name, value in info.items()}
+  return state.with_trained(network, adapters, opt_state), metrics
 
 
 def repeated_update(

@@ -28,6 +28,14 @@ class TrainState:
   generator_opt: Tree
   fake_score_opt: Tree
 
+  def trained(self, network: str) -> tuple[Tree, Tree]:
+    """Adapters and optimizer state of "generator" or "fake_score"."""
+    return getattr(self, network), getattr(self, f"{network}_opt")
+
+  def with_trained(self, network: str, adapters: Tree, opt_state: Tree) -> "TrainState":
+    """The state with other adapters and another optimizer state of one network."""
+    return self.replace(**{network: adapters, f"{network}_opt": opt_state})
+
 
 @flax.struct.dataclass
 class Frozen:

@@ -5,11 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup
-from rtdmd_jax.aot.compile import program_arguments
 from rtdmd_jax.config import load_config
-from rtdmd_jax.train import PROGRAMS, Optimizers, initial_state
-from rtdmd_jax.training.optim import make_optimizer
-from rtdmd_jax.training.setup import optimizer_config
+from rtdmd_jax.training.programs import compile_programs
+from rtdmd_jax.training.stages import initial_state, step_programs
 from tests.support.paths import CONFIGS
 from tests.support.programs import float_results
 
@@ -30,16 +28,15 @@ def test_no_program_makes_floats_of_a_stack_of_kernels(config):
   (base,) = setup.frozen.bases.values()
   stacks = {a.shape for a in jax.tree.leaves(base) if a.dtype == jnp.int8 and a.ndim == 3}
   assert stacks == {(5, 128, n) for n in (128, 512, 768)} | {(5, 512, 128)}
-  optimizers = Optimizers(
-    *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
-  )
-  state = jax.eval_shape(lambda: initial_state(config, setup, optimizers))
+  state = jax.eval_shape(lambda: initial_state(config, setup))
   known = {"state": state, "frozen": setup.frozen, "batch": abstract_batch(config, setup)}
-  for name, program in PROGRAMS[config.stage](config, setup, optimizers).items():
-    args = [known[key] for key in program_arguments(config.stage, name)]
-    found = float_results(jax.make_jaxpr(program)(*args), stacks)
+  programs = step_programs(config, setup)
+  compiled = compile_programs(programs, config.seed)
+  for program in programs:
+    name, args = program.name, program.arguments(known)
+    found = float_results(jax.make_jaxpr(compiled[name])(*args), stacks)
     assert not found, (name, found)
     if name == "rollout":
       score = jax.ShapeDtypeStruct((6,), jnp.float32)
-      known["samples"] = jax.eval_shape(program, *args)
+      known["samples"] = jax.eval_shape(compiled[name], *args)
       known["rewards"] = dict.fromkeys(config.rewards, score)

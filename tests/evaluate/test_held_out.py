@@ -9,7 +9,7 @@ import pytest
 
 from rtdmd_jax import cli, main
 from rtdmd_jax.datasets.prompts import Prompt
-from rtdmd_jax.evaluate import evaluator, held_out
+from rtdmd_jax.evaluate import held_out, systems
 from rtdmd_jax.evaluate.evaluator import Look
 from rtdmd_jax.rewards.held_out_sets import HeldOut
 from rtdmd_jax.rewards.isolated import Scores
@@ -49,8 +49,8 @@ class Fake:
 @pytest.fixture
 def look(tmp_path, monkeypatch):
   """Evaluates step 7 of a run with an evaluator; the lines of metrics.jsonl."""
-  monkeypatch.setattr(evaluator, "generator", lambda *_: "generator")
-  monkeypatch.setattr(evaluator, "teacher", lambda *_: SimpleNamespace(steps=2))
+  monkeypatch.setattr(systems, "generator", lambda *_: "generator")
+  monkeypatch.setattr(systems, "teacher", lambda *_: SimpleNamespace(steps=2))
   config = SimpleNamespace(
     rewards={"clipscore": SimpleNamespace(weight=1.0)},
     eval=SimpleNamespace(prompts=2, preview=2),

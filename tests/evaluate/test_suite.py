@@ -5,6 +5,7 @@ import weakref
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from rtdmd_jax import cli, sample
@@ -128,7 +129,8 @@ def test_a_reward_that_fails_or_is_missing_is_counted_and_named(tmp_path, monkey
   fails, absent = f"{HERE}:Fails", f"{HERE}:Absent"
   with load_config(str(CONFIG)).unlocked() as config:
     config.batch = 2
-    config.rewards = {fails: {"prompts": "set"}, absent: {"prompts": "other"}}
+    config.rewards = ConfigDict(allow_dotted_keys=True)
+    config.rewards[fails], config.rewards[absent] = {"prompts": "set"}, {"prompts": "other"}
   scorers = suite.rewards_by_set(config)
   assert "prompt set other is not drawn" in capsys.readouterr().out
   systems = [Drawn("low", 4, 1.0, {"set": drawn(tmp_path / "low", 50)})]

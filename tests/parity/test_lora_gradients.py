@@ -16,8 +16,10 @@ from rtdmd_jax.adapters.peft import adapter_layers, load_peft
 from rtdmd_jax.algo.subgrpo import sample_noise
 from rtdmd_jax.algo.timesteps import random_stop
 from rtdmd_jax.pipeline.conditioning import Conditioning
-from rtdmd_jax.training import stage1
+from rtdmd_jax.training.objectives import AmbientDMD
+from rtdmd_jax.training.optim import Optimizers
 from rtdmd_jax.training.settings import DMDConfig
+from rtdmd_jax.training.stage1 import Stage1
 from rtdmd_jax.training.state import Batch, Frozen, Roles, TrainState
 from tests.parity import backbones
 from tests.parity.backbones import BACKBONES
@@ -57,7 +59,8 @@ def draws(roles, config):
   start_key, step_key, stop_key = jax.random.split(rollout_key, 3)
   level_key, renoise_key, transition_key = jax.random.split(loss_key, 3)
   stop = int(random_stop(stop_key, len(SIGMAS) - 1))
-  level = stage1.renoise_sigma(config, jnp.float32(SIGMAS[stop]), index, level_key)
+  objective = AmbientDMD(config, jnp.array(SIGMAS))
+  level = objective.renoise_sigma(jnp.float32(SIGMAS[stop]), index, level_key)
   return Draws(
     noise(start_key),
     [noise(jax.random.fold_in(step_key, i)) for i in range(len(SIGMAS) - 1)],
@@ -160,8 +163,8 @@ def generator_gradient(case, roles, config, texts, empty):
   )
   batch = Batch(conditioning, jnp.array(PROMPT_INDEX), jnp.array(SAMPLE_INDEX), unconditional)
   frozen = Frozen(case.bases, fold_scale(case.adapters["earlier"], ALPHA), {}, {}, {})
-  step = partial(stage1.generator_step, roles=roles, config=config, optimizer=KEEP)
-  new, metrics = jax.jit(step)(state, frozen, batch, KEY)
+  stage = Stage1(roles, config, Optimizers(KEEP, KEEP))
+  new, metrics = jax.jit(stage.generator_step)(state, frozen, batch, KEY)
   return adapter_layers(new.generator_opt, case.transformer.table), metrics
 
 

@@ -109,9 +109,9 @@ def test_back_propagation_takes_its_own_function():
   plain = toy.scoring()
   other = plain._replace(gradient={"bright": lambda p, x, text: jnp.full(len(x), 4.0)})
   found = [score_latents(latents, text, toy.frozen(), s, ("bright",)) for s in (plain, other)]
-  np.testing.assert_array_equal(found[0].total, found[0].rewards["bright"])
+  np.testing.assert_array_equal(found[0].weighted_reward, found[0].rewards["bright"])
   np.testing.assert_array_equal(found[1].rewards["bright"], found[0].rewards["bright"])
-  np.testing.assert_array_equal(found[1].total, 4.0)
+  np.testing.assert_array_equal(found[1].weighted_reward, 4.0)
   assert np.abs(found[0].reward_grad).min() > 0 and np.abs(found[1].reward_grad).max() == 0
 
 

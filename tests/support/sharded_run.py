@@ -21,12 +21,12 @@ from rtdmd_jax.algo.schedules import sd3_sigmas
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.pipeline.conditioning import Conditioning
 from rtdmd_jax.runtime import distributed, multihost, sharding
-from rtdmd_jax.training import stage1 as s1
-from rtdmd_jax.training import stage2 as s2
 from rtdmd_jax.training.latent_rewards import LatentRewards
-from rtdmd_jax.training.optim import make_optimizer
-from rtdmd_jax.training.settings import OptimizerConfig
-from rtdmd_jax.training.state import Frozen, TrainState
+from rtdmd_jax.training.optim import Optimizers, make_optimizer
+from rtdmd_jax.training.settings import DMDConfig, OptimizerConfig, PolicyConfig
+from rtdmd_jax.training.stage1 import Stage1
+from rtdmd_jax.training.stage2 import Stage2
+from rtdmd_jax.training.state import Batch, Frozen, Roles, TrainState
 
 SHAPE, PROMPTS, REPEATS = (4, 4, 4), 4, 8
 MODEL = {
@@ -65,7 +65,7 @@ def setup():
 
   tokens = rng.normal(size=(PROMPTS, 5, 16)).astype(np.float32)
   pooled = rng.normal(size=(PROMPTS, 16)).astype(np.float32)
-  batch = s1.Batch(
+  batch = Batch(
     Conditioning(tokens, pooled),
     np.repeat(np.arange(PROMPTS), REPEATS),
     np.arange(PROMPTS * REPEATS, dtype=np.uint32),
@@ -73,7 +73,7 @@ def setup():
     {"bright": np.ones((PROMPTS, 1), np.float32)},
   )
   sigmas = jnp.append(jnp.asarray(sd3_sigmas([1000, 750, 500, 250], shift=3.0)), 0.0)
-  roles = s1.Roles(transformer.apply, "base", "base", "base", 2.0, sigmas, SHAPE)
+  roles = Roles(transformer.apply, "base", "base", "base", 2.0, sigmas, SHAPE)
   frozen = Frozen(
     {"base": sharding.shard(base)}, {}, {}, {}, sharding.replicate({"bright": np.float32(0.5)})
   )
@@ -92,26 +92,15 @@ def scoring():
 def stages():
   """The first state, and each stage's compiled programs of (state, key), on the current mesh."""
   roles, frozen, first, batch, optimizer = setup()
-  common = {"roles": roles, "config": s1.DMDConfig()}
-  policy = s2.PolicyConfig(micro_batches=2)
-  more = common | {"policy": policy}
-
-  def fake1(state, frozen, batch, key):
-    return s1.fake_score_step(state, frozen, batch, key, optimizer=optimizer, **common)
-
-  def generator1(state, frozen, batch, key):
-    return s1.generator_step(state, frozen, batch, key, optimizer=optimizer, **common)
+  fixed = {"roles": roles, "dmd": DMDConfig(), "optimizers": Optimizers(optimizer, optimizer)}
+  one = Stage1(**fixed)
+  two = Stage2(**fixed, policy=PolicyConfig(micro_batches=2), rewards=scoring())
 
   def epoch(state, frozen, batch, key):
     keys = jax.random.split(key, 3)
-    samples = s2.collect_rollout(state, frozen, batch, keys[0], scoring=scoring(), **more)
-    state, a = s2.fake_score_step(
-      state, frozen, batch, samples, keys[1], optimizer=optimizer, **more
-    )
-    state, b = s2.policy_step(
-      state, frozen, batch, samples, samples.rewards, keys[2],
-      scoring=scoring(), optimizer=optimizer, **more,
-    )  # fmt: skip
+    samples = two.collect_rollout(state, frozen, batch, keys[0])
+    state, a = two.fake_score_step(state, frozen, batch, samples, keys[1])
+    state, b = two.policy_step(state, frozen, batch, samples, samples.rewards, keys[2])
     return state, a | b
 
   def pinned(step):
@@ -123,7 +112,10 @@ def stages():
     # Arrays of several processes are arguments; a program may not hold them.
     return lambda state, key: program(state, frozen, batch, key)
 
-  return first, {"stage1": [pinned(fake1), pinned(generator1)], "stage2": [pinned(epoch)]}
+  return first, {
+    "stage1": [pinned(one.fake_score_step), pinned(one.generator_step)],
+    "stage2": [pinned(epoch)],
+  }
 
 
 def advance(programs, state, number):

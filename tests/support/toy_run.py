@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from jax.interpreters import partial_eval
 
-from rtdmd_jax import train
 from rtdmd_jax.datasets import prompts
 from rtdmd_jax.evaluate import evaluator as evaluator_module
 from rtdmd_jax.evaluate import systems
@@ -18,8 +17,9 @@ from rtdmd_jax.evaluate.evaluator import Evaluator
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.pipeline.conditioning import Conditioning
 from rtdmd_jax.rewards import held_out_sets
-from rtdmd_jax.training import setup
-from rtdmd_jax.training.optim import make_optimizer
+from rtdmd_jax.training import setup, stages
+from rtdmd_jax.training.programs import compile_programs
+from rtdmd_jax.training.state import TrainState
 from rtdmd_jax.weights.safetensors import read_config
 from tests.support import toy
 from tests.support.paths import TINY
@@ -68,7 +68,7 @@ class Toy:
     patch.setattr(setup, "read_config", lambda path: None)
     patch.setattr(setup, "_stage_one", loads("adapters", lambda *_: {}))
     patch.setattr(setup, "make", loads("host rewards", lambda *_: None))
-    patch.setattr(setup.device, "load", loads("device reward", lambda *_: Bright()))
+    patch.setattr(setup.device_rewards, "load", loads("device reward", lambda *_: Bright()))
     patch.setattr(setup, "decode_images", lambda vae, params, x: jax.nn.sigmoid(x))
     patch.setattr(setup, "_encoder", lambda pipeline, models: lambda texts: _encoded(texts, models))
     return self
@@ -143,7 +143,7 @@ class Described:
   def _batches(self, patch):
     found = []
     for number in range(2):
-      batch, chosen = train.step_batch(self._config, self._setup, number)
+      batch, chosen = stages.step_batch(self._config, self._setup, number)
       found.append((np.asarray(batch.sample_index).tolist(), [p.text for p in chosen]))
     return found
 
@@ -178,22 +178,22 @@ class Described:
 
   def _program(self, name):
     config, setup = self._config, self._setup
-    optimizers = train.Optimizers(
-      *(make_optimizer(setup.optimizer_config(c)) for c in (config.generator, config.fake_score))
-    )
+    optimizers = stages.make_optimizers(config)
     generator, fake = toy.adapters(1), toy.adapters(2)
-    state = train.TrainState(
+    state = TrainState(
       jnp.zeros((), jnp.int32), generator, fake, generator, optimizers.generator.init(generator),
       optimizers.fake_score.init(fake),
     )  # fmt: skip
-    batch, _ = train.step_batch(config, setup, 0)
-    programs = train.PROGRAMS[config.stage](config, setup, optimizers)
+    batch, _ = stages.step_batch(config, setup, 0)
+    programs = {program.name: program for program in stages.step_programs(config, setup)}
+    compiled = compile_programs(
+      tuple(programs.values()), config.seed, check_numbers=config.train.check_numbers
+    )
     assert (*programs,) == self.programs()
-    args = [state] if name == "finish" else [state, setup.frozen, batch]
-    if config.stage == "stage2" and name in ("fake_score", "policy"):
-      samples = jax.eval_shape(programs["rollout"], *args)
-      args.append(samples)
-      if name == "policy":
-        score = jax.ShapeDtypeStruct(batch.sample_index.shape, jnp.float32)
-        args.append(dict.fromkeys(config.rewards, score))
-    return text(programs[name].trace(*args))
+    known = {"state": state, "frozen": setup.frozen, "batch": batch}
+    if "samples" in programs[name].reads:
+      rollout = programs["rollout"].arguments(known)
+      known["samples"] = jax.eval_shape(compiled["rollout"], *rollout)
+      score = jax.ShapeDtypeStruct(batch.sample_index.shape, jnp.float32)
+      known["rewards"] = dict.fromkeys(config.rewards, score)
+    return text(compiled[name].trace(*programs[name].arguments(known)))

@@ -1,26 +1,30 @@
 """The cold start's steps on a backbone of one layer."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rtdmd_jax.training import stage1
+from rtdmd_jax.training.optim import Optimizers
 from rtdmd_jax.training.settings import Consistency, DMDConfig
+from rtdmd_jax.training.stage1 import Stage1
+from rtdmd_jax.training.velocities import generator_velocity, teacher_velocity
 from tests.support import toy
 
 KEY = jax.random.key(7)
+
+
+def _stage(config, optimizer, **more):
+  return Stage1(toy.roles(), config, Optimizers(optimizer, optimizer), **more)
 
 
 def _steps(config, key=KEY, batch=None, frozen=None):
   state, optimizer = toy.state()
   batch = toy.batch() if batch is None else batch
   frozen = toy.frozen() if frozen is None else frozen
-  common = dict(roles=toy.roles(), config=config, optimizer=optimizer)
-  fake = jax.jit(partial(stage1.fake_score_step, **common))(state, frozen, batch, key)
-  generator = jax.jit(partial(stage1.generator_step, **common))(state, frozen, batch, key)
+  stage = _stage(config, optimizer)
+  fake = jax.jit(stage.fake_score_step)(state, frozen, batch, key)
+  generator = jax.jit(stage.generator_step)(state, frozen, batch, key)
   return state, fake, generator
 
 
@@ -51,10 +55,13 @@ def test_each_step_moves_only_its_own_network(config):
 def test_micro_batches_change_nothing(objective):
   config = DMDConfig(objective=objective)
   state, optimizer = toy.state()
-  for step in (stage1.fake_score_step, stage1.generator_step):
-    step = partial(step, roles=toy.roles(), config=config, optimizer=optimizer)
-    whole, metrics = jax.jit(step)(state, toy.frozen(), toy.batch(), KEY)
-    parts, others = jax.jit(partial(step, micro_batches=4))(state, toy.frozen(), toy.batch(), KEY)
+  for step in ("fake_score_step", "generator_step"):
+    (whole, metrics), (parts, others) = (
+      jax.jit(getattr(_stage(config, optimizer, micro_batches=count), step))(
+        state, toy.frozen(), toy.batch(), KEY
+      )
+      for count in (1, 4)
+    )
     # Only the order of sums differs; Adam's first step turns rounding into at most its rate.
     for one, two in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
       np.testing.assert_allclose(one, two, atol=1e-4, rtol=0)
@@ -67,8 +74,9 @@ def test_generator_stands_still_when_fake_score_equals_teacher():
   state, optimizer = toy.state()
   zero = jax.tree.map(jnp.zeros_like, state.fake_score)
   state = state.replace(fake_score=zero)
-  step = partial(stage1.generator_step, roles=toy.roles(), config=config, optimizer=optimizer)
-  new, metrics = jax.jit(step)(state, toy.frozen(), toy.batch(), KEY)
+  new, metrics = jax.jit(_stage(config, optimizer).generator_step)(
+    state, toy.frozen(), toy.batch(), KEY
+  )
   assert float(metrics["generator/grad_norm"]) == 0
   np.testing.assert_array_equal(new.generator["b"], state.generator["b"])
 
@@ -89,7 +97,7 @@ def test_adapter_scale_is_alpha_over_rank():
   conditioning = batch.conditioning.take(batch.prompt_index)
   x = jax.random.normal(KEY, (12, *toy.SHAPE))
   adapters = toy.adapters(3)
-  velocity = stage1.generator_velocity(roles, frozen, adapters, conditioning)
+  velocity = generator_velocity(roles, frozen, adapters, conditioning)
   kernel = frozen.bases["base"]["kernel"] + 2.0 * adapters["a"] @ adapters["b"]
   text = conditioning.tokens.mean(1)[:, None, None]
   expected = jnp.tanh(x @ kernel) + text + 0.3 * 0.5
@@ -100,7 +108,7 @@ def test_guidance_extrapolates_from_the_empty_prompt():
   roles, frozen, batch = toy.roles(), toy.frozen(), toy.batch()
   conditioning = batch.conditioning.take(batch.prompt_index)
   config = DMDConfig(guidance_low=3.0, guidance_high=3.0)
-  velocity = stage1.teacher_velocity(roles, frozen, config, conditioning, batch.unconditional, KEY)
+  velocity = teacher_velocity(roles, frozen, config, conditioning, batch.unconditional, KEY)
   x = jax.random.normal(KEY, (12, *toy.SHAPE))
   base = jnp.tanh(x @ frozen.bases["base"]["kernel"]) + 0.3 * 0.5
   text = conditioning.tokens.mean(1)[:, None, None]

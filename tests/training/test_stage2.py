@@ -1,6 +1,6 @@
 """The steps of the second stage on a backbone of one layer."""
 
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from rtdmd_jax.runtime.flops import count_flops
-from rtdmd_jax.training import stage2
 from rtdmd_jax.training.latent_rewards import score_latents
+from rtdmd_jax.training.optim import Optimizers
 from rtdmd_jax.training.settings import DMDConfig, PolicyConfig
+from rtdmd_jax.training.stage2 import Stage2
 from tests.support import toy
 from tests.support.programs import call_sites
 
@@ -21,20 +22,18 @@ ROLLOUT_KEY = jax.random.key(4)
 @cache
 def _programs(policy, differentiable=("bright",)):
   """The compiled steps; equal settings share them."""
+  stage = _stage(policy, rewards=toy.scoring(differentiable))
+  return tuple(map(jax.jit, (stage.collect_rollout, stage.policy_step, stage.fake_score_step)))
+
+
+def _stage(policy, **more):
   _, optimizer = toy.state()
-  common = dict(roles=toy.roles(), config=DMDConfig(), policy=policy)
-  scoring = toy.scoring(differentiable)
-  return (
-    jax.jit(partial(stage2.collect_rollout, scoring=scoring, **common)),
-    jax.jit(partial(stage2.policy_step, scoring=scoring, optimizer=optimizer, **common)),
-    jax.jit(partial(stage2.fake_score_step, optimizer=optimizer, **common)),
-  )
+  settings = {"rewards": toy.scoring(), "optimizers": Optimizers(optimizer, optimizer)} | more
+  return Stage2(roles=toy.roles(), dmd=DMDConfig(), policy=policy, **settings)
 
 
 def _fake_score_step(updates):
-  common = dict(roles=toy.roles(), config=DMDConfig(), policy=PolicyConfig(micro_batches=3))
-  step = partial(stage2.fake_score_step, optimizer=toy.state()[1], updates=updates, **common)
-  return jax.jit(step)
+  return jax.jit(_stage(PolicyConfig(micro_batches=3), fake_score_updates=updates).fake_score_step)
 
 
 def _run(policy, rewards=None, state=None):

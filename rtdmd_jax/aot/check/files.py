@@ -5,12 +5,11 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rtdmd_jax import train
 from rtdmd_jax.aot.check.report import Report
 from rtdmd_jax.datasets.prompts import Prompt, load_prompts
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards.held_out_sets import held_out_path, reward_sections
-from rtdmd_jax.training.resume import check_resume, read_stored_config
+from rtdmd_jax.training.resume import FIXED, check_resume, read_stored_config
 from rtdmd_jax.weights.hub import local_path
 
 
@@ -58,7 +57,7 @@ def check_workdir(config: Any, workdir: Path, allow_config_change: bool) -> list
     return [f"workdir: {workdir}, a new run"]
   name, settings = f"{workdir / 'checkpoints'}/{max(saved)}", config.to_json_best_effort()
   stored = read_stored_config(workdir / "config.json")
-  changed = check_resume(name, stored, json.loads(settings), train.FIXED, allow=allow_config_change)
+  changed = check_resume(name, stored, json.loads(settings), FIXED, allow=allow_config_change)
   return [
     f"workdir: {workdir}, goes on after step {max(saved)}",
     *(f"  changed: {c}" for c in changed),

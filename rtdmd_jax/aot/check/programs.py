@@ -8,11 +8,9 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from rtdmd_jax import train
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_reward, abstract_setup
 from rtdmd_jax.aot.check import hardware
 from rtdmd_jax.aot.check.report import Report
-from rtdmd_jax.aot.compile import program_arguments
 from rtdmd_jax.aot.published import PUBLISHED
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards import device_rewards
@@ -20,8 +18,9 @@ from rtdmd_jax.runtime import sharding
 from rtdmd_jax.runtime.flops import count_flops
 from rtdmd_jax.runtime.throughput import loop_turns
 from rtdmd_jax.training.batch import encoding_bytes
-from rtdmd_jax.training.optim import make_optimizer
-from rtdmd_jax.training.setup import Setup, micro_batches, optimizer_config, policy_config
+from rtdmd_jax.training.programs import compile_programs
+from rtdmd_jax.training.setup import Setup, micro_batches, policy_config
+from rtdmd_jax.training.stages import initial_state, step_programs
 from rtdmd_jax.training.state import Batch
 from rtdmd_jax.weights.hub import base_name
 
@@ -55,10 +54,7 @@ def check_programs(report: Report, config: Any, unreadable: Sequence[str]) -> No
     before = len(report.problems)
     report.attempt(_divides, usable, setup)
     report.attempt(policy_config if config.stage == "stage2" else micro_batches, usable)
-    optimizers = train.Optimizers(
-      *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
-    )
-    state = report.attempt(jax.eval_shape, lambda: train.initial_state(usable, setup, optimizers))
+    state = report.attempt(jax.eval_shape, lambda: initial_state(usable, setup))
     if state is None:
       return
     report.lines += hardware.memory(report, _trees(usable, setup, state), mesh)
@@ -66,7 +62,7 @@ def check_programs(report: Report, config: Any, unreadable: Sequence[str]) -> No
     report.lines.append(_encodings(config, batch))
     # Without any reward that is known there is no program of a policy to build.
     if len(report.problems) == before and (usable.rewards or config.stage == "stage1"):
-      costs = report.attempt(_trace, usable, setup, optimizers, state, batch)
+      costs = report.attempt(_trace, usable, setup, state, batch)
       if costs is not None:
         report.lines.append(hardware.time(config, costs))
 
@@ -145,9 +141,7 @@ def _encodings(config: Any, batch: Batch) -> str:
   )
 
 
-def _trace(
-  config: Any, setup: Setup, optimizers: Any, state: Any, batch: Batch
-) -> dict[str, float]:
+def _trace(config: Any, setup: Setup, state: Any, batch: Batch) -> dict[str, float]:
   """Runs the programs on shapes, where values that do not fit together meet.
 
   Returns:
@@ -155,10 +149,12 @@ def _trace(
   """
   known = {"state": state, "frozen": setup.frozen, "batch": batch}
   costs = {}
-  for name, program in train.PROGRAMS[config.stage](config, setup, optimizers).items():
-    args = [known[key] for key in program_arguments(config.stage, name)]
+  programs = step_programs(config, setup)
+  compiled = compile_programs(programs, config.seed, check_numbers=config.train.check_numbers)
+  for program in programs:
+    name, args = program.name, program.arguments(known)
     try:
-      traced = program.trace(*args)
+      traced = compiled[name].trace(*args)
     except _UNFIT as error:
       raise UserError(
         f"the program {name} cannot be made of this configuration: {error}"
