@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rtdmd_jax import train
 from rtdmd_jax.config import load_config
 from rtdmd_jax.evaluate import systems
 from rtdmd_jax.evaluate.evaluator import Evaluator
 from rtdmd_jax.runtime import sharding
-from rtdmd_jax.training.optim import make_optimizer
-from rtdmd_jax.training.setup import build, optimizer_config
+from rtdmd_jax.training.setup import build
+from rtdmd_jax.training.stages import initial_state, make_step, step_batch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/ablations.json"
@@ -86,15 +85,12 @@ def run(stage: str, variant: str, seed: int) -> dict:
   start = time.perf_counter()
   with jax.set_mesh(sharding.make_mesh(**config.mesh)):
     setup = build(config)
-    optimizers = train.Optimizers(
-      *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
-    )
-    state = jax.jit(lambda: train.initial_state(config, setup, optimizers))()
-    step = train.STAGES[stage](config, setup, optimizers)
+    state = jax.jit(lambda: initial_state(config, setup))()
+    step = make_step(config, setup)
     times = []
     for number in range(config.train.steps):
       begin = time.perf_counter()
-      batch, prompts = train.step_batch(config, setup, number)
+      batch, prompts = step_batch(config, setup, number)
       state, _ = jax.block_until_ready(step(state, batch, prompts, number))
       times.append(time.perf_counter() - begin)
     system = systems.generator(setup, config, variant, state.ema)

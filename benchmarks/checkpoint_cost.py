@@ -18,18 +18,14 @@ import jax
 from rtdmd_jax.config import load_config
 from rtdmd_jax.runtime.checkpoint import Checkpoints
 from rtdmd_jax.runtime.sharding import make_mesh
-from rtdmd_jax.train import STAGES, Optimizers, initial_state, step_batch
-from rtdmd_jax.training.optim import make_optimizer
-from rtdmd_jax.training.setup import build, optimizer_config
+from rtdmd_jax.training.setup import build
+from rtdmd_jax.training.stages import initial_state, make_step, step_batch
 
 
 def measure(config, blocks: int, steps: int, folder: Path) -> str:
   setup = build(config)
-  optimizers = Optimizers(
-    *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
-  )
-  state = jax.jit(lambda: initial_state(config, setup, optimizers))()
-  step_fn = STAGES[config.stage](config, setup, optimizers)
+  state = jax.jit(lambda: initial_state(config, setup))()
+  step_fn = make_step(config, setup)
   batch, prompts = step_batch(config, setup, 0)
   number, still, plain, saving = 0, [], [], []
   with Checkpoints(folder, keep=2) as saved:

@@ -16,9 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 from rtdmd_jax.aot.abstract import abstract_setup
 from rtdmd_jax.config import load_config
 from rtdmd_jax.runtime import sharding
-from rtdmd_jax.train import Optimizers, initial_state
-from rtdmd_jax.training.optim import make_optimizer
-from rtdmd_jax.training.setup import optimizer_config
+from rtdmd_jax.training.stages import initial_state
 from rtdmd_jax.weights.int8 import STORAGES
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -29,10 +27,7 @@ OFFLOADED = ("transformers", "text encoders")  # by model.offload
 def trees(config):
   """Everything that stays on the devices, by name."""
   setup = abstract_setup(config)
-  optimizers = Optimizers(
-    *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
-  )
-  state = jax.eval_shape(lambda: initial_state(config, setup, optimizers))
+  state = jax.eval_shape(lambda: initial_state(config, setup))
   frozen = setup.frozen
   return {
     "transformers": list(frozen.bases.values()),

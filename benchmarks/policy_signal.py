@@ -9,6 +9,7 @@ of them. Then the correlation of every pair of rewards within a prompt's group.
 
 import argparse
 import itertools
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -16,9 +17,10 @@ import optax
 
 from rtdmd_jax.config import load_config
 from rtdmd_jax.runtime import sharding
-from rtdmd_jax.train import Optimizers, initial_state, step_batch
-from rtdmd_jax.training import stage2
+from rtdmd_jax.training.optim import Optimizers
 from rtdmd_jax.training.setup import Setup, build, dmd_config, policy_config
+from rtdmd_jax.training.stage2 import Stage2
+from rtdmd_jax.training.stages import initial_state, step_batch
 
 
 def score(setup: Setup, samples, prompts) -> dict[str, np.ndarray]:
@@ -34,16 +36,19 @@ def score(setup: Setup, samples, prompts) -> dict[str, np.ndarray]:
 def policy_programs(config, setup: Setup, policy):
   """The state at the start, the rollout, and a maker of programs for the flat policy gradient [P].
 
-  The maker takes the rewards (a `Scoring`); its programs take what `stage2.policy_step` takes.
+  The maker takes the rewards (`LatentRewards`); its programs take what `Stage2.policy_step` takes.
   """
   plain = optax.sgd(1.0)  # an update by it is the gradient
-  state = jax.jit(lambda: initial_state(config, setup, Optimizers(plain, plain)))()
-  common = {"roles": setup.roles, "config": dmd_config(config, setup.pipeline), "policy": policy}
-  rollout = jax.jit(lambda *args: stage2.collect_rollout(*args, scoring=setup.scoring, **common))
+  state = jax.jit(lambda: initial_state(config, setup))()
+  state = state.replace(generator_opt=plain.init(state.generator))
+  stage = Stage2(
+    setup.roles, dmd_config(config, setup.pipeline), policy, setup.scoring, Optimizers(plain, plain)
+  )
+  rollout = jax.jit(stage.collect_rollout)
 
   def gradient(scoring):
     def run(*args):
-      new, _ = stage2.policy_step(*args, scoring=scoring, optimizer=plain, **common)
+      new, _ = replace(stage, rewards=scoring).policy_step(*args)
       change = jax.tree.map(lambda a, b: (a - b).ravel(), state.generator, new.generator)
       return jax.numpy.concatenate(jax.tree.leaves(change))
 

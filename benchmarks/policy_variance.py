@@ -18,8 +18,8 @@ import numpy as np
 from benchmarks.policy_signal import policy_programs, score
 from rtdmd_jax.config import load_config
 from rtdmd_jax.runtime import sharding
-from rtdmd_jax.train import step_batch
 from rtdmd_jax.training.setup import build, policy_config
+from rtdmd_jax.training.stages import step_batch
 
 # M and whether the steps that do not train share their noise; the first is the reference.
 POLICIES = ((3, False), (2, False), (2, True), (1, False), (1, True))

@@ -21,15 +21,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rtdmd_jax import train
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup
-from rtdmd_jax.aot.compile import program_arguments
 from rtdmd_jax.config import load_config
 from rtdmd_jax.runtime.flops import count_flops
 from rtdmd_jax.runtime.sharding import current, make_mesh, shardings
 from rtdmd_jax.runtime.throughput import loop_turns, peak_tflops
-from rtdmd_jax.training.optim import make_optimizer
-from rtdmd_jax.training.setup import optimizer_config
+from rtdmd_jax.training.programs import compile_programs
+from rtdmd_jax.training.stages import initial_state, step_programs
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,22 +98,20 @@ def measure(config: Any, setup: Any, rounds: int) -> list[dict[str, Any]]:
   """Runs `rounds` steps after a first one; a dictionary for each program."""
   frozen, batch = random_like(setup.frozen), random_batch(config, setup)
   setup = dataclasses.replace(setup, frozen=frozen)
-  optimizers = train.Optimizers(
-    *(make_optimizer(optimizer_config(c)) for c in (config.generator, config.fake_score))
-  )
-  state = jax.jit(lambda: train.initial_state(config, setup, optimizers))()
-  programs = train.PROGRAMS[config.stage](config, setup, optimizers)
-  rows = {name: {"name": name, "spent": []} for name in programs}
+  state = jax.jit(lambda: initial_state(config, setup))()
+  programs = step_programs(config, setup)
+  compiled = compile_programs(programs, config.seed)
+  rows = {name: {"name": name, "spent": []} for name in compiled}
   for _ in range(rounds + 1):
     known = {"frozen": frozen, "batch": batch}
-    for name, program in programs.items():
-      args = [(known | {"state": state})[key] for key in program_arguments(config.stage, name)]
-      row = rows[name]
+    for program in programs:
+      name, args = program.name, program.arguments(known | {"state": state})
+      row, run = rows[name], compiled[name]
       if "tflop" not in row:
         turns, _ = loop_turns(name, len(config.dmd.timesteps))
-        row["tflop"] = count_flops(program.trace(*args).jaxpr, turns) / 1e12
+        row["tflop"] = count_flops(run.trace(*args).jaxpr, turns) / 1e12
       began = time.perf_counter()
-      out = jax.block_until_ready(program(*args))
+      out = jax.block_until_ready(run(*args))
       row["spent"].append(time.perf_counter() - began)
       row["peak"] = _peak()
       if name == "rollout":

@@ -34,10 +34,12 @@ from rtdmd_jax.algo.subgrpo import sample_noise
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.pipeline.conditioning import Conditioning
 from rtdmd_jax.runtime.flops import count_flops
-from rtdmd_jax.training import stage1, stage2
 from rtdmd_jax.training.latent_rewards import LatentRewards
-from rtdmd_jax.training.optim import make_optimizer
+from rtdmd_jax.training.objectives import AmbientDMD
+from rtdmd_jax.training.optim import Optimizers, make_optimizer
 from rtdmd_jax.training.settings import DMDConfig, OptimizerConfig, PolicyConfig
+from rtdmd_jax.training.stage1 import Stage1
+from rtdmd_jax.training.stage2 import RolloutBatch, Stage2
 from rtdmd_jax.training.state import Batch, Frozen, Roles, TrainState
 from rtdmd_jax.weights.safetensors import load_params, read_config
 
@@ -181,6 +183,7 @@ def seed_with_stop(name: str) -> int:
 def peer_draws(name: str, key: Any, batch: int, latents: tuple[int, int, int]) -> Any:
   """What an update of ours draws from `key`, for the peer."""
   index, config = jnp.arange(batch), DMDConfig()
+  objective = AmbientDMD(config, jnp.array(SIGMAS))
   column = lambda a: torch.tensor(np.array(a)).reshape(-1, 1, 1, 1)  # noqa: E731
 
   def noise(key, shape=latents):
@@ -190,13 +193,13 @@ def peer_draws(name: str, key: Any, batch: int, latents: tuple[int, int, int]) -
   if name == "policy":
     _, noise_key = jax.random.split(jax.random.split(key)[0])
     parts = jax.random.split(noise_key, 3)
-    level = stage1.renoise_sigma(config, jnp.float32(0), index, parts[0])
+    level = objective.renoise_sigma(jnp.float32(0), index, parts[0])
     return peer.Draws(None, [], column(level), noise(parts[1]), None, [noise(parts[2])])
   rollout_key, loss_key = keys(name, key)
   start_key, step_key, _ = jax.random.split(rollout_key, 3)
   steps = [noise(jax.random.fold_in(step_key, i)) for i in range(STOP)]
   parts = jax.random.split(loss_key, 4 if name == "fake_score" else 3)
-  level = stage1.renoise_sigma(config, jnp.float32(SIGMAS[STOP]), index, parts[0])
+  level = objective.renoise_sigma(jnp.float32(SIGMAS[STOP]), index, parts[0])
   if name == "generator":
     back, moves = None, [noise(parts[2])]
   else:
@@ -237,23 +240,23 @@ def our_updates(models, directory: Path, texts, empty, latents, seeds, epoch):
   )  # fmt: skip
   config = DMDConfig(eta=peer.ETA, guidance_low=GUIDANCE, guidance_high=GUIDANCE)
   scoring = LatentRewards(lambda params, x: x, {}, {"reward": 1.0}, ())
-  steps = {
-    "fake_score": stage1.fake_score_step,
-    "generator": stage1.generator_step,
-    "policy": partial(stage2.policy_step, policy=POLICY, scoring=scoring),
-  }
+  optimizers = Optimizers(optimizer, optimizer)
+
+  def update(name: str, roles: Roles) -> Callable:
+    if name == "policy":
+      return Stage2(roles, config, POLICY, scoring, optimizers).policy_step
+    return getattr(Stage1(roles, config, optimizers), f"{name}_step")
+
   zeros = jnp.zeros((len(SIGMAS) - 1, len(count)))  # log-probabilities are only compared with
-  samples = stage2.RolloutBatch(jnp.asarray(epoch.x), zeros, jnp.array(CHOSEN), {}, jnp.zeros(0))
+  samples = RolloutBatch(jnp.asarray(epoch.x), zeros, jnp.array(CHOSEN), {}, jnp.zeros(0))
   groups = batch.replace(prompt_index=jnp.asarray(epoch.prompt))
   more = {"policy": (samples, {"reward": jnp.asarray(epoch.reward)})}
   runs, flops = {}, {}
-  for name, step in steps.items():
-    program = jax.jit(partial(step, roles=roles, config=config, optimizer=optimizer))
+  for name in ("fake_score", "generator", "policy"):
+    program = jax.jit(update(name, roles))
     given = (groups, *more[name]) if name in more else (batch,)
     args = (state, frozen, *given, jax.random.key(seeds[name]))
-    counted = partial(
-      step, roles=roles._replace(apply=plain.apply), config=config, optimizer=optimizer
-    )
+    counted = update(name, roles._replace(apply=plain.apply))
     flops[name] = count_flops(jax.jit(counted).trace(*args).jaxpr, STOP - (name == "generator"))
     runs[name] = partial(run_ours, name, program, args)
   return runs, flops

@@ -20,9 +20,12 @@ from rtdmd_jax.algo.transitions import (
   x0_from_v,
 )
 from rtdmd_jax.pipeline.conditioning import Conditioning
-from rtdmd_jax.training import stage1, stage2
+from rtdmd_jax.training.hybrid_loss import Transition, policy_term, ratio_metrics
+from rtdmd_jax.training.optim import Optimizers
 from rtdmd_jax.training.settings import PolicyConfig
+from rtdmd_jax.training.stage2 import Stage2
 from rtdmd_jax.training.state import TrainState
+from rtdmd_jax.training.velocities import generator_velocity
 
 ADVANTAGES = {"weight_advantages": False, "gaussian_log_prob": True, "subset_factor": True}
 
@@ -116,16 +119,15 @@ def _gradients(
     prompt_index=jnp.arange(n),
     reward_text={"place": jnp.zeros((n, 1))},
   )
-  common = dict(roles=training.roles(2), config=MATCHING, policy=policy, scoring=SCORING)
+  recorders = Optimizers(RECORDER, RECORDER)
+  stage = Stage2(training.roles(2), MATCHING, policy, SCORING, recorders)
   state = state.replace(generator=state.ema, generator_opt=RECORDER.init(state.ema))
 
   @jax.jit
   def all_epochs(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     def epoch(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-      samples = stage2.collect_rollout(state, fixed, alone if own else data, key, **common)
-      new, _ = stage2.policy_step(
-        state, fixed, data, samples, samples.rewards, key, optimizer=RECORDER, **common
-      )
+      samples = stage.collect_rollout(state, fixed, alone if own else data, key)
+      new, _ = stage.policy_step(state, fixed, data, samples, samples.rewards, key)
       flat = jnp.concatenate([g.ravel() for g in jax.tree.leaves(new.generator_opt)])
       # The step averages over its terms; the sum over them estimates the same for every policy.
       return (policy.num_train_steps + 1) * flat, samples.rewards["place"]
@@ -176,13 +178,15 @@ def half_precision(problem: Problem, state: TrainState, *, images: int = 4096) -
   ones, one = jnp.ones(images), Conditioning(jnp.zeros((images, 1, 1)), None)
   for dtype in (jnp.float32, jnp.bfloat16):
     roles = training.roles(2)._replace(apply=partial(training.apply, dtype=dtype))
-    velocity = stage1.generator_velocity(roles, fixed, state.ema, one)
+    velocity = generator_velocity(roles, fixed, state.ema, one)
 
     @jax.jit
     def loss(i: jax.Array, x: jax.Array, x_next: jax.Array, old: jax.Array, velocity=velocity):
       v = velocity(x, jnp.full(images, sigmas[i]))
-      ends = sigmas[i], sigmas[i + 1]
-      return stage2.policy_loss(v, None, x, x_next, *ends, old, ones, ones, MATCHING, policy, 4)[1]
+      transition = Transition(x, v, x_next, sigmas[i], sigmas[i + 1], old)
+      _, parts = policy_term(transition, ones, ones, MATCHING.eta, policy, 4)
+      ratios = ratio_metrics(parts.pop("ratio"), policy)
+      return parts | {name: metric.compute() for name, metric in ratios.items()}
 
     for i in range(3):
       x, x_next = path[i], path[i + 1]
@@ -215,7 +219,7 @@ def hybrid(problem: Problem, state: TrainState, *, count: int = 200) -> dict:
   @partial(jax.jit, static_argnames="n")
   def expected(theta: jax.Array, key: jax.Array, n: int = 20_000) -> jax.Array:
     one = Conditioning(jnp.zeros((n, 1, 1)), None)
-    v = stage1.generator_velocity(training.roles(2), fixed, unflatten(theta), one)
+    v = generator_velocity(training.roles(2), fixed, unflatten(theta), one)
     z = jax.random.normal(key, (len(SIGMAS), n, 1, 1, 2))
     x = z[-1]
     for i, (s, r) in enumerate(zip(SIGMAS[:-1], SIGMAS[1:], strict=True)):

@@ -16,11 +16,13 @@ import optax
 from benchmarks.tilt import teachers
 from rtdmd_jax.algo.rollout import sample_rollout
 from rtdmd_jax.pipeline.conditioning import Conditioning
-from rtdmd_jax.training import stage1, stage2
 from rtdmd_jax.training.latent_rewards import LatentRewards
-from rtdmd_jax.training.optim import ema_update
+from rtdmd_jax.training.optim import Optimizers, ema_update
 from rtdmd_jax.training.settings import DMDConfig, PolicyConfig
+from rtdmd_jax.training.stage1 import Stage1
+from rtdmd_jax.training.stage2 import Stage2
 from rtdmd_jax.training.state import Batch, Frozen, Roles, TrainState
+from rtdmd_jax.training.velocities import generator_velocity
 
 # Without the normaliser, distribution matching is the gradient of a divergence, whose minimiser is
 # known.
@@ -132,9 +134,9 @@ def optimizer(learning_rate: float, updates: int) -> optax.GradientTransformatio
   return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
-def optimizers(training: Training) -> tuple:
-  """Of the generator and of the fake score."""
-  return (
+def optimizers(training: Training) -> Optimizers:
+  """Those of the generator and the fake score."""
+  return Optimizers(
     optimizer(training.learning_rate, training.updates),
     optimizer(training.fake_learning_rate, training.updates * training.fake_updates),
   )
@@ -175,19 +177,17 @@ def train_stage1(
   state: TrainState, fixed: Frozen, *, training: Training, config: DMDConfig
 ) -> TrainState:
   """AC-DMD: `fake_updates` updates of the fake score before each one of the generator."""
-  first, second = optimizers(training)
   data = batch(training)
   d = fixed.rewards["place"]["linear"].shape[0]
-  common = {"roles": roles(d, training.sigmas), "config": config}
+  stage = Stage1(roles(d, training.sigmas), config, optimizers(training))
 
   def fake(state: TrainState, key: jax.Array) -> tuple[TrainState, None]:
-    step = stage1.fake_score_step(state, fixed, data, key, optimizer=second, **common)
-    return step[0], None
+    return stage.fake_score_step(state, fixed, data, key)[0], None
 
   def update(state: TrainState, _: None) -> tuple[TrainState, None]:
     fake_key, key, _ = _keys(training, state.step)
     state, _ = jax.lax.scan(fake, state, jax.random.split(fake_key, training.fake_updates))
-    state, _ = stage1.generator_step(state, fixed, data, key, optimizer=first, **common)
+    state, _ = stage.generator_step(state, fixed, data, key)
     return _finish(state, training), None
 
   return jax.lax.scan(update, state, None, training.updates)[0]
@@ -205,25 +205,21 @@ def train_stage2(
   snapshots: int = 1,
 ) -> tuple[TrainState, Any]:
   """RTDMD; also returns the generator's average at `snapshots` equidistant moments, stacked."""
-  first, second = optimizers(training)
   data = batch(training)
   d = fixed.rewards["place"]["linear"].shape[0]
-  common = {"roles": roles(d, training.sigmas), "config": config}
-  common["policy"] = policy._replace(policy_weight=policy_weight)
+  weighted = policy._replace(policy_weight=policy_weight)
+  stage = Stage2(roles(d, training.sigmas), config, weighted, SCORING, optimizers(training))
 
   def update(state: TrainState, _: None) -> tuple[TrainState, None]:
     rollout_key, fake_key, key = _keys(training, state.step)
-    samples = stage2.collect_rollout(state, fixed, data, rollout_key, scoring=SCORING, **common)
+    samples = stage.collect_rollout(state, fixed, data, rollout_key)
 
     def fake(state: TrainState, key: jax.Array) -> tuple[TrainState, None]:
-      step = stage2.fake_score_step(state, fixed, data, samples, key, optimizer=second, **common)
-      return step[0], None
+      return stage.fake_score_step(state, fixed, data, samples, key)[0], None
 
     if policy.dmd_weight:
       state, _ = jax.lax.scan(fake, state, jax.random.split(fake_key, training.fake_updates))
-    state, _ = stage2.policy_step(
-      state, fixed, data, samples, samples.rewards, key, scoring=SCORING, optimizer=first, **common
-    )
+    state, _ = stage.policy_step(state, fixed, data, samples, samples.rewards, key)
     return _finish(state, training), None
 
   def part(state: TrainState, _: None) -> tuple[TrainState, Any]:
@@ -239,7 +235,7 @@ def _path(
 ) -> jax.Array:
   d = fixed.rewards["place"]["linear"].shape[0]
   one = Conditioning(jnp.zeros((count, 1, 1)), None)
-  velocity: Callable = stage1.generator_velocity(roles(d, sigmas), fixed, generator, one)
+  velocity: Callable = generator_velocity(roles(d, sigmas), fixed, generator, one)
   keys = jax.random.split(key, 2)
   noise = jax.random.normal(keys[0], (count, 1, 1, d))
   step_noise = jax.random.normal(keys[1], (len(sigmas) - 1, count, 1, 1, d))
