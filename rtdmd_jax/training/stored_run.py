@@ -102,7 +102,7 @@ class StoredRun(NamedTuple):
     return self.workdir / "checkpoints" / str(self.step)
 
   def base(self, role: str = "generator") -> str:
-    """The base that the adapters of a role belong to: a pipeline, a transformer directory or a file."""
+    """The base of a role's adapters: a pipeline, a transformer directory or a file."""
     return self.config["model"][f"{role}_init"] or self.config["model"]["pretrained"]
 
   def pipeline(self, dtype: Any) -> Pipeline:
