@@ -301,15 +301,17 @@ def ambient_fake_score_loss(
     fake = fake_score_loss(v, target, scale, weight_low=weight_low, weight_high=weight_high)
     return fake, {"fake_score": fake, "consistency": jnp.zeros(())}
 
-  levels = [level]
+  path_sigmas = [level]
   for delta in steps_back:
-    levels.append(jnp.maximum(levels[-1] - delta, 0.0))
-  paths = transition_noise[: 2 if two_sample else 1]
-  x, v = _walk_back(fake_velocity, x_t, jnp.stack(levels), paths, eta, stop_transitions)
+    path_sigmas.append(jnp.maximum(path_sigmas[-1] - delta, 0.0))
+  path_noise = transition_noise[: 2 if two_sample else 1]
+  x, v = _walk_back(
+    fake_velocity, x_t, jnp.stack(path_sigmas), path_noise, eta=eta, stop=stop_transitions
+  )
   fake = fake_score_loss(v[0], target, scale, weight_low=weight_low, weight_high=weight_high)
-  moves = len(steps_back)
+  transitions = len(steps_back)
   anchor, *ends = (
-    x0_from_v(x[i], v[i], levels[-1] if i else level) for i in range(0, len(x), moves)
+    x0_from_v(x[i], v[i], path_sigmas[-1] if i else level) for i in range(0, len(x), transitions)
   )
   consistency = consistency_loss(anchor, ends[0], ends[-1])
   total = fake + consistency_weight * consistency
@@ -319,47 +321,59 @@ def ambient_fake_score_loss(
 def _walk_back(
   velocity: Velocity,
   x: jax.Array,
-  levels: jax.Array,
+  sigmas: jax.Array,
   noise: jax.Array,
+  *,
   eta: float,
   stop: bool,
 ) -> tuple[jax.Array, jax.Array]:
-  """Chained CPS moves of x along `levels`, once a path, with the velocity at every point.
+  """Every point of P paths of M chained CPS transitions, with the velocity there.
 
-  A loop over all points, so that the network is compiled once and not once a point.
+  The paths start at the same point and visit the same sigmas with noise of their own. For P = 2 and
+  M = 2 the points are numbered
+
+                  0            x, at sigmas[0]
+                /   \\
+               1     3         at sigmas[1]
+               |     |
+               2     4         at sigmas[2]
+
+  They are visited in this order by a loop, so that the network is compiled once and not for every
+  point. Point n > 0 follows from point 0 where a path begins (n = 1, 1 + M, ...), else from
+  point n - 1.
 
   Args:
-    velocity: of the network.
-    x: [B, ...] at the first level, where every path starts.
-    levels: [M + 1, B].
-    noise: [P, M, B, ...] of P paths.
-    eta: stochasticity of the moves.
-    stop: no gradient through the moves.
+    velocity: the network's.
+    x: [B, ...] at the first sigma.
+    sigmas: [M + 1, B].
+    noise: [P, M, B, ...].
+    eta: stochasticity of the transitions.
+    stop: whether transitions have no gradient.
 
   Returns:
-    (points, velocities), each [1 + P M, B, ...]: x, then the paths one after the other.
+    (points, velocities), each [1 + P M, B, ...].
   """
   constant = jax.lax.stop_gradient if stop else lambda y: y
-  paths, moves = noise.shape[:2]
+  paths, transitions = noise.shape[:2]
 
-  def visit(carry: tuple, point: tuple) -> tuple[tuple, tuple]:
-    (first, last), (number, sigma, next_sigma, z) = carry, point
-    is_first, new_path = number == 0, (number - 1) % moves == 0
-    x, v = jax.tree.map(lambda a, b: jnp.where(new_path, a, b), first, last)
-    x = jnp.where(is_first, first[0], cps_step(x, v, sigma, next_sigma, eta, z))
-    found = (x, velocity(x, next_sigma).astype(jnp.float32))
-    last = jax.tree.map(constant, found)
-    first = jax.tree.map(lambda a, b: jnp.where(is_first, a, b), last, first)
-    return (first, last), found
+  def visit(carry: tuple, inputs: tuple) -> tuple[tuple, tuple]:
+    (start, previous), (number, sigma, next_sigma, z) = carry, inputs
+    is_start, begins_path = number == 0, (number - 1) % transitions == 0
+    x, v = jax.tree.map(lambda a, b: jnp.where(begins_path, a, b), start, previous)
+    x = jnp.where(is_start, start[0], cps_step(x, v, sigma, next_sigma, eta, z))
+    point = (x, velocity(x, next_sigma).astype(jnp.float32))
+    previous = jax.tree.map(constant, point)
+    start = jax.tree.map(lambda a, b: jnp.where(is_start, a, b), previous, start)
+    return (start, previous), point
 
-  def points(first: jax.Array, rest: jax.Array) -> jax.Array:
-    return jnp.concatenate([first[None], rest])
+  def for_every_point(start: jax.Array, others: jax.Array) -> jax.Array:
+    return jnp.concatenate([start[None], others])
 
   inputs = (
-    jnp.arange(1 + paths * moves),
-    points(levels[0], jnp.tile(levels[:-1], (paths, 1))),
-    points(levels[0], jnp.tile(levels[1:], (paths, 1))),
-    points(jnp.zeros_like(x), noise.reshape(-1, *x.shape)),
+    jnp.arange(1 + paths * transitions),
+    for_every_point(sigmas[0], jnp.tile(sigmas[:-1], (paths, 1))),
+    for_every_point(sigmas[0], jnp.tile(sigmas[1:], (paths, 1))),
+    for_every_point(jnp.zeros_like(x), noise.reshape(-1, *x.shape)),
   )
-  start = (x, jnp.zeros_like(x))
-  return jax.lax.scan(visit, (start, start), inputs)[1]
+  unvisited = (x, jnp.zeros_like(x))
+  return jax.lax.scan(visit, (unvisited, unvisited), inputs)[1]

@@ -1,1 +1,1 @@
-"""What a step of training is: settings, state, batches, steps, and how a run is set up."""
+"""The training step: settings, state, batches, steps, and how a run is set up."""

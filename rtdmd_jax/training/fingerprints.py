@@ -39,18 +39,18 @@ def prompt_sets(config: Any) -> dict[str, list[Prompt]]:
   for name, options in _rewards(config):
     if options.get("held_out"):
       paths[f"{name}.held_out"] = options["held_out"]
-  found = {}
+  sets = {}
   for key, path in paths.items():
     split = "train" if key == "data.prompts" else "test"
     try:
-      found[key] = load_prompts(path, split=split, metadata=True)
+      sets[key] = load_prompts(path, split=split, metadata=True)
     except UserError:  # whoever needs them says so
       continue
-  return found
+  return sets
 
 
 def overlap(sets: Mapping[str, Sequence[Prompt]]) -> dict[str, list[int]] | None:
-  """Of each held-out set, how many prompts are trained on as well, and how many it has.
+  """The number of prompts that are trained on as well, and of all, for each held-out set.
 
   Case and spaces make no difference. None if the training prompts are not known.
   """
@@ -71,15 +71,15 @@ def of_files(config: Any, sets: Mapping[str, Sequence[Prompt]]) -> dict[str, str
     config: of a run.
     sets: its `prompt_sets`.
   """
-  found = {key: digest([p.record for p in prompts]) for key, prompts in sets.items()}
+  fingerprints = {key: digest([p.record for p in prompts]) for key, prompts in sets.items()}
   directory = find(config.model.pretrained)
   for part, files in _pipeline_files(directory).items() if directory else ():
-    found[f"model.pretrained, {part}"] = _digest(files)
+    fingerprints[f"model.pretrained, {part}"] = _digest(files)
   for name, options in _rewards(config):
     for key in PATHS:
       if isinstance(options.get(key), str) and (path := _reward_path(name, key, options)):
-        found[f"{name}.{key}"] = _digest(_files(path))
-  return found
+        fingerprints[f"{name}.{key}"] = _digest(_files(path))
+  return fingerprints
 
 
 def of_weights(setup: Setup) -> dict[str, str]:
@@ -110,13 +110,13 @@ def _plain(text: str) -> str:
 
 
 def _pipeline_files(directory: Path) -> dict[str, list[Path]]:
-  """What a pipeline's folder has of `_PIPELINE_FILES`, by the component that it belongs to."""
-  found: dict[str, list[Path]] = {}
+  """The `_PIPELINE_FILES` that are in a pipeline's folder, by component."""
+  files: dict[str, list[Path]] = {}
   for pattern in _PIPELINE_FILES:
     for file in directory.glob(pattern):
       if file.is_file():
-        found.setdefault(file.relative_to(directory).parts[0], []).append(file)
-  return found
+        files.setdefault(file.relative_to(directory).parts[0], []).append(file)
+  return files
 
 
 def _files(path: Path) -> list[Path]:

@@ -136,7 +136,7 @@ def policy_term(
 
 
 def ratio_metrics(ratio: jax.Array, policy: PolicyConfig) -> dict[str, metrics.Metric]:
-  """How far the policy's ratios [...] are from 1, and the share beyond the clipping range."""
+  """Metrics of the policy's ratios [...]: their distance from 1, the share beyond the clipping."""
   outside = (ratio < 1 - policy.clip_low) | (ratio > 1 + policy.clip_high)
   return {
     "ratio/drift": Maximum.from_model_output(jnp.abs(ratio - 1.0)),
@@ -186,13 +186,13 @@ class HybridLoss:
       total += self.policy.policy_weight * loss
       parts.append(part)
     stacked = {name: jnp.stack([part[name] for part in parts]) for name in parts[0]}
-    found = ratio_metrics(stacked.pop("ratio"), self.policy)
-    found |= {name: LossAverage.from_model_output(jnp.mean(v)) for name, v in stacked.items()}
+    merged = ratio_metrics(stacked.pop("ratio"), self.policy)
+    merged |= {name: LossAverage.from_model_output(jnp.mean(v)) for name, v in stacked.items()}
     last_loss = jnp.zeros(())
     for name, (weight, loss) in self._last_step_terms(last, rows, conditioning).items():
       last_loss += weight * loss
-      found[name] = LossAverage.from_model_output(loss)
-    return (total + last_loss) / terms, found
+      merged[name] = LossAverage.from_model_output(loss)
+    return (total + last_loss) / terms, merged
 
   @property
   def _steps(self) -> int:

@@ -29,12 +29,12 @@ class LatentRewards(NamedTuple):
 
 
 class ScoredLatents(NamedTuple):
-  """What decoding clean latents has shown; the last two only where rewards are back-propagated."""
+  """Images and scores of decoded clean latents; the last two only with back-propagated rewards."""
 
   rewards: dict[str, jax.Array]  # [n] each
   images: jax.Array  # [n, H, W, 3] in [0, 1]
   weighted_reward: jax.Array | None  # [n], weighted sum of the back-propagated rewards
-  reward_grad: jax.Array | None  # [n, h, w, c], its gradient by the latents
+  reward_grad: jax.Array | None  # [n, h, w, c], its gradient with respect to the latents
 
 
 def score_latents(

@@ -32,7 +32,7 @@ class Program(NamedTuple):
   updates: bool = True
 
   def arguments(self, known: Mapping[str, Any]) -> list[Any]:
-    """What the program reads, out of all that is known."""
+    """The program's arguments, taken from all that is known."""
     return [known[name] for name in self.reads]
 
   def compile(self, seed: int, *, check_numbers: bool = False) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What a run must agree with itself in when it goes on from a checkpoint."""
+"""Checks that a run which goes on from a checkpoint is still the same run."""
 
 import json
 import platform
@@ -137,7 +137,7 @@ def restore(
 ) -> TrainState:
   """The newest checkpoint's state, in the place of `state`, on the frozen weights of `record`.
 
-  `record` gets what the run has counted up to there (`Skips.counts`).
+  `record` gets what the run has counted up to there (`NonFiniteGuard.counts`).
 
   Raises:
     UserError: a broken checkpoint, or as `check_content`.
@@ -152,7 +152,7 @@ def restore(
 
 
 def read_stored_config(path: Path) -> dict[str, Any]:
-  """What `store_config` wrote.
+  """The configuration that `store_config` wrote.
 
   Raises:
     UserError: the file is missing or broken.
@@ -175,13 +175,13 @@ def store_config(path: Path, config: dict[str, Any]) -> None:
 def versions() -> dict[str, str]:
   """Versions of what a result may depend on."""
   names = ("rtdmd_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-  found = {}
+  known = {}
   for name in names:
     try:
-      found[name] = version(name)
+      known[name] = version(name)
     except ImportError:
       from rtdmd_jax import __version__
 
-      found[name] = __version__
+      known[name] = __version__
   device = jax.devices()[0]
-  return found | {"python": platform.python_version(), "device": device.device_kind}
+  return known | {"python": platform.python_version(), "device": device.device_kind}

@@ -1,4 +1,4 @@
-"""What a training step reads and writes."""
+"""The inputs and outputs of a training step."""
 
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ class TrainState:
 
 @flax.struct.dataclass
 class Frozen:
-  """What training reads and never changes.
+  """The arrays that training reads and never changes.
 
   `bases` maps a base's key to its parameters, so that roles that share a base share the arrays;
   `generator` and `fake_score` are earlier stages' adapters with their scale folded in (or empty).
@@ -70,7 +70,7 @@ class Batch:
 
 
 class Roles(NamedTuple):
-  """How the three roles are computed: the backbone, its bases' keys and the schedule."""
+  """The description of the three roles: the backbone, its bases' keys and the schedule."""
 
   apply: ApplyFn
   generator: str

@@ -98,11 +98,11 @@ class StoredRun(NamedTuple):
 
   @property
   def directory(self) -> Path:
-    """Of the checkpoint."""
+    """The folder of the checkpoint."""
     return self.workdir / "checkpoints" / str(self.step)
 
   def base(self, role: str = "generator") -> str:
-    """What the adapters of a role belong to: a pipeline, a transformer directory or a file."""
+    """The base of a role's adapters: a pipeline, a transformer directory or a file."""
     return self.config["model"][f"{role}_init"] or self.config["model"]["pretrained"]
 
   def pipeline(self, dtype: Any) -> Pipeline:

@@ -126,13 +126,13 @@ def settings_without_effect(config: Any) -> list[str]:
   """One sentence a reason for the keys that were set and that the run does not read.
 
   Args:
-    config: of stage 1 or 2, whose values each are within `limits`.
+    config: the configuration of stage 1 or 2, each of whose values `validate` permits.
 
   Returns:
     Sentences that name keys, their values and the reason; keys with their default are left out.
   """
   values = dict(flatten(config.to_dict()))
-  found = []
+  sentences = []
   for rule in _RULES:
     if not rule.when(config):
       continue
@@ -142,15 +142,15 @@ def settings_without_effect(config: Any) -> list[str]:
       if any(key == name or key.startswith(f"{name}.") for name in rule.keys)
       and values[key] != _DEFAULTS.get(key, values[key])
     ]
-    found += _sentence(keys, values, rule.reason)
+    sentences += _sentence(keys, values, rule.reason)
   for reason, unread in (
     ("stage 1 trains on no reward", config.stage == "stage1"),
     ("policy.reward_weight is 0", config.stage == "stage2" and not config.policy.reward_weight),
   ):
     if unread:
       keys = [f"rewards.{name}.backpropagate" for name in config.rewards]
-      found += _sentence([key for key in keys if values.get(key)], values, reason)
-  return found
+      sentences += _sentence([key for key in keys if values.get(key)], values, reason)
+  return sentences
 
 
 def _sentence(keys: list[str], values: dict[str, Any], reason: str) -> list[str]:

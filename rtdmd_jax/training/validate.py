@@ -184,18 +184,18 @@ def violations(config: Any) -> list[str]:
       f"the configuration has no {key}; it must be {words.get(key) or rules[key][1]}."
       for key in absent
     ]
-  found = [
+  sentences = [
     f"{key} is {values[key]!r}; it must be {words}."
     for key, (fits, words) in rules.items()
     if not _fits(fits, values[key])
   ]
-  found += _rewards(config)
+  sentences += _rewards(config)
   for rule in (_pairs, _dtypes, _model, _boundary, *([_stage2] if stage2 else [])):
     try:
-      found += rule(config)
+      sentences += rule(config)
     except (AttributeError, TypeError):  # values that cannot be compared are in the list already
       continue
-  return found
+  return sentences
 
 
 def check_policy_steps(config: Any) -> None:
