@@ -1,11 +1,13 @@
-"""What every command-line tool shares: flags, one-sentence errors and exit codes.
+"""The command `rtdmd`, and what its tools share: flags, one-sentence errors, exit codes.
 
 Nothing here imports jax, so `--help` and mistakes on the command line are answered at once.
 """
 
+import difflib
 import errno
 import inspect
 import os
+import runpy
 import sys
 import textwrap
 import traceback
@@ -31,6 +33,18 @@ _DISK = {
     (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
     "give another path",
   ),
+}
+# The module behind each subcommand of `rtdmd`, and what it does.
+_COMMANDS = {
+  "train": ("rtdmd_jax.main", "trains a stage, from its last checkpoint if it has one"),
+  "check": ("rtdmd_jax.main", "says what would run and what is wrong, and trains nothing"),
+  "sample": ("rtdmd_jax.sample", "draws images of prompts"),
+  "evaluate": ("rtdmd_jax.evaluate", "draws and scores several systems, and compares them"),
+  "export": ("rtdmd_jax.export", "exports adapters for diffusers, ComfyUI or merged"),
+  "report": ("rtdmd_jax.report", "writes the report of a run as one HTML file"),
+  "studio": ("rtdmd_jax.studio", "shows a page that draws with several systems"),
+  "aot": ("rtdmd_jax.aot", "compiles a run for devices that are not there"),
+  "serve": ("rtdmd_jax.rewards.serve", "serves rewards over HTTP"),
 }
 # What configurations are for, and the tools that take them first.
 _PURPOSES = {
@@ -102,7 +116,7 @@ def run(
   argv = list(sys.argv if argv is None else argv)
   values = flags.FlagValues()
   if "config" in shared:
-    text = "Configuration: path.py or path.py:argument."
+    text = "Configuration: path.py or rtdmd_jax:NAME of a shipped one, either with :ARGUMENT."
     flags.DEFINE_string("config", None, text, values)
   if "workdir" in shared:
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, images.", values)
@@ -116,6 +130,24 @@ def run(
       main(_parse(argv, values, requires, positional))
 
   return guard(program)
+
+
+def command() -> None:
+  """The console command `rtdmd NAME ...`, which is `python -m MODULE ...`; ends the process."""
+  name, *rest = [*sys.argv[1:], ""]
+  if name in ("", "-h", "--help", "help"):
+    print("The tools of rtdmd_jax. `rtdmd COMMAND --help` lists the flags of one.\n\nCommands:")
+    for known, (_, about) in _COMMANDS.items():
+      print(f"  {known:9s} {about}")
+    sys.exit(0 if name else EXIT_USER_ERROR)
+  if name not in _COMMANDS:
+    nearest = difflib.get_close_matches(name, _COMMANDS, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(_COMMANDS)}"
+    sys.exit(_mistake(f"rtdmd has no command {name!r}; {hint}"))
+  sys.argv = [f"rtdmd {name}", *(["--check"] if name == "check" else []), *rest[:-1]]
+  # As `python -m` does, the folder that the command is run in holds what a user imports.
+  sys.path.insert(0, os.getcwd())
+  runpy.run_module(_COMMANDS[name][0], run_name="__main__", alter_sys=False)
 
 
 def guard(program: Callable[[], None]) -> int:
@@ -134,7 +166,7 @@ def guard(program: Callable[[], None]) -> int:
     return _mistake(str(error))
   except BrokenPipeError:
     # Python would try once more to write what is left, and complain.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return EXIT_PIPE
   except (OSError, RuntimeError, AssertionError, AttributeError, KeyError) as error:
     sentence = _of_the_disk(error) or _of_the_devices(error) or _of_the_config(error)
@@ -199,7 +231,7 @@ def _of_the_devices(error: Exception) -> str | None:
   try:
     jax.devices()
   except (RuntimeError, AssertionError) as reason:
-    asked = jax.config.jax_platforms or ""
+    asked = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
     why = str(reason).partition(" (set JAX_PLATFORMS")[0].partition("\n")[0]
     extra = "tpu" if "tpu" in asked else "gpu"
     return (

@@ -25,6 +25,7 @@ RENAMED = {
   "dmd.consistency.moves": "dmd.consistency.transitions",
   "policy.dm_weight": "policy.dmd_weight",
 }
+_SHIPPED = "rtdmd_jax:"
 _ABSENT = object()
 _LONGEST = 200  # letters of a value in a message
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
@@ -34,10 +35,12 @@ def load_config(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
   """Load `path.py[:arg]`, apply `a.b=value` overrides in order and lock the result.
 
   The file defines `get_config()` or `get_config(arg)`. It runs with its own folder importable, as a
-  script would, so that configurations can share code.
+  script would, so that configurations can share code. `rtdmd_jax:name[:arg]` is a configuration
+  that the package brings, wherever it is installed.
 
   Args:
-    spec: path of the file, optionally followed by `:` and the argument of `get_config`.
+    spec: path of the file, or `rtdmd_jax:` and the name of a shipped one, optionally followed by
+      `:` and the argument of `get_config`.
     overrides: strings `dotted.key=value`; the value is read with the type of the key's default.
 
   Returns:
@@ -175,11 +178,30 @@ def _removed(config: ConfigDict, key: str) -> bool:
   return True
 
 
+def shipped_configs() -> dict[str, Path]:
+  """The files of the shipped configurations by name."""
+  package = Path(__file__).resolve().parent
+  # Inside the package where it is installed, beside it in a clone.
+  folder = next(f for f in (package / "configs", package.parent / "configs") if f.is_dir())
+  return {file.stem: file for file in sorted(folder.glob("*_*.py")) if file.stem[0] != "_"}
+
+
 def _split_spec(spec: str) -> tuple[Path, str | None]:
+  if spec.startswith(_SHIPPED):
+    name, separator, arg = spec.removeprefix(_SHIPPED).partition(":")
+    files = shipped_configs()
+    if name not in files:
+      nearest = difflib.get_close_matches(name, files, n=3) or list(files)
+      raise UserError(
+        f"--config={spec}: the package has no configuration {name!r}; it has {', '.join(nearest)}"
+      )
+    return files[name], arg if separator else None
   head, separator, arg = spec.partition(".py:")
   path = Path(head + ".py" if separator else spec)
   if path.suffix != ".py":
-    raise UserError(f"--config={spec} must name a .py file, optionally followed by ':ARGUMENT'")
+    raise UserError(
+      f"--config={spec} must name a .py file or {_SHIPPED}NAME, optionally followed by ':ARGUMENT'"
+    )
   if not path.is_file():
     nearest = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
     hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else ""
@@ -193,6 +215,7 @@ def _load_get_config(path: Path):
   sys.path.insert(0, folder)
   try:
     module_spec = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    assert module_spec is not None and module_spec.loader is not None  # it is a .py file
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
   except UserError:

@@ -11,6 +11,7 @@ from absl import flags
 
 from rtdmd_jax import cli
 from rtdmd_jax.errors import UserError
+from tests.support.console import rtdmd
 
 CONFIG = (
   "from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({'a': {'b': 1}})"
@@ -123,3 +124,28 @@ def test_process(tmp_path):
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
   assert "--config.KEY=VALUE" in done.stdout
+
+
+def test_the_console_command_lists_its_tools():
+  done = rtdmd("--help")
+  assert done.returncode == 0
+  assert {line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")} == {
+    "train", "check", "sample", "evaluate", "export", "report", "studio", "aot", "serve",
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("arguments", "code", "said"),
+  [
+    (["train", "--help"], 0, "--allow_config_change"),
+    (["train"], 2, "--config is required"),
+    (["report"], 2, "give one folder"),
+    (["trian"], 2, "no command 'trian'; did you mean train?"),
+    (["nothing-like-it"], 2, "there are train, check"),
+    ([], 2, "Commands:"),
+  ],
+)
+def test_the_console_command_is_the_tool(arguments, code, said):
+  done = rtdmd(*arguments)
+  assert done.returncode == code and said in done.stdout + done.stderr
+  assert "Traceback" not in done.stderr

@@ -1,7 +1,7 @@
 import pytest
 from ml_collections import ConfigDict, config_dict
 
-from rtdmd_jax.config import apply_override, load_config, with_current_names
+from rtdmd_jax.config import apply_override, load_config, shipped_configs, with_current_names
 from rtdmd_jax.errors import UserError
 
 SOURCE = """
@@ -199,3 +199,14 @@ def test_stored_configurations_get_current_names():
     "batch": {"prompts": 1},
   }
   assert "steps" in stored["dmd"]
+
+
+def test_shipped_configurations_have_names(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  config = load_config("rtdmd_jax:tiny_stage2", ["seed=7"])
+  assert (config.stage, config.seed) == ("stage2", 7)
+  assert load_config("rtdmd_jax:sd3_stage1:scored").stage == "stage1"
+  assert {"flux2_9b_eval", "sd35_stage2"} < shipped_configs().keys()
+  assert not {"common", "families"} & shipped_configs().keys()
+  with pytest.raises(UserError, match="no configuration 'sd36_stage2'; it has sd3"):
+    load_config("rtdmd_jax:sd36_stage2")

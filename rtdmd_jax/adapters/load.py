@@ -73,7 +73,7 @@ def load_adapters(loras: Sequence[Lora], transformer: Transformer) -> dict[str, 
   if not loras:
     return stacked
   entries = dense_entries(transformer.init_abstract(), transformer.table)
-  names = layer_names(transformer.config, entries)
+  names = layer_names(transformer.names, entries)
   for named, scale in (lora.checked() for lora in loras):
     path = local_path(named, "adapter")
     if not path.exists():

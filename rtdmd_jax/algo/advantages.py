@@ -1,5 +1,7 @@
 """Group-relative advantages over the global batch (RTDMD, arXiv 2605.26108; Flow-GRPO)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -60,7 +62,8 @@ def _normalized_values(
   }
   if weight_advantages:
     return values
-  return {"sum": (1.0, sum(_weighted(*pair) for pair in values.values()))}
+  total: Any = sum(_weighted(*pair) for pair in values.values())
+  return {"sum": (1.0, total)}
 
 
 def _weighted(weight: float, values: jax.Array) -> jax.Array:

@@ -89,7 +89,7 @@ def fake_score_loss(
 
 
 def flow_matching_loss(
-  v: jax.Array, x0: jax.Array, noise: jax.Array, weight: jax.Array = 1.0
+  v: jax.Array, x0: jax.Array, noise: jax.Array, weight: jax.Array | float = 1.0
 ) -> jax.Array:
   """`mean( weight (v - (noise - x0))^2 )`, the ordinary flow-matching loss; weight [] or [B]."""
   v = jnp.asarray(v, jnp.float32)
@@ -301,6 +301,7 @@ def ambient_fake_score_loss(
     fake = fake_score_loss(v, target, scale, weight_low=weight_low, weight_high=weight_high)
     return fake, {"fake_score": fake, "consistency": jnp.zeros(())}
 
+  assert steps_back is not None and transition_noise is not None
   path_sigmas = [level]
   for delta in steps_back:
     path_sigmas.append(jnp.maximum(path_sigmas[-1] - delta, 0.0))

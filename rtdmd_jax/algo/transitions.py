@@ -13,7 +13,7 @@ import jax.numpy as jnp
 MIN_VARIANCE = 1e-12
 
 
-def expand(value: jax.Array, x: jax.Array) -> jax.Array:
+def expand(value: jax.Array | float, x: jax.Array) -> jax.Array:
   """Makes a [] or [B] value broadcast against x [B, ...]; values of x's rank pass through.
 
   Raises:

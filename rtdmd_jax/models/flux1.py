@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.models import first_release
+from rtdmd_jax.models.first_release import DOUBLE, SINGLE
 from rtdmd_jax.models.flux_layers import (
   TABLE,
   JointAttention,
@@ -36,11 +38,35 @@ from rtdmd_jax.models.mmdit_layers import (
 from rtdmd_jax.models.packing import pack, unpack
 from rtdmd_jax.models.rotary import Rotary, rotary_table
 from rtdmd_jax.models.stack import stack_blocks
-from rtdmd_jax.models.transformer import Transformer, config_values, example_inputs
+from rtdmd_jax.models.transformer import OtherNames, Transformer, config_values, example_inputs
 
 CLASS_NAME = "FluxTransformer2DModel"
 _THETA = 10000.0
 _EPS = 1e-6
+
+
+_FIRST_RELEASE = (
+  *first_release.ATTENTION,
+  (rf"{DOUBLE}ff\.net\.0\.proj", r"double_blocks.\1.img_mlp.0"),
+  (rf"{DOUBLE}ff\.net\.2", r"double_blocks.\1.img_mlp.2"),
+  (rf"{DOUBLE}ff_context\.net\.0\.proj", r"double_blocks.\1.txt_mlp.0"),
+  (rf"{DOUBLE}ff_context\.net\.2", r"double_blocks.\1.txt_mlp.2"),
+  (rf"{DOUBLE}norm1\.linear", r"double_blocks.\1.img_mod.lin"),
+  (rf"{DOUBLE}norm1_context\.linear", r"double_blocks.\1.txt_mod.lin"),
+  *((rf"{SINGLE}attn\.to_{c}", rf"single_blocks.\1.linear1#{i}") for i, c in enumerate("qkv")),
+  (rf"{SINGLE}proj_mlp", r"single_blocks.\1.linear1#3"),
+  (rf"{SINGLE}proj_out", r"single_blocks.\1.linear2"),
+  (rf"{SINGLE}norm\.linear", r"single_blocks.\1.modulation.lin"),
+  *first_release.EMBEDDERS,
+)
+# XLabs' names of first-release layers; 1 is the image, 2 the text.
+_XLABS = (
+  (r"(double_blocks\.\d+)\.img_attn\.(qkv|proj)", r"\1.processor.\2_lora1"),
+  (r"(double_blocks\.\d+)\.txt_attn\.(qkv|proj)", r"\1.processor.\2_lora2"),
+  (r"(single_blocks\.\d+)\.linear1", r"\1.processor.qkv_lora"),
+  (r"(single_blocks\.\d+)\.linear2", r"\1.processor.proj_lora"),
+)
+NAMES = OtherNames(_FIRST_RELEASE, of_first_release=_XLABS)
 
 
 @dataclass(frozen=True)
@@ -87,7 +113,7 @@ def build(config: Mapping[str, Any], *, dtype: Any, scan: bool, remat: str) -> T
     c.pooled_projection_dim,
     guidance=c.guidance_embeds,
   )
-  return Transformer(c, Flux1(c, dtype, scan, remat), TABLE, example)
+  return Transformer(c, Flux1(c, dtype, scan, remat), TABLE, example, names=NAMES)
 
 
 class Flux1(nn.Module):

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rtdmd_jax.models import first_release
+from rtdmd_jax.models.first_release import DOUBLE, SINGLE
 from rtdmd_jax.models.flux_layers import (
   TABLE,
   JointAttention,
@@ -30,9 +32,25 @@ from rtdmd_jax.models.mmdit_layers import Modulation, TimeTextEmbed, branch, pro
 from rtdmd_jax.models.norms import RMSNorm
 from rtdmd_jax.models.rotary import Rotary, rotary_table
 from rtdmd_jax.models.stack import stack_blocks
-from rtdmd_jax.models.transformer import Transformer, config_values, example_inputs
+from rtdmd_jax.models.transformer import OtherNames, Transformer, config_values, example_inputs
 
 CLASS_NAME = "Flux2Transformer2DModel"
+
+
+_FIRST_RELEASE = (
+  *first_release.ATTENTION,
+  (rf"{DOUBLE}ff\.linear_in", r"double_blocks.\1.img_mlp.0"),
+  (rf"{DOUBLE}ff\.linear_out", r"double_blocks.\1.img_mlp.2"),
+  (rf"{DOUBLE}ff_context\.linear_in", r"double_blocks.\1.txt_mlp.0"),
+  (rf"{DOUBLE}ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2"),
+  (rf"{SINGLE}attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
+  (rf"{SINGLE}attn\.to_out", r"single_blocks.\1.linear2"),
+  (r"(double_stream_modulation_(?:img|txt)|single_stream_modulation)\.linear", r"\1.lin"),
+  *first_release.EMBEDDERS,
+)
+# Some exports lost the start of `transformer_blocks`; diffusers reads them, too.
+_SHORTENED = ((r"tran(sformer_blocks\..+)", r"\1"),)
+NAMES = OtherNames(_FIRST_RELEASE, of_diffusers=_SHORTENED)
 
 
 @dataclass(frozen=True)
@@ -80,7 +98,7 @@ def build(config: Mapping[str, Any], *, dtype: Any, scan: bool, remat: str) -> T
   """Builds the transformer of a config.json; see `models.build_transformer`."""
   c = Flux2Config.from_dict(config)
   example = example_inputs((1, 1, c.in_channels), c.joint_attention_dim, guidance=c.guidance_embeds)
-  return Transformer(c, Flux2(c, dtype, scan, remat), TABLE, example)
+  return Transformer(c, Flux2(c, dtype, scan, remat), TABLE, example, names=NAMES)
 
 
 class Flux2(nn.Module):

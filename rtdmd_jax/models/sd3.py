@@ -30,7 +30,7 @@ from rtdmd_jax.models.mmdit_layers import (
 )
 from rtdmd_jax.models.norms import layer_norm
 from rtdmd_jax.models.stack import remat_block, stack_blocks
-from rtdmd_jax.models.transformer import Transformer, config_values, example_inputs
+from rtdmd_jax.models.transformer import OtherNames, Transformer, config_values, example_inputs
 from rtdmd_jax.weights.key_table import KeyTable, Stack
 
 CLASS_NAME = "SD3Transformer2DModel"
@@ -111,7 +111,38 @@ def build(config: Mapping[str, Any], *, dtype: Any, scan: bool, remat: str) -> T
   latents = (c.patch_size, c.patch_size, c.in_channels)
   example = example_inputs(latents, c.joint_attention_dim, c.pooled_projection_dim)
   max_side = c.pos_embed_max_size * c.patch_size
-  return Transformer(c, SD3(c, dtype, scan, remat), key_table(c), example, max_side)
+  names = OtherNames(_first_release(c))
+  return Transformer(c, SD3(c, dtype, scan, remat), key_table(c), example, max_side, names=names)
+
+
+_BLOCK = r"transformer_blocks\.(\d+)\."
+
+
+def _first_release(config: SD3Config) -> tuple[tuple[str, str], ...]:
+  """The first release's names of layers."""
+  last = rf"transformer_blocks\.({config.num_layers - 1})\."
+  x, context = r"joint_blocks.\1.x_block.", r"joint_blocks.\1.context_block."
+  return (
+    *((rf"{_BLOCK}(attn2?)\.to_{c}", rf"{x}\2.qkv#{i}") for i, c in enumerate("qkv")),
+    *((rf"{_BLOCK}attn\.add_{c}_proj", rf"{context}attn.qkv#{i}") for i, c in enumerate("qkv")),
+    (rf"{_BLOCK}(attn2?)\.to_out\.0", rf"{x}\2.proj"),
+    (rf"{_BLOCK}attn\.to_add_out", rf"{context}attn.proj"),
+    (rf"{_BLOCK}ff\.net\.0\.proj", rf"{x}mlp.fc1"),
+    (rf"{_BLOCK}ff\.net\.2", rf"{x}mlp.fc2"),
+    (rf"{_BLOCK}ff_context\.net\.0\.proj", rf"{context}mlp.fc1"),
+    (rf"{_BLOCK}ff_context\.net\.2", rf"{context}mlp.fc2"),
+    (rf"{_BLOCK}norm1\.linear", rf"{x}adaLN_modulation.1"),
+    # The last block's text is only attended to: two modulations, scale and shift.
+    (rf"{last}norm1_context\.linear", rf"{context}adaLN_modulation.1~"),
+    (rf"{_BLOCK}norm1_context\.linear", rf"{context}adaLN_modulation.1"),
+    (r"time_text_embed\.timestep_embedder\.linear_1", "t_embedder.mlp.0"),
+    (r"time_text_embed\.timestep_embedder\.linear_2", "t_embedder.mlp.2"),
+    (r"time_text_embed\.text_embedder\.linear_1", "y_embedder.mlp.0"),
+    (r"time_text_embed\.text_embedder\.linear_2", "y_embedder.mlp.2"),
+    (r"context_embedder", "context_embedder"),
+    (r"proj_out", "final_layer.linear"),
+    (r"norm_out\.linear", "final_layer.adaLN_modulation.1~"),
+  )
 
 
 class SD3(nn.Module):

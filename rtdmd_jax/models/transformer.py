@@ -18,6 +18,22 @@ _LARGEST_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True)
+class OtherNames:
+  """The names of a family's dense layers outside of diffusers, as regular expressions.
+
+  Attributes:
+    first_release: (diffusers' module, the first release's module). `#n` numbers the parts of a
+      fused projection, `~` marks rows whose halves are swapped.
+    of_first_release: further names of first-release modules, each of their first three parts.
+    of_diffusers: further names of diffusers' modules.
+  """
+
+  first_release: tuple[tuple[str, str], ...]
+  of_first_release: tuple[tuple[str, str], ...] = ()
+  of_diffusers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class Transformer:
   """A velocity network without its parameters.
 
@@ -29,6 +45,7 @@ class Transformer:
       sides of valid latents are multiples of those of the first.
     max_side: the longest side of valid latents, where positions come from a table; else None.
     attention: a name in `attention.KERNELS`.
+    names: the names that its dense layers have in adapter files.
   """
 
   config: Any
@@ -37,6 +54,7 @@ class Transformer:
   example: tuple[Any, ...]
   max_side: int | None = None
   attention: str = "auto"
+  names: OtherNames = OtherNames(())
 
   @property
   def embedded_guidance(self) -> bool:

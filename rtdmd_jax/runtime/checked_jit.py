@@ -25,19 +25,20 @@ def checked_jit(function: Callable, *, check: bool, **options: Any) -> Callable:
   """
   if not check:
     return jit(function, **options)
-  compiled = jit(checkify.checkify(function, errors=checkify.float_checks))
+  compiled: Any = jit(checkify.checkify(function, errors=checkify.float_checks))
 
-  def run(*args: Any) -> Any:
+  def checked(*args: Any) -> Any:
     error, out = compiled(*args)
     if (found := error.get_exception()) is not None:
       raise Stopped(f"train.check_numbers: {found} ({_line(found)})", EXIT_NUMBERS)
     return out
 
+  run: Any = checked
   run.trace = compiled.trace
   return run
 
 
-def _line(error: Exception) -> str:
+def _line(error: Any) -> str:
   """The innermost line of this package that called the failed operation."""
   for frame in error.traceback_info.frames:
     path = Path(frame.file_name)

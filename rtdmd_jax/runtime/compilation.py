@@ -25,5 +25,6 @@ def enable_compilation_cache(workdir: Path) -> None:
   `JAX_COMPILATION_CACHE_DIR` names another place. Programs for a CPU are kept only if it is set:
   they are made for one machine's processor, and a workdir may move to another one.
   """
-  if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+  folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+  if folder is None and jax.default_backend() != "cpu":
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / FOLDER))

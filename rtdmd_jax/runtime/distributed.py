@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from rtdmd_jax.errors import UserError
 
@@ -11,7 +12,7 @@ AUTO = "auto"
 _PATIENCE = 60
 
 
-def arguments(environment: Mapping[str, str]) -> dict[str, str | int] | None:
+def arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
   """The arguments of `jax.distributed.initialize`; None for one process.
 
   `RTDMD_COORDINATOR` is "auto", where jax finds the other processes by itself (TPU pods, GKE,

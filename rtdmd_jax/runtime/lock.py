@@ -61,7 +61,8 @@ class WorkdirLock:
 
   def __exit__(self, *exception: object) -> None:
     self._end.set()
-    self._thread.join()
+    if self._thread is not None:
+      self._thread.join()
     if self._is_own():
       self._file.unlink(missing_ok=True)
 

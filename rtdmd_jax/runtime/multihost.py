@@ -98,6 +98,7 @@ class AsyncMax:
     if jax.process_count() == 1:
       return number
     mesh = current()
+    assert mesh is not None  # a run of several processes has one
     every = NamedSharding(mesh, PartitionSpec(AXES))
     one = np.full(1, number, np.int32)
     given = jax.make_array_from_callback((mesh.size,), every, lambda _: one)

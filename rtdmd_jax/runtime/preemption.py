@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 from rtdmd_jax.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_UNSAVED, Stopped
 
@@ -27,7 +27,7 @@ class Preemption:
     self._signal: signal.Signals | None = None
     self._deferred = False
     self._timer: threading.Timer | None = None
-    self._previous: dict[signal.Signals, object] = {}
+    self._previous: dict[signal.Signals, Any] = {}
 
   def __enter__(self) -> Self:
     if threading.current_thread() is threading.main_thread():
@@ -69,6 +69,7 @@ class Preemption:
 
   def stop(self, what: str) -> None:
     """Raises `Stopped` for the signal that came; `what` says how far the run is saved."""
+    assert self._signal is not None
     raise Stopped(f"stopped by {self._signal.name}; {what}", _CODES[self._signal])
 
   def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -83,6 +84,7 @@ class Preemption:
 
   def _expire(self) -> None:
     # No clean-up: whatever hangs would hang again, and a checkpoint appears whole or not at all.
+    assert self._signal is not None
     message = f"stopped by {self._signal.name}; not saved within {self._grace:g} s"
     print(message, file=sys.stderr, flush=True)
     os._exit(EXIT_UNSAVED)

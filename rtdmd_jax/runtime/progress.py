@@ -49,7 +49,8 @@ class Rate:
       return None
     first, last = self._marks[0], self._marks[-1]
     seconds = max(last[0] - first[0], 1e-9)
-    return tuple((b - a) / seconds for a, b in zip(first[1:], last[1:], strict=True))
+    steps, samples, tflop = ((b - a) / seconds for a, b in zip(first[1:], last[1:], strict=True))
+    return steps, samples, tflop
 
 
 class Trend:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from rtdmd_jax.errors import UserError
 
@@ -87,7 +87,7 @@ def _show(sizes: Sequence[int]) -> str:
   return " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
 
 
-def spec(name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def spec(name: str, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
   """Axes of the leaf `name` ("blocks_0/attn/to_q/kernel"); a side that does not divide stays whole.
 
   Raises:
@@ -119,7 +119,7 @@ def shardings(tree: Tree, mesh: Mesh, *, offload: bool = False) -> Tree:
   hosts, from where the blocks fetch them (`to_device`). Vectors cannot be sliced there.
   """
 
-  def one(path: Sequence[Any], leaf: Any) -> NamedSharding:
+  def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
     name = _name(path)
     there = offload and len(leaf.shape) == 3 and name.endswith("/kernel")
     return NamedSharding(mesh, spec(name, leaf.shape, mesh), memory_kind=HOST if there else None)
@@ -282,7 +282,7 @@ def table(trees: Mapping[str, Tree], mesh: Mesh) -> list[tuple[str, int, int, in
   return rows
 
 
-def _name(path: Sequence[Any]) -> str:
+def _name(path: tuple[Any, ...]) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

@@ -36,7 +36,7 @@ class Meter:
     """The same programs, counted; each is traced once, which its first call then need not."""
     return {name: self._watched(name, program) for name, program in programs.items()}
 
-  def _watched(self, name: str, program: Callable) -> Callable:
+  def _watched(self, name: str, program: Any) -> Callable:
     cost: float | None = None
     turns, _ = loop_turns(name, self._steps)
 

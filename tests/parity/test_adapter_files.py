@@ -95,7 +95,7 @@ def published():
   config |= dict(pooled_projection_dim=768, axes_dims_rope=(16, 56, 56), in_channels=64)
   transformer = build_transformer({"_class_name": "FluxTransformer2DModel"} | config)
   entries = dense_entries(transformer.init_abstract(), transformer.table)
-  return layer_names(transformer.config, entries), fused_layers(transformer.config, entries)
+  return layer_names(transformer.names, entries), fused_layers(transformer.names, entries)
 
 
 @pytest.mark.parametrize("writer", ["kohya", "fal"])
