@@ -1,6 +1,8 @@
 """Options of the rewards that name models, and where those lie on this machine."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rtdmd_jax.weights.hub import local_path
@@ -21,19 +23,21 @@ _KINDS = {
 
 
 def local_options(
-  reward: str, options: Mapping[str, Any], *, download: bool = True
+  reward: str,
+  options: Mapping[str, Any],
+  locate: Callable[[str | os.PathLike, str], Path] = local_path,
 ) -> dict[str, Any]:
   """The options of a reward with a path of this machine in place of each name of a model.
 
   Args:
     reward: its name; options of rewards that are named by import path stay as they are.
     options: of the reward; those that name no model stay.
-    download: see `hub.local_path`, as for what is raised.
+    locate: finds a name of some kind; see `hub.local_path`, as for what is raised.
   """
   found = dict(options)
   for key in _KINDS.get(reward, {}):
     if isinstance(found.get(key), str):
-      found[key] = str(local_path(found[key], option_kind(reward, key, options), download=download))
+      found[key] = str(locate(found[key], option_kind(reward, key, options)))
   return found
 
 
