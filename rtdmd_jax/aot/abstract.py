@@ -60,10 +60,10 @@ def frozen_trees(config: Any, setup: Setup, frozen: Frozen) -> dict[str, Any]:
   """
   model, roles = config.model, setup.roles
   names = {getattr(roles, role): model[f"{role}_init"] or model.pretrained for role in ROLES}
-  trees = {
-    f"base {base_name(names.get(key, model.pretrained))}": base
-    for key, base in frozen.bases.items()
-  }
+  trees: dict[str, Any] = {}
+  for key, base in frozen.bases.items():
+    title = f"base {base_name(names.get(key, model.pretrained))}"
+    trees[f"base {key}" if title in trees else title] = base  # folders may have one name
   for name, params in frozen.rewards.items():
     trees[f"reward {name}, evaluated" if name in setup.watched else f"reward {name}"] = params
   adapters = (frozen.generator, frozen.fake_score)

@@ -15,7 +15,14 @@ from rtdmd_jax.models.clip import CLIPText
 from rtdmd_jax.models.encoders import clip_text_network, qwen3_network, t5_network
 from rtdmd_jax.models.network import Network
 from rtdmd_jax.models.sd3 import SD3Config
-from rtdmd_jax.models.tokenizer import Limit, checked_ids, load_tokenizer, longer, tokenize
+from rtdmd_jax.models.tokenizer import (
+  Limit,
+  checked_ids,
+  load_tokenizer,
+  longer,
+  no_tokenizer,
+  tokenize,
+)
 from rtdmd_jax.pipeline.conditioning import Conditioning
 from rtdmd_jax.weights.safetensors import read_config
 from rtdmd_jax.weights.source import Read
@@ -82,11 +89,6 @@ class TextDescription(NamedTuple):
   def conditioning(self) -> Conditioning:
     """Shapes of the encoding of one prompt."""
     return jax.eval_shape(self.encode, self.abstract().params, self.ids())
-
-
-def no_tokenizer(prompts: Sequence[str]) -> Any:
-  """Stands for a tokenizer where only config files were read."""
-  raise ValueError("what config files alone describe has no tokenizers and encodes nothing")
 
 
 def _tree(by_folder: Mapping[str, Any]) -> Any:

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from rtdmd_jax.adapters.load import Lora, load_adapters
 from rtdmd_jax.datasets.prompts import Prompt, load_prompts
 from rtdmd_jax.models import load_base
+from rtdmd_jax.models.tokenizer import no_tokenizer
 from rtdmd_jax.models.vae import decode_images
 from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.pipeline.conditioning import Conditioning
 from rtdmd_jax.pipeline.describe import PipelineDescription
 from rtdmd_jax.pipeline.prompt_cache import PromptCache, encoding_chunk
-from rtdmd_jax.pipeline.text import no_tokenizer
 from rtdmd_jax.rewards import device_rewards
 from rtdmd_jax.rewards.held_out_sets import HeldOut, held_out_sets, shortages
 from rtdmd_jax.rewards.multi import MultiReward, make, make_for_evaluation

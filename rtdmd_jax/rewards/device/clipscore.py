@@ -8,8 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from rtdmd_jax.models.encoders import clip_network
+from rtdmd_jax.models.tokenizer import no_tokenizer
 from rtdmd_jax.rewards.device.clip_reward import ClipReward, processor_words, read_transform
-from rtdmd_jax.rewards.device.description import ReadFrom, RewardDescription, no_tokenizer
+from rtdmd_jax.rewards.device.description import ReadFrom, RewardDescription
 
 
 class ClipScore(ClipReward):

@@ -1,7 +1,7 @@
 """A reward on the device as its config files describe it, ahead of weights and tokenizer."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from rtdmd_jax.weights.source import read_file
@@ -44,8 +44,3 @@ class Loadable:
       UserError: missing or broken files, or files that do not fit together.
     """
     return cls.describe(read_file, *args, **options).load()
-
-
-def no_tokenizer(prompts: Sequence[str]) -> Any:
-  """Stands for the tokenizer of a reward that has not been loaded."""
-  raise ValueError("a reward that is only described has no tokenizer")

@@ -14,9 +14,9 @@ import numpy as np
 
 from rtdmd_jax.models.clip import TABLE
 from rtdmd_jax.models.encoders import clip_network
-from rtdmd_jax.models.tokenizer import checked_ids, load_tokenizer
+from rtdmd_jax.models.tokenizer import checked_ids, load_tokenizer, no_tokenizer
 from rtdmd_jax.rewards.device.clip_reward import ClipReward
-from rtdmd_jax.rewards.device.description import ReadFrom, RewardDescription, no_tokenizer
+from rtdmd_jax.rewards.device.description import ReadFrom, RewardDescription
 from rtdmd_jax.rewards.device.preprocess import CLIP_MEAN, CLIP_STD, PadTransform
 from rtdmd_jax.weights.open_clip import to_transformers
 from rtdmd_jax.weights.safetensors import params_from_tensors

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from rtdmd_jax.models.encoders import clip_network
+from rtdmd_jax.models.tokenizer import no_tokenizer
 from rtdmd_jax.rewards.device.clip_reward import ClipReward, processor_transforms, processor_words
-from rtdmd_jax.rewards.device.description import ReadFrom, RewardDescription, no_tokenizer
+from rtdmd_jax.rewards.device.description import ReadFrom, RewardDescription
 
 # Brings the scaled cosine near 1, as Flow-GRPO and RTDMD train on; published tables leave it out.
 _SCALE = 26.0
