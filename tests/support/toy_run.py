@@ -178,7 +178,7 @@ class Described:
     patch.setattr(evaluator_module, "jit", written)
     evaluator = Evaluator(self._setup, self._config)
     adapters = toy.adapters(1)
-    patch.setattr(evaluator_module, "fold_scale", lambda tree, alpha: tree)
+    patch.setattr(systems, "fold_scale", lambda tree, alpha: tree)
     teacher = systems.teacher(self._setup, self._config)
     few = systems.generator(self._setup, self._config, "generator", adapters)
     for system in (teacher, few):
