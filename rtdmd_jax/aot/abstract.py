@@ -20,7 +20,7 @@ from rtdmd_jax.weights.published import PUBLISHED_SOURCE
 
 
 def abstract_setup(config: Any) -> Setup:
-  """What `setup.build` makes of `config`, with `jax.ShapeDtypeStruct`s for parameters.
+  """The setup that `setup.build` makes of `config`, with `jax.ShapeDtypeStruct`s for parameters.
 
   Adapters of an earlier stage that do not exist yet are taken to have this run's rank and targets.
   Rewards on the host and prompts are left out.

@@ -79,7 +79,7 @@ def component_problems(directory: str | os.PathLike) -> list[str]:
 
 
 def text_limits(directory: str | os.PathLike) -> tuple[Limit, ...]:
-  """What the text encoders of a pipeline's directory read of a prompt, by its tokenizers alone.
+  """The limits of the text encoders of a pipeline's directory, by its tokenizers alone.
 
   Raises:
     UserError: a missing or broken file.

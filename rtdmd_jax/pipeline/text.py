@@ -150,7 +150,7 @@ def has_t5(index: Mapping[str, Any]) -> bool:
 
 
 def sd3_limits(directory: Path) -> tuple[Limit, ...]:
-  """What the encoders of a Stable Diffusion 3 directory read of a prompt: CLIP's two and T5."""
+  """The limits of the encoders of a Stable Diffusion 3 directory: CLIP's two and T5."""
   clip = tuple(_limit("CLIP", directory / name) for name in ("tokenizer", "tokenizer_2"))
   if not has_t5(read_config(directory, _INDEX)):
     return clip
@@ -158,13 +158,13 @@ def sd3_limits(directory: Path) -> tuple[Limit, ...]:
 
 
 def flux1_limits(directory: Path) -> tuple[Limit, ...]:
-  """What CLIP and T5 of a FLUX.1 directory read of a prompt."""
+  """The limits of CLIP and T5 of a FLUX.1 directory."""
   t5 = _limit("T5", directory / "tokenizer_2", FLUX1_T5_LENGTH)
   return _limit("CLIP", directory / "tokenizer"), t5
 
 
 def flux2_limits(directory: Path) -> tuple[Limit, ...]:
-  """What Qwen3 of a FLUX.2-klein directory reads of a prompt: a user's turn.
+  """The limit of Qwen3 of a FLUX.2-klein directory, which reads a user's turn.
 
   Raises:
     UserError: a tokenizer without a chat template or that pads in front.

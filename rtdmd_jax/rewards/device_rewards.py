@@ -32,7 +32,7 @@ class OptionError(UserError):
 
 
 class DeviceReward(Protocol):
-  """What a reward on the device offers; all but `tokenize` are pure in their array arguments.
+  """The interface of a reward on the device; all but `tokenize` are pure in their array arguments.
 
   `params` is its tree of parameters. `tokenize` maps P prompts to ids [P, text_length],
   `text_features`

@@ -42,7 +42,7 @@ def local_options(
 
 
 def option_kind(reward: str, option: str, options: Mapping[str, Any]) -> str | None:
-  """What an option takes of a repository, a name in `hub_files.KINDS`; None if none is meant."""
+  """The kind of files that an option takes of a repository (`hub_files.KINDS`), or None."""
   if (reward, option) == ("pickscore", "directory") and options.get("processor") is None:
     return "model"
   return _KINDS.get(reward, {}).get(option)

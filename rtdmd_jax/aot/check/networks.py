@@ -29,7 +29,7 @@ _SCHEDULER = "scheduler_config.json"
 
 
 class Networks(NamedTuple):
-  """What is known of a run's networks.
+  """The knowledge of a run's networks.
 
   Attributes:
     transformer: from its files or as it was published; None if it is not known.

@@ -108,7 +108,7 @@ def _heads_divide(setup: Setup) -> None:
 
 
 def _trees(config: Any, setup: Setup, state: Any) -> Mapping[str, Any]:
-  """What stays on the devices during a run, by name."""
+  """Everything that stays on the devices during a run, by name."""
   frozen, mesh = setup.frozen, sharding.current()
   bases, text = (
     sharding.shard_on(tree, mesh, offload=config.model.offload)
@@ -124,7 +124,7 @@ def _trees(config: Any, setup: Setup, state: Any) -> Mapping[str, Any]:
 
 
 def _encodings(config: Any, batch: Batch) -> str:
-  """What encoded prompts take of a host's memory."""
+  """A line about the memory of a host that encoded prompts take."""
   one = encoding_bytes(batch)
   return (
     f"encoded prompts: {one / 1e6:.2f} MB each, {one * config.batch.prompts / 1e9:.2f} GB a step; a"

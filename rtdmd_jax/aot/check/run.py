@@ -112,7 +112,7 @@ def _cut(config: Any, prompts: Prompts) -> list[str]:
 
 
 def _described(config: Any) -> list[str]:
-  """What is trained, and on which rewards."""
+  """Lines that say what is trained, and on which rewards."""
   model = config.model
   lines = [
     f"{config.stage}: {model.pretrained} at {model.image_size} pixels, {model.dtype}, adapters of"
@@ -134,7 +134,7 @@ def _reward(name: str, reward: Any) -> str:
 
 
 def _plan(config: Any) -> list[str]:
-  """What the run would do, step by step."""
+  """Lines that say what the run would do, step by step."""
   t, images = config.train, config.batch.prompts * config.batch.images_per_prompt
   lines = [f"would run: {config.stage}, {t.steps:,} steps of {images:,} images"]
   if config.stage == "stage1":

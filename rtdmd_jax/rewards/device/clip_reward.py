@@ -1,4 +1,4 @@
-"""What the scores by CLIP features of image and prompt have in common."""
+"""The common part of scores by CLIP features of image and prompt."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
