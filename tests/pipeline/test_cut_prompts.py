@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from rtdmd_jax import train
 from rtdmd_jax.datasets.prompts import Prompt
-from rtdmd_jax.pipeline.pipeline import text_limits
+from rtdmd_jax.pipeline.describe import text_limits
 from rtdmd_jax.rewards.held_out_sets import HeldOut
 from tests.support.paths import TINY
 
