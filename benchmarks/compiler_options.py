@@ -19,7 +19,7 @@ import jax
 from benchmarks.aot_bounds import digits, traced
 from rtdmd_jax.aot.compile import compile_to_text
 from rtdmd_jax.aot.hlo import parse, traffic
-from rtdmd_jax.aot.published import PUBLISHED
+from rtdmd_jax.weights.published import PUBLISHED
 
 HEAD = (
   "options", "s", "of processors", "code MB", "products", "different", "temporaries GiB",

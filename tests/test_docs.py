@@ -226,7 +226,7 @@ def test_lines_of_a_configuration(block, tmp_path, monkeypatch):
     for name, reward in section.items():
       options = {k: v for k, v in reward.items() if k not in multi.RUN_KEYS and k != "max_failed"}
       if name in device_rewards.NAMES:
-        device_rewards.bind(name, options)
+        device_rewards.checked_options(name, options)
       elif name in host_rewards.FACTORIES:
         inspect.signature(host_rewards.FACTORIES[name]).bind(**options)
       else:

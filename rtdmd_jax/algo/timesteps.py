@@ -136,7 +136,7 @@ def adjacent_steps(sigma_t: jax.Array, sigmas: jax.Array, moves: int) -> jax.Arr
   level = jnp.asarray(sigma_t, jnp.float32)
   deltas = []
   for _ in range(moves):
-    lower = jnp.max(jnp.where(sigmas[:, None] < level, sigmas[:, None], 0.0), axis=0)
+    lower = jnp.max(jnp.where(sigmas[:, None] < level[None], sigmas[:, None], 0.0), axis=0)
     deltas.append(level - lower)
     level = lower
   return jnp.stack(deltas)

@@ -1,1 +1,1 @@
-"""What a run costs on a TPU topology, found by compiling it on a machine without one."""
+"""The cost of a run on a TPU topology, measured by compiling it on a machine without one."""

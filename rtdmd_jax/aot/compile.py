@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup
+from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup, frozen_trees
 from rtdmd_jax.aot.hlo import traffic
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.runtime import sharding
@@ -28,7 +28,7 @@ from rtdmd_jax.runtime.extras import missing
 from rtdmd_jax.runtime.flops import count_flops
 from rtdmd_jax.runtime.throughput import loop_turns
 from rtdmd_jax.training.programs import Program, compile_programs
-from rtdmd_jax.training.setup import Setup
+from rtdmd_jax.training.setup import Setup, micro_batches
 from rtdmd_jax.training.stages import STAGES, initial_state, step_programs
 
 Tree = Any
@@ -134,20 +134,12 @@ def measure(
     return _measure(abstract_run(config, setup, mesh), topology, device, only, done)
 
 
-def _check_batch(config: Any) -> None:
-  count, parts = config.batch.prompts * config.batch.images_per_prompt, sharding.batch_parts()
-  if count % parts:
-    raise UserError(
-      f"the batch has {count} images (batch.prompts x batch.images_per_prompt), which do not split"
-      f" over the {parts} devices of mesh.data x mesh.fsdp; make it a multiple of {parts}."
-    )
-
-
 class Run(NamedTuple):
   """A run of which only shapes exist.
 
   Attributes:
     config: of the run.
+    setup: of the run, wherever it lies.
     mesh: of its devices.
     programs: of a training step, by name.
     compiled: the same as functions that jax compiles.
@@ -156,6 +148,7 @@ class Run(NamedTuple):
   """
 
   config: Any
+  setup: Setup
   mesh: Mesh
   programs: dict[str, Program]
   compiled: dict[str, Any]
@@ -174,7 +167,7 @@ class Traced(NamedTuple):
 
 def abstract_run(config: Any, setup: Setup, mesh: Mesh) -> Run:
   """The programs of `config` and what they read, placed on `mesh`, which must be set."""
-  _check_batch(config)
+  micro_batches(config)  # refuses a batch that does not split over the devices
   state = jax.eval_shape(lambda: initial_state(config, setup))
   offload = config.model.offload
   known = {
@@ -187,7 +180,15 @@ def abstract_run(config: Any, setup: Setup, mesh: Mesh) -> Run:
   text = _local_bytes(sharding.shard_on(setup.pipeline.text.params, mesh, offload=offload))
   programs = {program.name: program for program in step_programs(config, setup)}
   compiled = compile_programs(tuple(programs.values()), config.seed)
-  return Run(config, mesh, programs, compiled, known, text)
+  return Run(
+    config=config,
+    setup=setup,
+    mesh=mesh,
+    programs=programs,
+    compiled=compiled,
+    known=known,
+    text=text,
+  )
 
 
 def trace(run: Run, name: str) -> Traced:
@@ -333,9 +334,7 @@ def _unread(jaxpr: Any, args: list[Tree]) -> float:
 
 def _report(run: Run, topology: str, device: Chip, costs: list[Cost]) -> dict[str, Any]:
   config, frozen = run.config, run.known["frozen"]
-  trees = {f"base {Path(name).name}": base for name, base in frozen.bases.items()}
-  trees |= {f"reward {name}": params for name, params in frozen.rewards.items()}
-  trees |= {"autoencoder": frozen.vae, "earlier adapters": (frozen.generator, frozen.fake_score)}
+  trees = frozen_trees(config, run.setup, frozen)
   trees |= {"training state": run.known["state"]}
   return {
     "stage": config.stage,

@@ -50,13 +50,13 @@ class Computation:
 
   @property
   def root(self) -> Instruction:
-    """What it returns."""
+    """The instruction whose result it returns."""
     return next(i for i in self.instructions.values() if i.root)
 
 
 @dataclass
 class Traffic:
-  """Of one device and one run of the program.
+  """The traffic of one device in one run of the program.
 
   Attributes:
     memory: bytes read from and written to its memory.
@@ -354,7 +354,7 @@ def _fusion_writes(all_, inner: Computation, ins: Instruction) -> float:
 
 
 def _producer(all_, inner: Computation, name: str) -> tuple[Computation, Instruction]:
-  """What makes the array `name` inside a fusion, behind bitcasts and fusions of one result."""
+  """The maker of array `name` in a fusion, behind bitcasts and fusions of one result."""
   part = inner.instructions[name]
   if part.opcode == "bitcast":
     return _producer(all_, inner, part.operands[0])

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -62,20 +62,31 @@ def evaluate(
         groups = seen.images[len(prompts) :].reshape(-1, DIVERSE_IMAGES, *seen.images.shape[1:])
         values |= image_values(seen.images[: len(prompts)], groups)
   if multihost.is_main():
-    _report(config, step, values, failed, warnings, preview, writer, workdir)
+    outcome = _Evaluation(values, failed, warnings, preview)
+    _report(config, step, outcome, writer, workdir)
+
+
+class _Evaluation(NamedTuple):
+  """The outcome of an evaluation.
+
+  Attributes:
+    values: scores and statistics of every image, by metric.
+    failed: number of images without a score, by reward.
+    warnings: sentences about what went wrong.
+    preview: a picture and its prompts; None if there is none.
+  """
+
+  values: dict[str, np.ndarray]
+  failed: dict[str, int]
+  warnings: list[str]
+  preview: tuple[Image.Image, list[str]] | None
 
 
 def _report(
-  config: Any,
-  step: int,
-  values: dict[str, np.ndarray],
-  failed: dict[str, int],
-  warnings: list[str],
-  preview: tuple[Image.Image, list[str]] | None,
-  writer: MetricWriter,
-  workdir: Path,
+  config: Any, step: int, outcome: _Evaluation, writer: MetricWriter, workdir: Path
 ) -> None:
   """Writes an evaluation's metrics, warnings and preview."""
+  values, failed, warnings, preview = outcome
   counts = {f"eval/{name}_failed": count for name, count in failed.items()}
   writer.scalars(step, {name: _mean(v) for name, v in values.items()} | counts)
   hacking = None

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import flux1, flux2, sd3
 from rtdmd_jax.models.attention import KERNELS
+from rtdmd_jax.models.network import in_dtype
 from rtdmd_jax.models.stack import REMAT_POLICIES
 from rtdmd_jax.models.transformer import Transformer
 from rtdmd_jax.runtime import sharding
@@ -55,6 +56,20 @@ def build_transformer(
   return replace(built, attention=attention)
 
 
+def base_shapes(transformer: Transformer, dtype: Any, storage: str = "native") -> Any:
+  """Shapes of a frozen base's parameters as a run keeps them.
+
+  Args:
+    transformer: the network.
+    dtype: of floating-point parameters.
+    storage: a name in `weights.int8.STORAGES`.
+
+  Raises:
+    UserError: see `Transformer.stored`.
+  """
+  return transformer.stored(in_dtype(transformer.init_abstract(), dtype), storage)
+
+
 def load_base(
   path: str | os.PathLike,
   transformer: Transformer,
@@ -63,7 +78,7 @@ def load_base(
   storage: str = "native",
   offload: bool = False,
 ) -> Any:
-  """Parameters of a frozen base as a run keeps them.
+  """Parameters of a frozen base, with the shapes and types of `base_shapes`.
 
   Args:
     path: a `transformer/` directory or a file.
@@ -76,12 +91,12 @@ def load_base(
     UserError: missing or broken files, or keys that do not fit.
     ValueError: offloading without a mesh.
   """
-  shapes = transformer.stored(transformer.init_abstract(), storage)
+  shapes = base_shapes(transformer, dtype, storage)
   mesh = sharding.current()
   if offload and mesh is None:
     raise ValueError("offloading needs a mesh: jax.set_mesh, or Pipeline.from_pretrained(mesh=...)")
   where = sharding.shardings(shapes, mesh, offload=True) if offload else None
-  return load_params(path, shapes, transformer.table, dtype=dtype, sharding=where)
+  return load_params(path, shapes, transformer.table, sharding=where)
 
 
 def load_transformer(
@@ -101,5 +116,4 @@ def load_transformer(
     UserError: missing or broken files, unknown family, or keys that do not fit.
   """
   transformer = build_transformer(read_config(directory), dtype=dtype)
-  params = load_params(directory, transformer.init_abstract(), transformer.table, dtype=dtype)
-  return transformer.velocity, params
+  return transformer.velocity, load_base(directory, transformer, dtype=dtype)

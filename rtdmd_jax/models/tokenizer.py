@@ -69,6 +69,11 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], *, length: int, vocabulary:
   return checked_ids(tokenizer, rows.input_ids, vocabulary)
 
 
+def no_tokenizer(prompts: Sequence[str]) -> Any:
+  """Stands for a tokenizer where only config files were read."""
+  raise ValueError("what config files alone describe has no tokenizers and encodes nothing")
+
+
 def longer(limit: Limit, prompts: Sequence[str]) -> list[int]:
   """Numbers of the prompts that have more than `limit.length` tokens, special ones counted."""
   texts = [limit.text(prompt) for prompt in prompts]

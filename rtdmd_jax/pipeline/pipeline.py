@@ -1,11 +1,10 @@
 """A pretrained text-to-image pipeline from a diffusers-layout directory."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,103 +12,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.models import Transformer, build_transformer, load_base
-from rtdmd_jax.models.encoders import load_vae
-from rtdmd_jax.models.tokenizer import Limit
+from rtdmd_jax.models import Transformer, load_base
 from rtdmd_jax.models.vae import AutoencoderKL, decode_images
-from rtdmd_jax.pipeline import components, sampling
+from rtdmd_jax.pipeline import sampling
 from rtdmd_jax.pipeline.conditioning import Conditioning
-from rtdmd_jax.pipeline.text import (
-  TextEncoder,
-  flux1_limits,
-  flux2_limits,
-  load_flux1_text,
-  load_flux2_text,
-  load_sd3_text,
-  sd3_limits,
-)
+from rtdmd_jax.pipeline.describe import PipelineDescription, describe_pipeline
+from rtdmd_jax.pipeline.text import TextEncoder
 from rtdmd_jax.pipeline.velocity import role_variables, role_velocity
 from rtdmd_jax.runtime.compilation import jit
 from rtdmd_jax.runtime.sharding import shard, split_or_replicate, to_numpy
-from rtdmd_jax.weights.hub import local_path
-from rtdmd_jax.weights.safetensors import read_config
 
-
-class Family(NamedTuple):
-  """What differs between pipeline classes beyond their networks' configs."""
-
-  schedule: str
-  load_text: Callable[..., TextEncoder]
-  problems: Callable[[Path, Mapping[str, Any]], list[str]]
-  limits: Callable[[Path], tuple[Limit, ...]]
-
-
-_FAMILIES = {
-  "StableDiffusion3Pipeline": Family("sd3", load_sd3_text, components.sd3_problems, sd3_limits),
-  "FluxPipeline": Family("flux1", load_flux1_text, components.flux1_problems, flux1_limits),
-  "Flux2KleinPipeline": Family("flux2", load_flux2_text, components.flux2_problems, flux2_limits),
-}
-_INDEX = "model_index.json"
 FEW_STEPS = (1000, 750, 500, 250)
-
-
-def check_components(directory: str | os.PathLike) -> None:
-  """Raises UserError with the first of `component_problems`, if there is any."""
-  for problem in component_problems(directory):
-    raise UserError(problem)
-
-
-def component_problems(directory: str | os.PathLike) -> list[str]:
-  """A sentence for everything in a pipeline's config files that is missing or does not fit.
-
-  That is the pipeline's class, the scheduler, and channels and widths of the networks among each
-  other. Weights and tokenizers are not read.
-
-  Args:
-    directory: has model_index.json.
-  """
-  directory = Path(directory)
-  try:
-    family, index = _family(directory)
-  except UserError as error:
-    return [str(error)]
-  problems = []
-  try:
-    _schedule(directory, family, index)
-  except UserError as error:
-    problems.append(str(error))
-  return problems + family.problems(directory, index)
-
-
-def text_limits(directory: str | os.PathLike) -> tuple[Limit, ...]:
-  """What the text encoders of a pipeline's directory read of a prompt, by its tokenizers alone.
-
-  Raises:
-    UserError: a missing or broken file.
-  """
-  directory = Path(directory)
-  return _family(directory)[0].limits(directory)
-
-
-def _family(directory: Path) -> tuple[Family, dict[str, Any]]:
-  """What a directory's pipeline class implies, and the contents of its model_index.json."""
-  index = read_config(directory, _INDEX)
-  kind = index.get("_class_name")
-  if not isinstance(kind, str) or kind not in _FAMILIES:
-    raise UserError(
-      f"{directory / _INDEX}: _class_name is {kind!r}; supported are {', '.join(_FAMILIES)}."
-    )
-  return _FAMILIES[kind], index
-
-
-def _schedule(directory: Path, family: Family, index: Mapping[str, Any]) -> sampling.Schedule:
-  # As in diffusers, model_index.json names the class that reads the scheduler's own file.
-  named = index.get("scheduler")
-  if isinstance(named, list) and named:
-    sampling.check_scheduler(named[-1], directory / _INDEX)
-  file = directory / "scheduler" / "scheduler_config.json"
-  config = read_config(file.parent, file.name)
-  return sampling.Schedule.from_config(family.schedule, config, source=file)
 
 
 @dataclass(frozen=True)
@@ -170,29 +83,29 @@ class Pipeline:
           base_storage=base_storage,
           offload=offload,
         )
-    directory = local_path(directory)
-    # What fails fast comes first.
-    check_components(directory)
-    family, index = _family(directory)
-    schedule = _schedule(directory, family, index)
-    transformer = build_transformer(
-      read_config(directory / "transformer"), dtype=dtype, remat=remat, attention=attention
+    description = describe_pipeline(
+      directory, dtype=dtype, remat=remat, attention=attention, base_storage=base_storage
     )
+    return cls.load(description, offload=offload)
+
+  @classmethod
+  def load(cls, description: PipelineDescription, *, offload: bool = False) -> "Pipeline":
+    """Reads the weights and tokenizers of what was described; see `from_pretrained`."""
+    d = description
     params = load_base(
-      directory / "transformer", transformer, dtype=dtype, storage=base_storage, offload=offload
+      d.directory / "transformer", d.transformer, dtype=d.dtype, storage=d.storage, offload=offload
     )
-    vae, vae_params = load_vae(directory / "vae", dtype=dtype)
-    text = family.load_text(directory, dtype=dtype)
+    vae_params = d.vae.load(d.directory / "vae")
+    text = d.text.load(d.directory)
     if offload:
       text = text._replace(params=shard(text.params, offload=True))
-    return cls(
-      transformer,
-      params,
-      vae,
-      vae_params,
-      text,
-      schedule,
-    )
+    return cls(d.transformer, params, d.vae.module, vae_params, text, d.schedule)
+
+  @classmethod
+  def abstract(cls, description: PipelineDescription) -> "Pipeline":
+    """The pipeline with shapes for parameters, and without tokenizers."""
+    d = description
+    return cls(d.transformer, d.shapes, d.vae.module, d.vae.shapes, d.text.abstract(), d.schedule)
 
   def latent_shape(self, image_size: int | tuple[int, int]) -> tuple[int, int, int]:
     """Shape [h, w, C] of an image's latents, given its side or its (height, width).

@@ -10,7 +10,7 @@ import numpy as np
 from rtdmd_jax.models.encoders import load_vae
 from rtdmd_jax.models.vae import AutoencoderKL, VAEConfig
 from rtdmd_jax.pretrain.data import Scenes
-from rtdmd_jax.pretrain.loop import train
+from rtdmd_jax.pretrain.loop import Training, train
 from rtdmd_jax.weights.safetensors import read_config, save_model
 
 
@@ -59,17 +59,10 @@ def train_autoencoder(
   def next_batch(rng):
     return {"images": scenes.images[rng.integers(len(scenes.images), size=config.batch_size)]}
 
-  params = train(
-    "autoencoder",
-    loss_fn,
-    params,
-    next_batch,
-    steps=config.steps,
-    learning_rate=config.learning_rate,
-    ema_decay=0.99,
-    seed=seed,
-    checkpoints=checkpoints,
+  training = Training(
+    "autoencoder", config.steps, config.learning_rate, 0.99, seed=seed, checkpoints=checkpoints
   )
+  params = train(training, loss_fn, params, next_batch)
   params = params | fixed
   if start is None:
     mean, std = latent_statistics(vae, params, scenes.images[:2048])

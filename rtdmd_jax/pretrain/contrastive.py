@@ -12,7 +12,7 @@ import optax
 from rtdmd_jax.models.clip import CLIP, TABLE, CLIPText
 from rtdmd_jax.models.clip_config import CLIPConfig, TextConfig
 from rtdmd_jax.pretrain.data import Scenes
-from rtdmd_jax.pretrain.loop import train
+from rtdmd_jax.pretrain.loop import Training, train
 from rtdmd_jax.weights.safetensors import save_model
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -149,17 +149,10 @@ def _train(name, loss_fn, params, scenes, config, seed, checkpoints):
     index = rng.integers(len(scenes.images), size=config.batch_size)
     return {"images": scenes.images[index], "caption": scenes.caption[index]}
 
-  return train(
-    name,
-    loss_fn,
-    params,
-    next_batch,
-    steps=config.steps,
-    learning_rate=config.learning_rate,
-    ema_decay=0.99,
-    seed=seed,
-    checkpoints=checkpoints,
+  training = Training(
+    name, config.steps, config.learning_rate, 0.99, seed=seed, checkpoints=checkpoints
   )
+  return train(training, loss_fn, params, next_batch)
 
 
 def _unit(x: jax.Array) -> jax.Array:

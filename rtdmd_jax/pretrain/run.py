@@ -16,7 +16,7 @@ from rtdmd_jax.models.tokenizer import load_tokenizer, tokenize
 from rtdmd_jax.pretrain.autoencoder import train_autoencoder
 from rtdmd_jax.pretrain.contrastive import train_scorer, train_text_towers
 from rtdmd_jax.pretrain.data import draw_scenes
-from rtdmd_jax.pretrain.teacher import cache_latents, train_teacher
+from rtdmd_jax.pretrain.teacher import Captioned, cache_latents, train_teacher
 from rtdmd_jax.pretrain.tokenizers import train_clip_tokenizer, train_t5_tokenizer
 
 PARTS = {
@@ -66,20 +66,10 @@ def run(config: Any, workdir: Path) -> Path:
     train_scorer(config.scorer, *captioned, saved / "scorer")
   if "teacher" in config.phases and not (directory / "text_encoder_3").exists():
     latents = cache_latents(*load_vae(directory / "vae"), scenes.images)
-    states = _clip_states(clip_ids, directory)
     vocab_size = len(load_tokenizer(directory / "tokenizer_3"))
-    train_teacher(
-      config.teacher,
-      latents,
-      scenes,
-      states,
-      t5_ids,
-      vocab_size,
-      directory,
-      config.seed,
-      saved / "teacher",
-      start,
-    )
+    states = _clip_states(clip_ids, directory)
+    captioned = Captioned(latents, scenes.caption, *states, t5_ids, vocab_size)
+    train_teacher(config.teacher, captioned, directory, config.seed, saved / "teacher", start)
   _write_index(directory)
   return directory
 

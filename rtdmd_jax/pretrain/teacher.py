@@ -1,7 +1,7 @@
 """Trains the flow-matching teacher of a pipeline, together with its T5 encoder."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,11 @@ import numpy as np
 from rtdmd_jax.algo.losses import flow_matching_loss
 from rtdmd_jax.algo.timesteps import logit_normal_sigma
 from rtdmd_jax.algo.transitions import add_noise
-from rtdmd_jax.models import build_transformer, t5
+from rtdmd_jax.models import Transformer, build_transformer, t5
 from rtdmd_jax.models.encoders import load_t5
 from rtdmd_jax.models.vae import AutoencoderKL, encode_images
 from rtdmd_jax.pipeline.text import sd3_conditioning
-from rtdmd_jax.pretrain.data import Scenes
-from rtdmd_jax.pretrain.loop import muon, train
+from rtdmd_jax.pretrain.loop import LossFn, Training, muon, train
 from rtdmd_jax.weights.safetensors import load_params, save_model
 
 
@@ -26,36 +25,47 @@ def cache_latents(vae: AutoencoderKL, params: Any, images: np.ndarray, chunk: in
   return np.concatenate([np.asarray(encode(part), np.float16) for part in parts])
 
 
+class Captioned(NamedTuple):
+  """Latents and their captions, encoded as far as nothing of it is trained.
+
+  Attributes:
+    latents: [N, h, w, C].
+    caption: [N] rows of the following arrays, whose last one is the empty prompt's.
+    clip_states: [captions + 1, L, D] token states of the two CLIP towers.
+    pooled: [captions + 1, P] their pooled states.
+    ids: [captions + 1, L] T5 token ids.
+    vocab_size: the T5 tokenizer's number of tokens.
+  """
+
+  latents: np.ndarray
+  caption: np.ndarray
+  clip_states: np.ndarray
+  pooled: np.ndarray
+  ids: np.ndarray
+  vocab_size: int
+
+
 def train_teacher(
   config: Any,
-  latents: np.ndarray,
-  scenes: Scenes,
-  clip_states: tuple[np.ndarray, np.ndarray],
-  ids: np.ndarray,
-  vocab_size: int,
+  data: Captioned,
   directory: Path,
   seed: int,
   checkpoints: Path,
   start: Path | None = None,
 ) -> None:
-  """Flow matching with logit-normal levels and dropped captions; writes two directories.
+  """Flow matching with logit-normal sigmas and dropped captions; writes two directories.
 
   Args:
     config: `model` and `t5` config fields and the training settings.
-    latents: [N, h, w, C].
-    scenes: their captions.
-    clip_states: (token states [captions + 1, L, D], pooled [captions + 1, P]) of the two CLIP
-      towers; the last row is the empty prompt's.
-    ids: [captions + 1, L] T5 token ids, the last row the empty prompt's.
-    vocab_size: of the T5 tokenizer.
-    directory: of the pipeline; gets `transformer/` and `text_encoder_3/`.
+    data: latents and captions.
+    directory: the pipeline's; gets `transformer/` and `text_encoder_3/`.
     seed: of initialisation and batches.
     checkpoints: directory of the training's checkpoints.
     start: a pipeline whose networks are trained further.
   """
   model = config.model.to_dict()
   kind = {"architectures": ["T5EncoderModel"], "model_type": "t5", "is_encoder_decoder": False}
-  t5_config = kind | config.t5.to_dict() | {"vocab_size": vocab_size}
+  t5_config = kind | config.t5.to_dict() | {"vocab_size": data.vocab_size}
   # On a CPU an update takes 0.7 of the time that unrolled blocks take, whose residual sums XLA
   # computes anew wherever it transposes an activation.
   transformer = build_transformer(model, remat="dots")
@@ -63,20 +73,43 @@ def train_teacher(
   keys = jax.random.split(jax.random.key(seed), 2)
   params = {
     "transformer": transformer.init(keys[0]),
-    "t5": encoder.init(keys[1], jnp.array(ids[:1]))["params"],
+    "t5": encoder.init(keys[1], jnp.array(data.ids[:1]))["params"],
   }
   if start is not None:
     shapes, table = transformer.init_abstract(), transformer.table
     params["transformer"] = load_params(start / "transformer", shapes, table, dtype=jnp.float32)
     params["t5"] = load_t5(start / "text_encoder_3")[1]
-  states, pooled = (jnp.asarray(a) for a in clip_states)
-  ids, empty = jnp.asarray(ids), len(ids) - 1
+  loss_fn = _loss(config, transformer, encoder, data)
+
+  def next_batch(rng):
+    index = rng.integers(len(data.latents), size=config.batch_size)
+    return {"latents": data.latents[index], "caption": data.caption[index]}
+
+  training = Training(
+    "teacher", config.steps, config.learning_rate, 0.999, seed, checkpoints, optimizer=muon
+  )
+  params = train(training, loss_fn, params, next_batch)
+  save_model(
+    directory / "transformer/diffusion_pytorch_model.safetensors",
+    model,
+    params["transformer"],
+    transformer.table,
+    dtype=jnp.float16,
+  )
+  file = directory / "text_encoder_3/model.safetensors"
+  save_model(file, t5_config, params["t5"], t5.TABLE, dtype=jnp.float16)
+
+
+def _loss(config: Any, transformer: Transformer, encoder: t5.T5Encoder, data: Captioned) -> LossFn:
+  """The teacher's flow-matching loss; T5 is trained with it."""
+  states, pooled, ids = (jnp.asarray(a) for a in (data.clip_states, data.pooled, data.ids))
+  empty = len(data.ids) - 1
 
   def loss_fn(params, batch, key):
-    level_key, noise_key, drop_key = jax.random.split(key, 3)
+    sigma_key, noise_key, drop_key = jax.random.split(key, 3)
     x0 = batch["latents"].astype(jnp.float32)
     count = x0.shape[0]
-    sigma = logit_normal_sigma(level_key, count, shift=config.shift)
+    sigma = logit_normal_sigma(sigma_key, count, shift=config.shift)
     noise = jax.random.normal(noise_key, x0.shape)
     drop = jax.random.uniform(drop_key, (count,)) < config.caption_dropout
     caption = jnp.where(drop, empty, batch["caption"])
@@ -91,28 +124,4 @@ def train_teacher(
     )
     return flow_matching_loss(v, x0, noise), {}
 
-  def next_batch(rng):
-    index = rng.integers(len(latents), size=config.batch_size)
-    return {"latents": latents[index], "caption": scenes.caption[index]}
-
-  params = train(
-    "teacher",
-    loss_fn,
-    params,
-    next_batch,
-    steps=config.steps,
-    learning_rate=config.learning_rate,
-    ema_decay=0.999,
-    seed=seed,
-    checkpoints=checkpoints,
-    optimizer=muon,
-  )
-  save_model(
-    directory / "transformer/diffusion_pytorch_model.safetensors",
-    model,
-    params["transformer"],
-    transformer.table,
-    dtype=jnp.float16,
-  )
-  file = directory / "text_encoder_3/model.safetensors"
-  save_model(file, t5_config, params["t5"], t5.TABLE, dtype=jnp.float16)
+  return loss_fn

@@ -1,6 +1,5 @@
 """Rewards that are computed on the device, by name; all of them can be back-propagated."""
 
-import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.rewards.device.description import Loadable, RewardDescription
 from rtdmd_jax.weights.reward_files import local_options
+from rtdmd_jax.weights.source import MACHINE, Source, read_file
 
-# Module and class. Each class has `from_pretrained`, whose arguments are the reward's options.
+# Module and class. The options of a reward are the arguments of its class's `describe`.
 _CLASSES = {
   "clipscore": ("rtdmd_jax.rewards.device.clipscore", "ClipScore"),
   "pickscore": ("rtdmd_jax.rewards.device.pickscore", "PickScore"),
@@ -31,9 +32,10 @@ class OptionError(UserError):
 
 
 class DeviceReward(Protocol):
-  """What a reward on the device offers; all but `tokenize` are pure in their array arguments.
+  """The interface of a reward on the device; all but `tokenize` are pure in their array arguments.
 
-  `params` is its tree of parameters. `tokenize` maps P prompts to ids [P, ...], `text_features`
+  `params` is its tree of parameters. `tokenize` maps P prompts to ids [P, text_length],
+  `text_features`
   (params, ids) to what is known of the prompts without images, [P, ...]. `score` maps (params,
   images [B, H, W, 3] in [0, 1], text features [B, ...]) to scores [B] through `transform`, and
   `gradient_score` is the same through `gradient_transform`, meant for back-propagation.
@@ -42,6 +44,7 @@ class DeviceReward(Protocol):
   params: Any
   transform: Callable[[jax.Array], jax.Array]
   gradient_transform: Callable[[jax.Array], jax.Array]
+  text_length: int
 
   def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
     """See the class."""
@@ -65,39 +68,55 @@ def gradients(models: Mapping[str, DeviceReward]) -> dict[str, Callable[..., jax
   }
 
 
-def load(name: str, options: Mapping[str, Any]) -> DeviceReward:
-  """Loads the reward `name` of `NAMES`.
+def describe(
+  name: str, options: Mapping[str, Any], *, source: Source = MACHINE
+) -> RewardDescription:
+  """Describes the reward `name` of `NAMES` by its config files.
 
   Args:
     name: the reward.
-    options: arguments of its class's `from_pretrained`, such as `directory` or `weights`, where
+    options: arguments of its class's `describe`, such as `directory` or `weights`, where
       repositories of the hub will do as well (see `hub`); `dtype` by name.
+    source: finds them and reads their config files.
 
   Raises:
     OptionError: an unknown or a missing option.
     UserError: missing or broken files.
   """
-  bind(name, options)  # a wrong option is said before anything is downloaded
-  return bind(name, local_options(name, options))()
+  checked_options(name, options)  # a wrong option is said before anything is downloaded
+  own = checked_options(name, local_options(name, options, source.locate))
+  return _class(name).describe(source.read, **own)
 
 
-def bind(name: str, options: Mapping[str, Any]) -> Callable[[], DeviceReward]:
-  """What `load` calls, after its options were checked; opens no file.
+def load(name: str, options: Mapping[str, Any]) -> DeviceReward:
+  """Loads the reward `name` of `NAMES`; see `describe`."""
+  return describe(name, options).load()
+
+
+def checked_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+  """A reward's options with `dtype` as a type; opens no file.
 
   Raises:
-    OptionError: see `load`.
+    OptionError: an unknown or a missing option.
   """
-  module, attribute = _CLASSES[name]
-  build = getattr(importlib.import_module(module), attribute).from_pretrained
   try:
-    inspect.signature(build).bind(**options)
+    inspect.signature(_class(name).describe).bind(read_file, **options)
   except TypeError as error:
     raise OptionError(f"reward {name!r}: {error} in its options {dict(options)!r}") from error
   try:
-    given = {k: jnp.dtype(v) if k == "dtype" else v for k, v in options.items()}
+    return {k: jnp.dtype(v) if k == "dtype" else v for k, v in options.items()}
   except TypeError as error:
     raise OptionError(f"reward {name!r}: {options['dtype']!r} is no dtype ({error})") from error
-  return functools.partial(build, **given)
+
+
+def published_options(name: str) -> Mapping[str, str]:
+  """The options of a reward that name config files, as they are published."""
+  return _class(name).PUBLISHED
+
+
+def _class(name: str) -> type[Loadable]:
+  module, attribute = _CLASSES[name]
+  return getattr(importlib.import_module(module), attribute)
 
 
 def host_reward(model: DeviceReward) -> Callable[..., np.ndarray]:

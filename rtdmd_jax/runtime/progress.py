@@ -90,7 +90,6 @@ class Progress:
     total_steps: int,
     *,
     start_step: int = 0,
-    unit: str = "images",
     peak_tflops: float | None = None,
     recomputes: bool = False,
     every_seconds: float = 30.0,
@@ -102,7 +101,6 @@ class Progress:
     Args:
       total_steps: last step.
       start_step: step before the first one.
-      unit: what samples are called.
       peak_tflops: what the devices could do in a second, for the share of it that is used.
       recomputes: that share includes rematerialisation: hardware, not model FLOPs utilization.
       every_seconds: between plain lines.
@@ -110,7 +108,7 @@ class Progress:
       clock: in seconds.
     """
     self._peak, self._share = peak_tflops, "HFU" if recomputes else "MFU"
-    self._total, self._unit, self._every, self._clock = total_steps, unit, every_seconds, clock
+    self._total, self._every, self._clock = total_steps, every_seconds, clock
     self._stream = stream or sys.stdout
     self._rate = Rate(start_step)
     self._last_line: float | None = None
@@ -170,7 +168,7 @@ class Progress:
       print(" | ".join(words), file=self._stream, flush=True)
 
   def _rates(self, steps: float, samples: float, tflop: float) -> dict[str, str]:
-    found = {"steps/s": f"{steps:.3g}", f"{self._unit}/s": f"{samples:.4g}"}
+    found = {"steps/s": f"{steps:.3g}", "images/s": f"{samples:.4g}"}
     if tflop:
       found["TFLOP/s"] = f"{tflop:.3g}"
     if tflop and self._peak:

@@ -1,41 +1,47 @@
-"""From a configuration to networks, parameters, rewards and prompts."""
+"""From a configuration to everything that a run reads: as arrays, or as shapes of them.
+
+`describe.describe` reads config files alone. `load` fills the arrays of a description, `abstract`
+puts shapes in their place; both make the same `Setup`.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rtdmd_jax.adapters.load import Lora, load_adapters
-from rtdmd_jax.adapters.lora import build_adapters
 from rtdmd_jax.datasets.prompts import Prompt, load_prompts
-from rtdmd_jax.errors import UserError
-from rtdmd_jax.models import Transformer, build_transformer, load_base
+from rtdmd_jax.models import load_base
+from rtdmd_jax.models.tokenizer import no_tokenizer
 from rtdmd_jax.models.vae import decode_images
 from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.pipeline.conditioning import Conditioning
+from rtdmd_jax.pipeline.describe import PipelineDescription
 from rtdmd_jax.pipeline.prompt_cache import PromptCache, encoding_chunk
 from rtdmd_jax.rewards import device_rewards
-from rtdmd_jax.rewards.held_out_sets import HeldOut, held_out_sets, reward_sections, shortages
-from rtdmd_jax.rewards.multi import (
-  RUN_KEYS,
-  MultiReward,
-  build_available,
-  make,
-  make_for_evaluation,
-)
+from rtdmd_jax.rewards.held_out_sets import HeldOut, held_out_sets, shortages
+from rtdmd_jax.rewards.multi import MultiReward, make, make_for_evaluation
 from rtdmd_jax.rewards.needs import check_training_prompts
 from rtdmd_jax.runtime.multihost import gather, raise_on_all_processes
 from rtdmd_jax.runtime.sharding import batch_parts, shard, split_or_replicate
+from rtdmd_jax.training.describe import (
+  Description,
+  adapter_shapes,
+  available,
+  describe,
+  reward_options,
+)
+from rtdmd_jax.training.describe import new_adapters as new_adapters  # importable from here, too
 from rtdmd_jax.training.latent_rewards import LatentRewards
-from rtdmd_jax.training.settings import Consistency, DMDConfig, OptimizerConfig, PolicyConfig
 from rtdmd_jax.training.state import Frozen, Roles
-from rtdmd_jax.training.validate import OBJECTIVES, check_policy_steps
-from rtdmd_jax.weights.hub import local_path
-from rtdmd_jax.weights.safetensors import read_config
+from rtdmd_jax.training.typed_config import dmd_config as dmd_config
+from rtdmd_jax.training.typed_config import micro_batches as micro_batches
+from rtdmd_jax.training.typed_config import optimizer_config as optimizer_config
+from rtdmd_jax.training.typed_config import policy_config as policy_config
 
 Tree = Any
 
@@ -64,11 +70,11 @@ class Setup:
   roles: Roles
   frozen: Frozen
   scoring: LatentRewards
-  host_rewards: MultiReward | None
-  cache: PromptCache
-  unconditional: Conditioning
-  prompts: list[Prompt]
-  held_out: list[Prompt]
+  host_rewards: MultiReward | None = None
+  cache: PromptCache = field(default_factory=lambda: PromptCache(no_tokenizer))
+  unconditional: Conditioning | None = None
+  prompts: Sequence[Prompt] = ()
+  held_out: Sequence[Prompt] = ()
   watched: Mapping[str, Callable[..., jax.Array]] = field(default_factory=dict)
   watched_host: MultiReward | None = None
   unavailable: Mapping[str, str] = field(default_factory=dict)
@@ -83,7 +89,11 @@ def build(config: Any) -> Setup:
       in all of them.
   """
   with raise_on_all_processes():
-    setup = _load(config)
+    # What fails fast comes first.
+    prompts = load_prompts(config.data.prompts, split="train", metadata=True)
+    held_out = held_out_sets(config)
+    _check_prompts(config, prompts, held_out)
+    setup = load(describe(config))
   setup = _available_everywhere(setup)
   models = {n: score.__self__ for n, score in {**setup.scoring.device, **setup.watched}.items()}
   unconditional = jax.tree.map(jnp.asarray, setup.pipeline.encode([""]))
@@ -92,7 +102,23 @@ def build(config: Any) -> Setup:
     chunk=encoding_chunk(config.batch.prompts, batch_parts()),
     max_bytes=config.data.cache_gb * 1e9,
   )
-  return replace(setup, cache=cache, unconditional=unconditional)
+  return replace(
+    setup,
+    cache=cache,
+    unconditional=unconditional,
+    prompts=prompts,
+    held_out=held_out[0].prompts,
+    held_out_sets=held_out,
+  )
+
+
+def _check_prompts(config: Any, prompts: list[Prompt], sets: list[HeldOut]) -> None:
+  """Refuses prompts that would end the training; a warning of those that cost scores alone."""
+  said = shortages(config, sets)
+  if config.stage == "stage2":
+    said = [check_training_prompts(config.rewards, prompts, config.data.prompts), *said]
+  for sentence in filter(None, said):
+    print(f"warning: {sentence}")
 
 
 def _available_everywhere(setup: Setup) -> Setup:
@@ -108,151 +134,128 @@ def _available_everywhere(setup: Setup) -> Setup:
   return replace(setup, watched=watched, frozen=frozen, unavailable=lacking)
 
 
-def _load(config: Any) -> Setup:
-  """Everything but the encodings, which take all processes."""
-  # What fails fast comes first.
-  prompts = load_prompts(config.data.prompts, split="train", metadata=True)
-  held_out = held_out_sets(config)
-  options = _reward_options(config)
-  _check_prompts(config, prompts, held_out)
-  pipeline = Pipeline.from_pretrained(
-    config.model.pretrained,
-    dtype=jnp.dtype(config.model.dtype),
-    remat=config.model.remat,
-    attention=config.model.attention,
-    base_storage=config.model.base_storage,
-    offload=config.model.offload,
+class Values(NamedTuple):
+  """The values of a description's networks: arrays, or shapes of them.
+
+  Attributes:
+    pipeline: the pretrained networks.
+    bases: parameters of the roles' bases, by key.
+    generator, fake_score: adapters of an earlier stage with their scale folded in.
+    rewards: the rewards on the device, by name.
+  """
+
+  pipeline: Pipeline
+  bases: Mapping[str, Tree]
+  generator: Tree
+  fake_score: Tree
+  rewards: Mapping[str, device_rewards.DeviceReward]
+
+
+def abstract(description: Description) -> Setup:
+  """The setup of a description with shapes for parameters; nothing is loaded or allocated.
+
+  It has no prompts and no rewards on the host, and its cache encodes nothing.
+
+  Raises:
+    UserError: a broken adapter of an earlier stage.
+  """
+  config, pipeline = description.config, Pipeline.abstract(description.pipeline)
+  values = Values(
+    pipeline=pipeline,
+    bases=dict.fromkeys(description.bases, pipeline.params),
+    generator=adapter_shapes(config, config.load.generator, pipeline),
+    fake_score=adapter_shapes(config, config.load.fake_score, pipeline),
+    rewards={name: described.model for name, described in description.rewards.items()},
   )
-  sigmas = pipeline.few_step_sigmas(config.dmd.timesteps, config.model.image_size)
-  bases, keys = _bases(config.model, pipeline)
-  roles = Roles(
-    apply=pipeline.transformer.apply,
-    **keys,
-    adapter_scale=config.lora.alpha / config.lora.rank,
-    sigmas=jnp.asarray(sigmas),
-    latent_shape=pipeline.latent_shape(config.model.image_size),
-    embedded_guidance=pipeline.transformer.embedded_guidance,
+  return replace(
+    _assemble(description, values),
+    unavailable=description.unavailable,
+    unconditional=description.pipeline.text.conditioning(),
   )
-  weights = {name: float(reward.weight) for name, reward in config.rewards.items()}
-  models, unavailable = _device_rewards(config, options)
-  host = {name: weight for name, weight in weights.items() if name not in device_rewards.NAMES}
+
+
+def load(description: Description) -> Setup:
+  """Fills the arrays of a description; prompts and their encodings are left to `build`.
+
+  Raises:
+    UserError: a missing or broken file, or values that do not fit together.
+  """
+  config, options = description.config, reward_options(description.config)
+  pipeline = Pipeline.load(description.pipeline, offload=config.model.offload)
+  bases = load_bases(
+    description.pipeline, description.bases, pipeline.params, offload=config.model.offload
+  )
+  rewards, unavailable = available(
+    config, {name: described.load for name, described in description.rewards.items()}
+  )
+  on_host = {
+    name: float(reward.weight)
+    for name, reward in config.rewards.items()
+    if name not in device_rewards.NAMES
+  }
   watched = {
     name: options[name] for name in config.eval.rewards if name not in device_rewards.NAMES
   }
-  differentiable = _differentiable(config, models)
+  host_rewards = make(on_host, options=options) if on_host else None
+  watched_host = make_for_evaluation(watched) if watched else None
+  values = Values(
+    pipeline=pipeline,
+    bases=bases,
+    generator=_stage_one(config.load.generator, pipeline),
+    fake_score=_stage_one(config.load.fake_score, pipeline),
+    rewards=rewards,
+  )
+  return replace(
+    _assemble(description, values),
+    host_rewards=host_rewards,
+    watched_host=watched_host,
+    unavailable={**description.unavailable, **unavailable},
+  )
+
+
+def _assemble(description: Description, values: Values) -> Setup:
+  """The setup of a description, of arrays or of shapes."""
+  config, pipeline, models = description.config, values.pipeline, values.rewards
+  weights = {name: float(reward.weight) for name, reward in config.rewards.items()}
   scoring = LatentRewards(
     decode=partial(decode_images, pipeline.vae.clone(remat=config.model.remat)),
     device={name: models[name].score for name in models if name in weights},
     weights=weights,
-    differentiable=differentiable,
-    gradient=device_rewards.gradients({name: models[name] for name in differentiable}),
+    differentiable=description.differentiable,
+    gradient=device_rewards.gradients({name: models[name] for name in description.differentiable}),
   )
   frozen = Frozen(
-    bases=bases,
-    generator=_stage_one(config.load.generator, pipeline),
-    fake_score=_stage_one(config.load.fake_score, pipeline),
+    bases=dict(values.bases),
+    generator=values.generator,
+    fake_score=values.fake_score,
     vae=pipeline.vae_params,
     rewards={name: model.params for name, model in models.items()},
   )
   return Setup(
-    pipeline,
-    roles,
-    frozen,
-    scoring,
-    make(host, options=options) if host else None,
-    None,
-    None,
-    prompts,
-    held_out[0].prompts,
-    {name: models[name].score for name in models if name not in weights},
-    make_for_evaluation(watched) if watched else None,
-    unavailable,
-    held_out,
+    pipeline=pipeline,
+    roles=description.roles,
+    frozen=frozen,
+    scoring=scoring,
+    watched={name: models[name].score for name in models if name not in weights},
   )
 
 
-def _check_prompts(config: Any, prompts: list[Prompt], sets: list[HeldOut]) -> None:
-  """Refuses prompts that would end the training; a warning of those that cost scores alone."""
-  said = shortages(config, sets)
-  if config.stage == "stage2":
-    said = [check_training_prompts(config.rewards, prompts, config.data.prompts), *said]
-  for sentence in filter(None, said):
-    print(f"warning: {sentence}")
+def load_bases(
+  described: PipelineDescription, keys: Sequence[str], params: Tree, *, offload: bool = False
+) -> dict[str, Tree]:
+  """Parameters of the roles' bases by key; a base is loaded once.
 
-
-def _reward_options(config: Any) -> dict[str, dict[str, Any]]:
-  """What every reward is made with, those in training first."""
-  for name in config.eval.rewards:
-    if name in config.rewards:
-      raise UserError(f"eval.rewards.{name} is in rewards, too, and is evaluated as it is.")
-    if config.eval.rewards[name].get("backpropagate", False):
-      raise UserError(
-        f"eval.rewards.{name}.backpropagate is true, but eval.rewards are not trained; move it to"
-        " rewards, or drop the key."
-      )
-  return {
-    name: {k: v for k, v in reward.items() if k not in RUN_KEYS}
-    for _, name, reward in reward_sections(config)
+  Args:
+    described: the pipeline.
+    keys: of the bases, that of the pipeline first; see `describe.role_bases`.
+    params: of the pipeline's transformer, which are loaded already.
+    offload: see `load_base`.
+  """
+  own, *others = dict.fromkeys(keys)
+  storage = {"dtype": described.dtype, "storage": described.storage, "offload": offload}
+  return {own: params} | {
+    key: load_base(Path(key), described.transformer, **storage) for key in others
   }
-
-
-def _device_rewards(
-  config: Any, options: Mapping[str, Mapping]
-) -> tuple[dict[str, device_rewards.DeviceReward], dict[str, str]]:
-  """The rewards on the device, and why one of `eval.rewards` is left out."""
-  found, left_out = {}, {}
-  for section, needed in ((config.rewards, True), (config.eval.rewards, False)):
-    own = {
-      n: partial(device_rewards.load, n, options[n]) for n in section if n in device_rewards.NAMES
-    }
-    made, unavailable = build_available(own, allow_unavailable=not needed)
-    found |= made
-    left_out |= unavailable
-  return found, left_out
-
-
-def _bases(model: Any, pipeline: Pipeline) -> tuple[dict[str, Tree], dict[str, str]]:
-  """Parameters by resolved path, and the path of each role; a path is loaded once."""
-  own = local_path(model.pretrained) / "transformer"
-  bases, keys = {str(own.resolve()): pipeline.params}, {}
-  for role in ("generator", "fake_score", "teacher"):
-    named = model[f"{role}_init"]
-    path = local_path(named, "transformer") if named else own
-    path = path / "transformer" if (path / "transformer").is_dir() else path
-    # A file of the hub's cache is a link to one without a suffix.
-    path = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
-    keys[role] = str(path)
-    if keys[role] not in bases:
-      bases[keys[role]] = _base(path, pipeline.transformer, model, role)
-  return bases, keys
-
-
-def _base(path: Path, transformer: Transformer, model: Any, role: str) -> Tree:
-  """A role's own parameters: a diffusers transformer directory, or one file of the same network."""
-  if path.is_dir() and build_transformer(read_config(path)).config != transformer.config:
-    raise UserError(
-      f"model.{role}_init is {path}, whose config.json describes another network than that of"
-      " model.pretrained; the roles must be of one architecture."
-    )
-  return load_base(
-    path,
-    transformer,
-    dtype=jnp.dtype(model.dtype),
-    storage=model.base_storage,
-    offload=model.offload,
-  )
-
-
-def _differentiable(config: Any, models: dict[str, device_rewards.DeviceReward]) -> tuple[str, ...]:
-  """The rewards to back-propagate."""
-  wanted = tuple(n for n in config.rewards if config.rewards[n].get("backpropagate", False))
-  for name in wanted:
-    if name not in models:
-      raise UserError(
-        f"rewards.{name}.backpropagate is true, but only {', '.join(device_rewards.NAMES)} have"
-        " gradients."
-      )
-  return wanted
 
 
 def _stage_one(path: str, pipeline: Pipeline) -> Tree:
@@ -273,85 +276,3 @@ def _encoder(pipeline: Pipeline, models: dict[str, Any]):
     return {"conditioning": pipeline.encode(prompts), "reward_text": text}
 
   return encode
-
-
-def new_adapters(config: Any, pipeline: Pipeline, key: jax.Array) -> Tree:
-  """Fresh adapters of the configured rank, targets and type."""
-  transformer = pipeline.transformer
-  return build_adapters(
-    transformer.init_abstract(),
-    transformer.table,
-    config.lora.targets,
-    rank=config.lora.rank,
-    key=key,
-    init=config.lora.init,
-    dtype=jnp.dtype(config.lora.dtype),
-  )
-
-
-def dmd_config(config: Any, pipeline: Pipeline) -> DMDConfig:
-  """The typed form of `config.dmd`.
-
-  Raises:
-    UserError: an unknown objective.
-  """
-  if config.dmd.objective not in OBJECTIVES:
-    raise UserError(f"dmd.objective is {config.dmd.objective!r}; use {' or '.join(OBJECTIVES)}.")
-  values = {k: v for k, v in config.dmd.items() if k not in ("timesteps", "consistency")}
-  consistency = Consistency(**config.dmd.consistency)
-  return DMDConfig(**values, shift=pipeline.schedule.shift, consistency=consistency)
-
-
-def optimizer_config(section: Any) -> OptimizerConfig:
-  """The typed form of `config.generator` or `config.fake_score`."""
-  return OptimizerConfig(**section)
-
-
-def micro_batches(config: Any) -> int:
-  """`config.batch.micro_batches`, into how many parts a batch is cut.
-
-  Raises:
-    UserError: it does not divide the batch, or a part does not split over the devices.
-  """
-  number, count = config.batch.micro_batches, config.batch.prompts * config.batch.images_per_prompt
-  if number < 1 or count % number:
-    raise UserError(
-      f"batch.micro_batches is {number}, which does not divide the batch of {count} images"
-      " (batch.prompts x batch.images_per_prompt)."
-    )
-  parts = batch_parts()
-  if count // number % parts:
-    raise UserError(
-      f"a micro-batch has {count // number} images, which do not split over the {parts} devices of"
-      " mesh.data x mesh.fsdp; change batch.prompts, batch.images_per_prompt or"
-      " batch.micro_batches."
-    )
-  return number
-
-
-def _decode_parts(config: Any) -> int:
-  images = (
-    config.batch.prompts * config.batch.images_per_prompt // micro_batches(config) // batch_parts()
-  )
-  at_once = config.batch.decode_chunk or images
-  if at_once < 0 or images % at_once:
-    raise UserError(
-      f"batch.decode_chunk is {at_once}, which does not divide the {images} images of a micro-batch"
-      " on a device; use a divisor, or 0 for all of them."
-    )
-  return images // at_once
-
-
-def policy_config(config: Any) -> PolicyConfig:
-  """The typed form of `config.policy`.
-
-  Raises:
-    UserError: no reward, too few steps to choose from, a batch.decode_chunk that does not divide a
-      device's images, or see `micro_batches`.
-  """
-  check_policy_steps(config)
-  policy = PolicyConfig(
-    **config.policy, micro_batches=micro_batches(config), decode_parts=_decode_parts(config)
-  )
-  # A group of one has no spread: its advantage is taken over the batch, as the published code does.
-  return policy._replace(per_prompt=policy.per_prompt and config.batch.images_per_prompt > 1)

@@ -1,6 +1,8 @@
 """Options of the rewards that name models, and where those lie on this machine."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rtdmd_jax.weights.hub import local_path
@@ -21,24 +23,26 @@ _KINDS = {
 
 
 def local_options(
-  reward: str, options: Mapping[str, Any], *, download: bool = True
+  reward: str,
+  options: Mapping[str, Any],
+  locate: Callable[[str | os.PathLike, str], Path] = local_path,
 ) -> dict[str, Any]:
   """The options of a reward with a path of this machine in place of each name of a model.
 
   Args:
     reward: its name; options of rewards that are named by import path stay as they are.
     options: of the reward; those that name no model stay.
-    download: see `hub.local_path`, as for what is raised.
+    locate: finds a name of some kind; see `hub.local_path`, as for what is raised.
   """
   found = dict(options)
   for key in _KINDS.get(reward, {}):
     if isinstance(found.get(key), str):
-      found[key] = str(local_path(found[key], option_kind(reward, key, options), download=download))
+      found[key] = str(locate(found[key], option_kind(reward, key, options)))
   return found
 
 
 def option_kind(reward: str, option: str, options: Mapping[str, Any]) -> str | None:
-  """What an option takes of a repository, a name in `hub_files.KINDS`; None if none is meant."""
+  """The kind of files that an option takes of a repository (`hub_files.KINDS`), or None."""
   if (reward, option) == ("pickscore", "directory") and options.get("processor") is None:
     return "model"
   return _KINDS.get(reward, {}).get(option)

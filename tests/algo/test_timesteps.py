@@ -77,7 +77,7 @@ def test_adjacent_steps_land_on_the_schedule():
   sigmas = jnp.float32([1.0, 0.9, 0.75, 0.5, 0.0])
   level = jnp.float32([0.95, 0.75, 0.3])
   delta = ts.adjacent_steps(level, sigmas, 3)
-  path = level - jnp.cumsum(delta, axis=0)
+  path = level[None] - jnp.cumsum(delta, axis=0)
   np.testing.assert_allclose(path, [[0.9, 0.5, 0.0], [0.75, 0, 0], [0.5, 0, 0]], atol=1e-6)
 
 

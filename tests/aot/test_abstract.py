@@ -7,12 +7,13 @@ import pytest
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_pipeline, abstract_setup
 from rtdmd_jax.aot.compile import compile_to_text
 from rtdmd_jax.aot.hlo import traffic
-from rtdmd_jax.aot.published import read
 from rtdmd_jax.config import load_config
 from rtdmd_jax.errors import UserError
+from rtdmd_jax.rewards import device_rewards
 from rtdmd_jax.runtime.chips import CHIPS, chip, roofline
 from rtdmd_jax.training.setup import build
 from rtdmd_jax.weights.int8 import STORAGES
+from rtdmd_jax.weights.published import read
 from tests.support.paths import CONFIGS
 
 
@@ -70,7 +71,8 @@ def test_every_published_config_has_an_abstract_setup(family, stage):
   setup = abstract_setup(config)
   assert len(setup.frozen.bases) == (2 if family.startswith("flux2") else 1)
   assert bool(setup.frozen.generator) == (stage == "stage2")
-  assert set(setup.frozen.rewards) == set(config.rewards) - {"geneval"}
+  named = {*config.rewards, *config.eval.rewards}
+  assert set(setup.frozen.rewards) == named.intersection(device_rewards.NAMES)
 
 
 def test_an_unknown_checkpoint_is_one_sentence():

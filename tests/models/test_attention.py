@@ -113,7 +113,7 @@ def test_operations_of_the_kernel_are_counted_on_all_devices(sizes):
 
 _SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
-from rtdmd_jax import sharding
+from rtdmd_jax.runtime import sharding
 from rtdmd_jax.models.attention import attention, attention_kernel
 rng = np.random.default_rng(0)
 q, k, v, w = (rng.normal(size=(4, 150, 2, 16)).astype(np.float32) for _ in range(4))

@@ -9,9 +9,10 @@ import pytest
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.tokenizer import Limit, checked_ids, load_tokenizer, longer, tokenize
-from rtdmd_jax.pipeline.pipeline import text_limits
-from rtdmd_jax.pipeline.text import cut_prompts, load_sd3_text, sd3_limits
+from rtdmd_jax.pipeline.describe import text_limits
+from rtdmd_jax.pipeline.text import cut_prompts, describe_sd3_text, sd3_limits
 from rtdmd_jax.rewards.device.clipscore import ClipScore
+from rtdmd_jax.weights.source import read_file
 from tests.support.paths import TINY
 
 PROMPTS = ["a photo of a red circle", "Two BLUE squares, and 3 crosses?", " é  猫 ", ""]
@@ -112,11 +113,17 @@ def test_an_id_beyond_the_embeddings_is_named():
     checked_ids(tokenizer, [[0, 586]], 586)
 
 
+def load_text(directory):
+  """The text encoders of a directory of Stable Diffusion 3."""
+  read = partial(read_file, directory)
+  return describe_sd3_text(directory, read, np.float32).load(directory)
+
+
 @pytest.mark.parametrize("part, number", [("tokenizer", 587), ("tokenizer_3", 148)])
 def test_every_text_encoder_knows_its_vocabulary(tmp_path, part, number):
   directory = shutil.copytree(TINY, tmp_path / "tiny")
   add_token(directory / part, number)
-  text = load_sd3_text(directory, dtype=np.float32)
+  text = load_text(directory)
   text.tokenize(["a red circle"])
   with pytest.raises(UserError, match=rf"{part}: the token '<style>' has the id {number}"):
     text.tokenize(["a <style> circle"])
@@ -139,7 +146,7 @@ def test_more_tokens_than_positions_are_refused(tmp_path):
       del settings["model_max_length"]
     file.write_text(json.dumps(settings))
     with pytest.raises(UserError, match=rf"model_max_length is {shown}, but .* has 12 positions"):
-      load_sd3_text(directory, dtype=np.float32)
+      load_text(directory)
 
 
 def test_prompts_that_an_encoder_cuts_are_counted_and_shown():

@@ -8,7 +8,7 @@ from tokenizers import pre_tokenizers
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.pipeline import Pipeline, sampling
-from rtdmd_jax.pipeline.text import load_flux2_text
+from rtdmd_jax.pipeline.text import flux2_limits
 from rtdmd_jax.pretrain.tokenizers import train_clip_tokenizer, train_t5_tokenizer
 from tests.parity import flux_reference
 
@@ -191,4 +191,4 @@ def test_flux2_samples_equal_diffusers(tmp_path, guidance):
 def test_a_tokenizer_that_would_encode_otherwise_is_refused(tmp_path, change):
   qwen_tokenizer(**change).save_pretrained(tmp_path / "tokenizer")
   with pytest.raises(UserError, match="chat template and padding_side"):
-    load_flux2_text(tmp_path, dtype=jnp.float32)
+    flux2_limits(tmp_path)

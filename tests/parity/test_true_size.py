@@ -1,8 +1,8 @@
 """Names and shapes at full size: ours against the state dictionaries of diffusers and transformers.
 
 Nothing is allocated: theirs lie on PyTorch's meta device, ours come from `jax.eval_shape`. Both are
-made of the configs in `aot.published`; the counts are written out, so that a config that changes
-both sides alike is seen.
+made of the configs in `weights.published`; the counts are written out, so that a config that
+changes both sides alike is seen.
 """
 
 import functools
@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from rtdmd_jax.aot.abstract import abstract_pipeline
-from rtdmd_jax.aot.published import PUBLISHED
 from rtdmd_jax.models import build_transformer, clip, qwen3, t5, vae_flux2
 from rtdmd_jax.pipeline.text import FLUX2_LAYERS
+from rtdmd_jax.weights.published import PUBLISHED
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

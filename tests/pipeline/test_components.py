@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.pipeline import Pipeline
-from rtdmd_jax.pipeline.pipeline import check_components, component_problems
+from rtdmd_jax.pipeline.describe import check_components, component_problems
 from tests.support.damage import json_files
 from tests.support.paths import TINY
 

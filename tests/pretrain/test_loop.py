@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rtdmd_jax.pretrain.loop import train
+from rtdmd_jax.pretrain.loop import Training, train
 
 
 class Interrupted(Exception):
@@ -23,8 +23,8 @@ def _train(checkpoints, stop_at=None):
     error = params["w"] - batch["x"] + 0.1 * jax.random.normal(key, (4,))
     return jnp.mean(error**2), {}
 
-  settings = dict(steps=6, learning_rate=0.1, ema_decay=0.9, seed=1, save_every=2)
-  average = train("w", loss_fn, {"w": jnp.ones(4)}, next_batch, checkpoints=checkpoints, **settings)
+  training = Training("w", 6, 0.1, 0.9, seed=1, checkpoints=checkpoints, save_every=2)
+  average = train(training, loss_fn, {"w": jnp.ones(4)}, next_batch)
   return average, len(calls)
 
 

@@ -11,6 +11,7 @@ from rtdmd_jax.datasets.shapes.draw import draw
 from rtdmd_jax.datasets.shapes.grammar import all_records
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards import isolated, multi
+from rtdmd_jax.rewards.device.description import RewardDescription
 
 HERE = __name__
 BRIGHT, LENGTH, BROKEN = (f"{HERE}:{name}" for name in ("Brightness", "Length", "Broken"))
@@ -113,9 +114,9 @@ class FakeClip:
   params = 10.0
 
   @classmethod
-  def from_pretrained(cls, directory):
+  def describe(cls, read, directory):
     assert directory == "clip"
-    return cls()
+    return RewardDescription(cls(), cls)
 
   def tokenize(self, prompts):
     return np.array([[len(prompt)] for prompt in prompts])

@@ -17,7 +17,8 @@ from rtdmd_jax.evaluate.evaluator import Evaluator
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.pipeline.conditioning import Conditioning
 from rtdmd_jax.rewards import held_out_sets
-from rtdmd_jax.training import setup, stages
+from rtdmd_jax.rewards.device.description import RewardDescription
+from rtdmd_jax.training import describe, setup, stages
 from rtdmd_jax.training.programs import compile_programs
 from rtdmd_jax.training.state import TrainState
 from rtdmd_jax.weights.safetensors import read_config
@@ -58,20 +59,28 @@ class Toy:
 
       return load
 
-    patch.setattr(setup.Pipeline, "from_pretrained", loads("pipeline", lambda *_: self.pipeline()))
+    patch.setattr(describe, "describe_pipeline", loads("pipeline", lambda *_: self.described()))
+    patch.setattr(setup.Pipeline, "abstract", lambda *_: self.pipeline())
+    patch.setattr(setup.Pipeline, "load", loads("values", lambda *_: self.pipeline()))
     for module in (setup, held_out_sets):
       patch.setattr(module, "load_prompts", loads("prompts", lambda *_: PROMPTS))
     patch.setattr(setup, "_check_prompts", lambda *_: None)
     patch.setattr(setup, "load_base", loads("base", lambda *_: toy.frozen().bases["base"]))
-    patch.setattr(setup, "local_path", lambda name, *parts: Path(name))
-    patch.setattr(setup, "build_transformer", lambda config: SimpleNamespace(config=None))
-    patch.setattr(setup, "read_config", lambda path: None)
     patch.setattr(setup, "_stage_one", loads("adapters", lambda *_: {}))
     patch.setattr(setup, "make", loads("host rewards", lambda *_: None))
-    patch.setattr(setup.device_rewards, "load", loads("device reward", lambda *_: Bright()))
+    reward = RewardDescription(Bright(), Bright)
+    patch.setattr(setup.device_rewards, "describe", loads("device reward", lambda *_: reward))
     patch.setattr(setup, "decode_images", lambda vae, params, x: jax.nn.sigmoid(x))
     patch.setattr(setup, "_encoder", lambda pipeline, models: lambda texts: _encoded(texts, models))
     return self
+
+  def described(self):
+    return SimpleNamespace(
+      directory=Path("toy"),
+      transformer=SimpleNamespace(config=None),
+      dtype="float32",
+      storage="native",
+    )
 
   def pipeline(self):
     def sigmas(levels, size):
@@ -169,7 +178,7 @@ class Described:
     patch.setattr(evaluator_module, "jit", written)
     evaluator = Evaluator(self._setup, self._config)
     adapters = toy.adapters(1)
-    patch.setattr(evaluator_module, "fold_scale", lambda tree, alpha: tree)
+    patch.setattr(systems, "fold_scale", lambda tree, alpha: tree)
     teacher = systems.teacher(self._setup, self._config)
     few = systems.generator(self._setup, self._config, "generator", adapters)
     for system in (teacher, few):

@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rtdmd_jax import train
 from rtdmd_jax.config import load_config
 from rtdmd_jax.training.optim import ema_update, guarded_update, make_optimizer, repeated_update
 from rtdmd_jax.training.settings import OptimizerConfig
+from rtdmd_jax.training.stages import finish_program
 from rtdmd_jax.training.state import TrainState
 from tests.support.paths import CONFIGS
 
@@ -53,7 +53,8 @@ def test_moving_average_moves_only_when_told():
 
 def _our_averages(config, weights):
   """The moving average after each step, of parameters that are `weights[n]` after n steps."""
-  finish, start = train._finish(load_config(str(CONFIGS / config))), jnp.float32(weights[0])
+  program = finish_program(load_config(str(CONFIGS / config)).ema)
+  finish, start = program.compile(seed=0), jnp.float32(weights[0])
   state = TrainState(jnp.int32(0), {"b": start}, {}, {"b": start}, {}, {})
   found = []
   for value in weights[1:]:

@@ -4,15 +4,19 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from rtdmd_jax.aot.abstract import abstract_setup
 from rtdmd_jax.config import load_config
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.evaluate.evaluator import Evaluator
 from rtdmd_jax.pipeline import Pipeline
-from rtdmd_jax.training.setup import _bases, build
+from rtdmd_jax.pipeline.describe import describe_pipeline
+from rtdmd_jax.training.describe import describe, role_bases
+from rtdmd_jax.training.setup import abstract, build, load_bases
 from tests.support.paths import CONFIGS
 
 HERE = __name__
@@ -22,6 +26,13 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 @pytest.fixture(scope="module")
 def pipeline():
   return Pipeline.from_pretrained(_model().pretrained)
+
+
+def _bases(model, pipeline):
+  """The parameters of the roles' bases, and the key of each role's."""
+  described = describe_pipeline(model.pretrained, base_storage=model.base_storage)
+  own, keys = role_bases(model, described)
+  return load_bases(described, (own, *keys.values()), pipeline.params), keys
 
 
 def _model(**inits):
@@ -177,3 +188,35 @@ def test_prompts_without_records_are_refused_before_anything_is_loaded(tmp_path,
 def nothing():
   """A reward of the host that cannot be built."""
   raise FileNotFoundError("judge.pt")
+
+
+def _leaves(setup):
+  """Shape and type of everything that a setup holds, by its path."""
+  pipeline, frozen = setup.pipeline, setup.frozen
+  trees = {
+    **{name: getattr(frozen, name) for name in ("bases", "generator", "fake_score", "vae")},
+    "rewards": frozen.rewards,
+    "params": (pipeline.params, pipeline.vae_params, pipeline.text.params),
+    "unconditional": setup.unconditional,
+    "sigmas": setup.roles.sigmas,
+  }
+  leaves, _ = jax.tree_util.tree_flatten_with_path(trees)
+  return {jax.tree_util.keystr(path): (leaf.shape, str(leaf.dtype)) for path, leaf in leaves}
+
+
+@pytest.mark.parametrize(
+  "config, overrides",
+  [("tiny_stage1.py", ()), ("tiny_stage2.py", ("model.base_storage=int8", "model.dtype=bfloat16"))],
+)
+def test_a_run_is_loaded_as_it_is_described(other, config, overrides):
+  config = load_config(str(CONFIGS / config), (*overrides, f"model.teacher_init={other}"))
+  with config.unlocked():
+    del config.rewards["geneval"]
+    config.rewards.clipscore.dtype = "bfloat16"
+    config.eval.rewards.pickscore = _clip()
+  described, loaded = abstract(describe(config)), build(config)
+  assert _leaves(described) == _leaves(loaded) == _leaves(abstract_setup(config))
+  assert {"clipscore", "pickscore"} == set(described.frozen.rewards)
+  assert set(described.watched) == set(loaded.watched) == {"pickscore"}
+  for name in ("generator", "fake_score", "teacher", "adapter_scale", "latent_shape"):
+    assert getattr(described.roles, name) == getattr(loaded.roles, name)

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rtdmd_jax.algo.transitions import cps_log_prob, cps_mean, cps_std
 from rtdmd_jax.runtime.flops import count_flops
 from rtdmd_jax.training.latent_rewards import score_latents
 from rtdmd_jax.training.optim import Optimizers
 from rtdmd_jax.training.settings import DMDConfig, PolicyConfig
 from rtdmd_jax.training.stage2 import Stage2
+from rtdmd_jax.training.velocities import generator_velocity
 from tests.support import toy
 from tests.support.programs import call_sites
 
@@ -122,11 +124,28 @@ def test_adapters_in_bfloat16_train_and_stay_so():
   assert all(np.isfinite(np.asarray(v, np.float32)).all() for v in metrics.values())
 
 
+def _velocity(adapters):
+  batch = toy.batch()
+  conditioning = batch.conditioning.take(batch.prompt_index)
+  return generator_velocity(toy.roles(), toy.frozen(), adapters, conditioning)
+
+
 def test_rollout_shares_noise_of_steps_that_do_not_train():
-  _, samples, *_ = _run(PolicyConfig())
+  state, samples, *_ = _run(PolicyConfig())
   assert samples.x.shape == (5, 12, *toy.SHAPE)
   assert samples.images.dtype == jnp.uint8
-  assert sorted(set(np.asarray(samples.chosen).tolist())) == np.asarray(samples.chosen).tolist()
+  velocity, sigmas = _velocity(state.generator), toy.roles().sigmas
+  chosen = np.asarray(samples.chosen).tolist()
+  assert sorted(set(chosen)) == chosen and len(chosen) == 2
+  for i in range(3):  # the stochastic steps
+    mean = cps_mean(
+      samples.x[i], velocity(samples.x[i], jnp.full(12, sigmas[i])), sigmas[i], sigmas[i + 1], 0.9
+    )
+    noise = np.asarray((samples.x[i + 1] - mean) / cps_std(sigmas[i + 1], 0.9)).reshape(3, 4, -1)
+    within = np.abs(noise - noise[:, :1]).max((1, 2))
+    between = np.abs(noise[0, 0] - noise[1, 0]).max()
+    assert between > 0.1, i
+    assert (within > 0.1).all() if i in chosen else (within < 1e-4).all(), i
   starts = np.asarray(samples.x[0])
   assert np.abs(starts[0] - starts[1]).min() > 0  # initial noise differs within a group
 
@@ -144,13 +163,7 @@ def test_policy_gradient_raises_the_log_probability_of_the_better_sample():
   state, samples, new, _, _ = _run(policy, rewards)
 
   def log_prob(adapters):
-    from rtdmd_jax.algo.transitions import cps_log_prob, cps_mean
-    from rtdmd_jax.training import stage1
-
-    batch = toy.batch()
-    velocity = stage1.generator_velocity(
-      toy.roles(), toy.frozen(), adapters, batch.conditioning.take(batch.prompt_index)
-    )
+    velocity = _velocity(adapters)
     total = 0
     for i in np.asarray(samples.chosen):
       sigma, after = toy.roles().sigmas[i], toy.roles().sigmas[i + 1]

@@ -9,14 +9,16 @@ from safetensors.numpy import load_file
 
 from rtdmd_jax import cli, export
 from rtdmd_jax.adapters.load import Lora, load_adapters
-from rtdmd_jax.aot.published import PUBLISHED, read
 from rtdmd_jax.config import load_config
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.pipeline import Pipeline
+from rtdmd_jax.pipeline.describe import describe_pipeline
 from rtdmd_jax.rewards import device_rewards, make
-from rtdmd_jax.training import setup
+from rtdmd_jax.training.describe import role_bases
+from rtdmd_jax.training.setup import load_bases
 from rtdmd_jax.weights import reward_files
+from rtdmd_jax.weights.published import PUBLISHED, read
 from rtdmd_jax.weights.safetensors import read_config
 from tests.support import hub_cache
 from tests.support.paths import CONFIGS, TINY
@@ -41,7 +43,9 @@ def test_a_pipeline_and_the_bases_of_its_roles(machine):
     str(CONFIGS / "tiny_stage1.py"), [*overrides, f"model.generator_init=org/tiny/{WEIGHTS}"]
   ).model
   pipeline = Pipeline.from_pretrained(model.pretrained)
-  bases, keys = setup._bases(model, pipeline)
+  described = describe_pipeline(model.pretrained)
+  own, keys = role_bases(model, described)
+  bases = load_bases(described, (own, *keys.values()), pipeline.params)
   # The copy's transformer, under whatever name, is loaded once; a file of it is another base.
   assert keys["teacher"] == keys["fake_score"] == str(copy / "transformer")
   assert keys["generator"] == str(copy / WEIGHTS) and len(bases) == 2

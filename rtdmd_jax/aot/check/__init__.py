@@ -1,4 +1,4 @@
-"""What is wrong with a run, found out before it starts: nothing is trained, written or fetched."""
+"""A check of a run ahead of its start: nothing is trained, written or fetched."""
 
 from rtdmd_jax.aot.check.report import Report, show
 from rtdmd_jax.aot.check.run import check

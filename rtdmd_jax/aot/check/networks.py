@@ -12,25 +12,24 @@ from rtdmd_jax.adapters.load import Lora, load_adapters
 from rtdmd_jax.aot.abstract import abstract_pipeline
 from rtdmd_jax.aot.check.files import existing
 from rtdmd_jax.aot.check.report import Report
-from rtdmd_jax.aot.published import PUBLISHED
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models import Transformer, build_transformer, load_base
-from rtdmd_jax.models.encoders import load_clip_text, load_qwen3, load_t5, load_vae
+from rtdmd_jax.models.encoders import load_vae
+from rtdmd_jax.models.tokenizer import load_tokenizer
 from rtdmd_jax.pipeline import Pipeline
-from rtdmd_jax.pipeline.pipeline import component_problems
-from rtdmd_jax.pipeline.text import FLUX2_LAYERS, load_tokenizer
+from rtdmd_jax.pipeline.describe import component_problems
+from rtdmd_jax.pipeline.text import encoder_network
+from rtdmd_jax.training.describe import ROLES, check_base
 from rtdmd_jax.weights.headers import headers_only
 from rtdmd_jax.weights.hub import base_name
+from rtdmd_jax.weights.published import PUBLISHED
 from rtdmd_jax.weights.safetensors import read_config
 
-ROLES = ("generator", "fake_score", "teacher")
-_TEXT_ENCODERS = {"CLIPTextModel": load_clip_text, "CLIPTextModelWithProjection": load_clip_text}
-_TEXT_ENCODERS |= {"T5EncoderModel": load_t5}
 _SCHEDULER = "scheduler_config.json"
 
 
 class Networks(NamedTuple):
-  """What is known of a run's networks.
+  """The knowledge of a run's networks.
 
   Attributes:
     transformer: from its files or as it was published; None if it is not known.
@@ -111,22 +110,17 @@ def _part(directory: Path, name: str, kind: Any, model: Any) -> None:
   elif name.startswith("tokenizer"):
     load_tokenizer(path)
   elif name.startswith("text_encoder"):
-    if kind in _TEXT_ENCODERS:
-      _TEXT_ENCODERS[kind](path)
-    else:
-      load_qwen3(path, layers=FLUX2_LAYERS)
+    dtype = jnp.dtype(model.dtype)
+    encoder_network(kind, read_config(path), source=path, dtype=dtype).load(path)
 
 
 def _role(key: str, value: str, transformer: Transformer | None, model: Any) -> None:
   """A role's own transformer: a directory of diffusers, that of a pipeline, or one file."""
   path = existing(key, value, "transformer")
   path = path / "transformer" if (path / "transformer").is_dir() else path
+  if transformer is not None:
+    check_base(key, path, transformer)
   own = build_transformer(read_config(path)) if path.is_dir() else None
-  if own is not None and transformer is not None and own.config != transformer.config:
-    raise UserError(
-      f"{key} is {value}, whose config.json describes another network than that of"
-      " model.pretrained; the roles must be of one architecture."
-    )
   if (network := own or transformer) is not None:
     with headers_only():
       load_base(path, network, dtype=jnp.dtype(model.dtype))

@@ -1,5 +1,6 @@
 """The programs of a run, made of shapes alone: whether they can be, and what they would take."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,9 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from rtdmd_jax.aot.abstract import abstract_batch, abstract_reward, abstract_setup
+from rtdmd_jax.aot.abstract import abstract_batch, abstract_reward, abstract_setup, frozen_trees
 from rtdmd_jax.aot.check import hardware
 from rtdmd_jax.aot.check.report import Report
-from rtdmd_jax.aot.published import PUBLISHED
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.rewards import device_rewards
 from rtdmd_jax.runtime import sharding
@@ -22,17 +22,12 @@ from rtdmd_jax.training.programs import compile_programs
 from rtdmd_jax.training.setup import Setup, micro_batches, policy_config
 from rtdmd_jax.training.stages import initial_state, step_programs
 from rtdmd_jax.training.state import Batch
-from rtdmd_jax.weights.hub import base_name
+from rtdmd_jax.weights.hub import base_name, find
+from rtdmd_jax.weights.published import PUBLISHED
+from rtdmd_jax.weights.reward_files import option_kind
 
 # What a value that does not fit raises while a program is traced.
 _UNFIT = (ValueError, TypeError, ArithmeticError, flax.errors.FlaxError)
-# The published models' directories, for the sizes of rewards whose files are elsewhere or missing.
-_MODELS = {
-  "clipscore": "clip-vit-large-patch14",
-  "pickscore": "PickScore_v1",
-  "hpsv2": "CLIP-ViT-H-14-laion2B-s32B-b79K",
-  "aesthetic": "clip-vit-large-patch14",
-}
 
 
 def check_programs(report: Report, config: Any, unreadable: Sequence[str]) -> None:
@@ -52,8 +47,10 @@ def check_programs(report: Report, config: Any, unreadable: Sequence[str]) -> No
     return
   with jax.set_mesh(mesh):
     before = len(report.problems)
-    report.attempt(_divides, usable, setup)
-    report.attempt(policy_config if config.stage == "stage2" else micro_batches, usable)
+    report.attempt(_heads_divide, setup)
+    report.attempt(micro_batches, usable)
+    if config.stage == "stage2":
+      report.attempt(policy_config, usable)
     state = report.attempt(jax.eval_shape, lambda: initial_state(usable, setup))
     if state is None:
       return
@@ -84,21 +81,24 @@ def _described(config: Any, unreadable: Sequence[str]) -> Any:
 
 
 def _published(name: str, options: Any) -> dict[str, str]:
-  """The published model's directory where the reward's own is neither here nor known."""
-  directory = options.get("directory", "")
-  if name not in _MODELS or Path(directory).is_dir() or base_name(directory) in PUBLISHED:
-    return {}
-  return {"directory": _MODELS[name]}
+  """The published models in place of those of a reward that are neither here nor known."""
+  return {
+    option: value
+    for option, value in device_rewards.published_options(name).items()
+    if option in options and not _known(options[option], option_kind(name, option, options))
+  }
 
 
-def _divides(config: Any, setup: Setup) -> None:
+def _known(value: Any, kind: str | None) -> bool:
+  """Whether the config files of a model are here or in the table of published ones."""
+  if not isinstance(value, str | os.PathLike) or find(value, kind) is not None:
+    return True
+  # The config file of weights lies beside them.
+  return base_name(Path(value).parent if kind == "file" else value) in PUBLISHED
+
+
+def _heads_divide(setup: Setup) -> None:
   mesh = sharding.current()
-  count, parts = config.batch.prompts * config.batch.images_per_prompt, sharding.batch_parts()
-  if count % parts:
-    raise UserError(
-      f"the batch has {count} images (batch.prompts x batch.images_per_prompt), which do not split"
-      f" over the {parts} devices of mesh.data x mesh.fsdp; make it a multiple of {parts}."
-    )
   heads = setup.pipeline.transformer.config.num_attention_heads
   if heads % mesh.shape["tensor"]:
     raise UserError(
@@ -108,24 +108,15 @@ def _divides(config: Any, setup: Setup) -> None:
 
 
 def _trees(config: Any, setup: Setup, state: Any) -> Mapping[str, Any]:
-  """What stays on the devices during a run, by name."""
+  """Everything that stays on the devices during a run, by name."""
   frozen, mesh = setup.frozen, sharding.current()
   bases, text = (
     sharding.shard_on(tree, mesh, offload=config.model.offload)
     for tree in (frozen.bases, setup.pipeline.text.params)
   )
-  watched = {
-    name: abstract_reward(name, options).params
-    for name, options in config.eval.rewards.items()
-    if name in device_rewards.NAMES
-  }
   return {
-    **{f"base {Path(name).name}": base for name, base in bases.items()},
-    **{f"reward {name}": params for name, params in frozen.rewards.items()},
-    **{f"reward {name}, evaluated": params for name, params in watched.items()},
-    "autoencoder": frozen.vae,
+    **frozen_trees(config, setup, frozen.replace(bases=bases)),
     "text encoders": text,
-    "earlier adapters": (frozen.generator, frozen.fake_score),
     "adapters": (state.generator, state.fake_score),
     "moving average": state.ema,
     "optimizers": (state.generator_opt, state.fake_score_opt),
@@ -133,7 +124,7 @@ def _trees(config: Any, setup: Setup, state: Any) -> Mapping[str, Any]:
 
 
 def _encodings(config: Any, batch: Batch) -> str:
-  """What encoded prompts take of a host's memory."""
+  """A line about the memory of a host that encoded prompts take."""
   one = encoding_bytes(batch)
   return (
     f"encoded prompts: {one / 1e6:.2f} MB each, {one * config.batch.prompts / 1e9:.2f} GB a step; a"

@@ -1,4 +1,4 @@
-"""What a check found, and how it is printed."""
+"""The result of a check, and how it is printed."""
 
 import sys
 from collections.abc import Callable

@@ -119,10 +119,10 @@ def _first(name: str, options: Mapping[str, Any], prompts: Sequence[Prompt]) -> 
 
 def _device_reward(key: str, name: str, options: Mapping[str, Any]) -> None:
   """Loads a reward of the device without the values of its weights."""
-  build = device_rewards.bind(name, options)
+  device_rewards.checked_options(name, options)
   try:
     with headers_only():
-      build()
+      device_rewards.load(name, options)
   except UserError as error:
     raise UserError(f"{key}: {error}") from error
 

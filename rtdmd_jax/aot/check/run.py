@@ -6,15 +6,16 @@ from typing import Any
 
 from rtdmd_jax.aot.check import hardware
 from rtdmd_jax.aot.check.files import Prompts, check_workdir, read_prompts
-from rtdmd_jax.aot.check.networks import ROLES, check_networks
+from rtdmd_jax.aot.check.networks import check_networks
 from rtdmd_jax.aot.check.programs import check_programs
 from rtdmd_jax.aot.check.report import Report
 from rtdmd_jax.aot.check.rewards import check_rewards
 from rtdmd_jax.datasets.prompts import Prompt
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.pipeline.pipeline import text_limits
+from rtdmd_jax.pipeline.describe import text_limits
 from rtdmd_jax.pipeline.text import cut_prompts
 from rtdmd_jax.runtime.wandb_log import import_wandb
+from rtdmd_jax.training.describe import ROLES
 from rtdmd_jax.training.idle import warnings
 from rtdmd_jax.training.validate import check_stage, violations
 from rtdmd_jax.weights.hub import find
@@ -111,7 +112,7 @@ def _cut(config: Any, prompts: Prompts) -> list[str]:
 
 
 def _described(config: Any) -> list[str]:
-  """What is trained, and on which rewards."""
+  """Lines that say what is trained, and on which rewards."""
   model = config.model
   lines = [
     f"{config.stage}: {model.pretrained} at {model.image_size} pixels, {model.dtype}, adapters of"
@@ -133,7 +134,7 @@ def _reward(name: str, reward: Any) -> str:
 
 
 def _plan(config: Any) -> list[str]:
-  """What the run would do, step by step."""
+  """Lines that say what the run would do, step by step."""
   t, images = config.train, config.batch.prompts * config.batch.images_per_prompt
   lines = [f"would run: {config.stage}, {t.steps:,} steps of {images:,} images"]
   if config.stage == "stage1":

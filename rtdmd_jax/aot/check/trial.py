@@ -115,7 +115,7 @@ def _shown(value: object) -> str:
 
 @contextmanager
 def _said() -> Iterator[list[str]]:
-  """What the rewards log inside, which is kept from the terminal."""
+  """Collects the log of the rewards inside, which is kept from the terminal."""
   said: list[str] = []
   handler = logging.Handler()
   handler.emit = lambda record: said.append(record.getMessage())

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,22 +12,28 @@ import numpy as np
 
 from rtdmd_jax.models import score_head
 from rtdmd_jax.models.clip import CLIPVision
-from rtdmd_jax.models.encoders import load_clip_vision
+from rtdmd_jax.models.encoders import clip_vision_network
+from rtdmd_jax.models.network import param_shapes
 from rtdmd_jax.models.score_head import ScoreHead
 from rtdmd_jax.rewards.device.clip_reward import Transform, processor_transforms, unit
+from rtdmd_jax.rewards.device.description import Loadable, ReadFrom, RewardDescription
 from rtdmd_jax.weights.safetensors import params_from_tensors
 from rtdmd_jax.weights.state_dict import read_state_dict
 
 
 @dataclass(frozen=True, eq=False)
-class Aesthetic:
+class Aesthetic(Loadable):
   """How much people would like the picture, about 4 to 7; the prompt does not matter.
 
   Attributes:
     module: the image encoder.
     transform, gradient_transform: see `ClipReward`.
     params: `{"clip": ..., "head": ...}`.
+    text_length: the number of ids per prompt.
   """
+
+  PUBLISHED = MappingProxyType({"directory": "openai/clip-vit-large-patch14"})
+  text_length = 0
 
   module: CLIPVision
   transform: Transform
@@ -34,17 +41,19 @@ class Aesthetic:
   params: Any
 
   @classmethod
-  def from_pretrained(
+  def describe(
     cls,
+    read: ReadFrom,
     weights: str | os.PathLike,
     directory: str | os.PathLike,
     dtype: Any = jnp.float32,
     *,
     compat: bool = False,
-  ) -> "Aesthetic":
-    """Loads `sac+logos+ava1-l14-linearMSE.pth` and its image encoder.
+  ) -> RewardDescription:
+    """Describes `sac+logos+ava1-l14-linearMSE.pth` and its image encoder.
 
     Args:
+      read: reads config files.
       weights: the published head.
       directory: `openai/clip-vit-large-patch14`, or an image encoder of it alone, with
         preprocessor_config.json.
@@ -55,14 +64,22 @@ class Aesthetic:
     Raises:
       UserError: missing or broken files, or files that do not fit together.
     """
-    module, clip = load_clip_vision(directory, dtype=dtype)
-    own, _ = processor_transforms(directory, module.config, compat=False)
-    transform, _ = processor_transforms(directory, module.config, compat=compat)
+    network = clip_vision_network(read(directory, "config.json"), dtype=dtype)
+    module = network.module
+    own, _ = processor_transforms(read, directory, module.config, compat=False)
+    transform, _ = processor_transforms(read, directory, module.config, compat=compat)
     features = jnp.zeros((1, module.config.projection_dim))
-    shapes = jax.eval_shape(ScoreHead().init, jax.random.key(0), features)["params"]
-    tensors = read_state_dict(weights)
-    head = params_from_tensors(tensors, shapes, score_head.TABLE, source=weights)
-    return cls(module, transform, own, {"clip": clip, "head": head})
+    shapes = {
+      "clip": network.shapes,
+      "head": param_shapes(ScoreHead(), jnp.float32, features),
+    }
+
+    def load() -> "Aesthetic":
+      tensors, table = read_state_dict(weights), score_head.TABLE
+      head = params_from_tensors(tensors, shapes["head"], table, source=weights)
+      return cls(module, transform, own, {"clip": network.load(directory), "head": head})
+
+    return RewardDescription(cls(module, transform, own, shapes), load)
 
   def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
     """Nothing, [B, 0]."""

@@ -1,7 +1,9 @@
-"""What the scores by CLIP features of image and prompt have in common."""
+"""The common part of scores by CLIP features of image and prompt."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,15 +12,16 @@ import numpy as np
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.clip import CLIP
-from rtdmd_jax.models.clip_config import VisionConfig
+from rtdmd_jax.models.clip_config import TextConfig, VisionConfig
+from rtdmd_jax.models.tokenizer import load_tokenizer, tokenize
+from rtdmd_jax.rewards.device.description import Loadable, ReadFrom
 from rtdmd_jax.rewards.device.preprocess import ClipTransform
-from rtdmd_jax.weights.safetensors import read_config
 
 Transform = Callable[[jax.Array], jax.Array]
 
 
 @dataclass(frozen=True, eq=False)
-class ClipReward:
+class ClipReward(Loadable):
   """A CLIP model as a reward; its methods are pure in their array arguments.
 
   The score is the cosine of both features; subclasses may scale it.
@@ -37,6 +40,11 @@ class ClipReward:
   gradient_transform: Transform
   tokenize: Callable[[Sequence[str]], np.ndarray]
   params: Any
+
+  @property
+  def text_length(self) -> int:
+    """The number of ids per prompt."""
+    return self.module.config.text.max_position_embeddings
 
   def text_features(self, params: Any, ids: jax.Array) -> jax.Array:
     """Maps token ids [B, L] to float32 features [B, P] of length 1."""
@@ -84,10 +92,23 @@ def unit(x: jax.Array) -> jax.Array:
   return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def read_transform(directory: Any, vision: VisionConfig, **changes: str) -> ClipTransform:
+def processor_words(directory: Any, text: TextConfig) -> Callable[[Sequence[str]], np.ndarray]:
+  """The tokenizer in a processor's directory, for a text encoder: prompts to ids [B, L]."""
+  return partial(
+    tokenize,
+    load_tokenizer(Path(directory)),
+    length=text.max_position_embeddings,
+    vocabulary=text.vocab_size,
+  )
+
+
+def read_transform(
+  read: ReadFrom, directory: Any, vision: VisionConfig, **changes: str
+) -> ClipTransform:
   """The transform that preprocessor_config.json describes, for an image encoder.
 
   Args:
+    read: reads it.
     directory: holds the file.
     vision: the encoder, whose image size must be the file's.
     **changes: fields of `ClipTransform` that the file does not decide; `method` must be given.
@@ -95,7 +116,7 @@ def read_transform(directory: Any, vision: VisionConfig, **changes: str) -> Clip
   Raises:
     UserError: a missing or broken file, or another size.
   """
-  config = read_config(directory, "preprocessor_config.json")
+  config = read(directory, "preprocessor_config.json")
   transform = ClipTransform.from_dict(config, method=changes["method"])
   if transform.crop != vision.image_size:
     raise UserError(
@@ -106,14 +127,14 @@ def read_transform(directory: Any, vision: VisionConfig, **changes: str) -> Clip
 
 
 def processor_transforms(
-  directory: Any, vision: VisionConfig, *, compat: bool
+  read: ReadFrom, directory: Any, vision: VisionConfig, *, compat: bool
 ) -> tuple[ClipTransform, ClipTransform]:
   """Transforms for scores and for gradients of rewards that use CLIP's own image processor.
 
   Both are the same antialiased cubic resize and crop. With `compat`, scores are Pillow's on 8-bit
   images, to the rounding, and gradients go through a bilinear resize, as in RTDMD's released code.
   """
-  own = read_transform(directory, vision, method="bicubic", margin="down")
+  own = read_transform(read, directory, vision, method="bicubic", margin="down")
   if not compat:
     return own, own
   return replace(own, rounding="pillow"), replace(own, method="bilinear", margin="even")

@@ -2,15 +2,15 @@
 
 import os
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
 
-from rtdmd_jax.models.encoders import load_clip
-from rtdmd_jax.models.tokenizer import load_tokenizer, tokenize
-from rtdmd_jax.rewards.device.clip_reward import ClipReward, read_transform
+from rtdmd_jax.models.encoders import clip_network
+from rtdmd_jax.models.tokenizer import no_tokenizer
+from rtdmd_jax.rewards.device.clip_reward import ClipReward, processor_words, read_transform
+from rtdmd_jax.rewards.device.description import ReadFrom, RewardDescription
 
 
 class ClipScore(ClipReward):
@@ -19,18 +19,22 @@ class ClipScore(ClipReward):
   This is what text-to-image work reports, about 0.2 to 0.35 for ViT-L/14.
   """
 
+  PUBLISHED = MappingProxyType({"directory": "openai/clip-vit-large-patch14"})
+
   @classmethod
-  def from_pretrained(
+  def describe(
     cls,
+    read: ReadFrom,
     directory: str | os.PathLike,
     dtype: Any = jnp.float32,
     *,
     method: str = "bilinear",
     compat: bool = False,
-  ) -> "ClipScore":
-    """Loads a `CLIPModel` directory with its tokenizer and preprocessor files.
+  ) -> RewardDescription:
+    """Describes a `CLIPModel` directory with its tokenizer and preprocessor files.
 
     Args:
+      read: reads config files.
       directory: holds config.json, the weights, tokenizer files and preprocessor_config.json.
       dtype: type of the encoders' computation and parameters; resizing and cosines are float32.
       method: "bilinear", as RTDMD's CLIPScore resizes, or "bicubic", as CLIP itself does.
@@ -39,13 +43,13 @@ class ClipScore(ClipReward):
     Raises:
       UserError: missing or broken files, or files that do not fit together.
     """
-    module, params = load_clip(directory, dtype=dtype)
-    own = read_transform(directory, module.config.vision, method=method)
+    network = clip_network(read(directory, "config.json"), dtype=dtype)
+    module = network.module
+    own = read_transform(read, directory, module.config.vision, method=method)
     transform = replace(own, rounding="bytes") if compat else own
-    words = partial(
-      tokenize,
-      load_tokenizer(Path(directory)),
-      length=module.config.text.max_position_embeddings,
-      vocabulary=module.config.text.vocab_size,
-    )
-    return cls(module, transform, own, words, params)
+
+    def load() -> "ClipScore":
+      words = processor_words(directory, module.config.text)
+      return cls(module, transform, own, words, network.load(directory))
+
+    return RewardDescription(cls(module, transform, own, no_tokenizer, network.shapes), load)

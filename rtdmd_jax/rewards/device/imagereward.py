@@ -4,8 +4,8 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -15,14 +15,16 @@ import numpy as np
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.blip import IGNORED_KEYS, TABLE, BlipVisionConfig, ImageRewardNet
 from rtdmd_jax.models.med import MedConfig
+from rtdmd_jax.models.network import param_shapes
 from rtdmd_jax.rewards.device.clip_reward import Transform
+from rtdmd_jax.rewards.device.description import Loadable, ReadFrom, RewardDescription
 from rtdmd_jax.rewards.device.preprocess import (
   CLIP_MEAN,
   CLIP_STD,
   ClipTransform,
   StretchTransform,
 )
-from rtdmd_jax.weights.safetensors import params_from_tensors, read_config
+from rtdmd_jax.weights.safetensors import params_from_tensors
 from rtdmd_jax.weights.state_dict import read_state_dict
 
 # Statistics of raw scores on ImageReward's validation images.
@@ -35,7 +37,7 @@ _HEAD = 64
 
 
 @dataclass(frozen=True, eq=False)
-class ImageReward:
+class ImageReward(Loadable):
   """A standardised score, about -2.5 to 2; its methods are pure in their array arguments.
 
   The text encoder looks at the image, so prompts cannot be encoded ahead: their "features" are the
@@ -46,7 +48,11 @@ class ImageReward:
     transform, gradient_transform: see `ClipReward`.
     tokenizer: BERT's, with BLIP's two extra tokens.
     params: the loaded parameters.
+    text_length: the number of ids per prompt.
   """
+
+  PUBLISHED = MappingProxyType({"weights": "zai-org/ImageReward/ImageReward.pt"})
+  text_length = _LENGTH
 
   module: ImageRewardNet
   transform: Transform
@@ -55,17 +61,22 @@ class ImageReward:
   params: Any
 
   @classmethod
-  def from_pretrained(
+  def describe(
     cls,
+    read: ReadFrom,
     weights: str | os.PathLike,
     tokenizer: str | os.PathLike,
     dtype: Any = jnp.float32,
     *,
     compat: bool = False,
-  ) -> "ImageReward":
-    """Loads `ImageReward.pt` of `THUDM/ImageReward`.
+  ) -> RewardDescription:
+    """Describes `ImageReward.pt` of `THUDM/ImageReward`.
+
+    The sizes of the image encoder are those of the tensors in the file; where it is missing, the
+    published ones.
 
     Args:
+      read: reads config files.
       weights: the published file, with med_config.json beside it.
       tokenizer: directory of `bert-base-uncased` (vocab.txt or tokenizer.json).
       dtype: type of the encoders' computation and parameters; resizing and head are float32.
@@ -75,26 +86,29 @@ class ImageReward:
     Raises:
       UserError: missing or broken files, or files that do not fit together.
     """
-    text = MedConfig.from_dict(read_config(Path(weights).parent, "med_config.json"))
-    words = load_bert_tokenizer(tokenizer)
-    if len(words) > text.vocab_size:
-      raise UserError(
-        f"{tokenizer} has {len(words)} tokens with BLIP's, but vocab_size in med_config.json beside"
-        f" {weights} is {text.vocab_size}; give bert-base-uncased."
-      )
-    tensors = read_state_dict(weights)
-    vision = _vision_config(tensors, weights)
+    text = MedConfig.from_dict(read(Path(weights).parent, "med_config.json"))
+    vision = BlipVisionConfig()
+    if Path(weights).is_file():
+      vision = _vision_config(read_state_dict(weights), weights)
     module = ImageRewardNet(vision, text, dtype)
     ids, side = jnp.zeros((1, _LENGTH), jnp.int32), vision.image_size
-    inputs = ids, ids > 0, jnp.zeros((1, side, side, 3))
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    load = partial(params_from_tensors, source=weights, dtype=dtype, ignore=IGNORED_KEYS)
-    params = load(tensors, shapes, TABLE)
-    own = ClipTransform(side, side, CLIP_MEAN, CLIP_STD, "bicubic")
-    if not compat:
-      return cls(module, own, own, words, params)
-    stretch = StretchTransform(side, CLIP_MEAN, CLIP_STD)
-    return cls(module, replace(own, rounding="pillow"), stretch, words, params)
+    shapes = param_shapes(module, dtype, ids, ids > 0, jnp.zeros((1, side, side, 3)))
+    own = gradient = ClipTransform(side, side, CLIP_MEAN, CLIP_STD, "bicubic")
+    if compat:
+      own, gradient = replace(own, rounding="pillow"), StretchTransform(side, CLIP_MEAN, CLIP_STD)
+
+    def load() -> "ImageReward":
+      words = load_bert_tokenizer(tokenizer)
+      if len(words) > text.vocab_size:
+        raise UserError(
+          f"{tokenizer} has {len(words)} tokens with BLIP's, but vocab_size in med_config.json"
+          f" beside {weights} is {text.vocab_size}; give bert-base-uncased."
+        )
+      tensors = read_state_dict(weights)
+      params = params_from_tensors(tensors, shapes, TABLE, source=weights, ignore=IGNORED_KEYS)
+      return cls(module, own, gradient, words, params)
+
+    return RewardDescription(cls(module, own, gradient, None, shapes), load)
 
   def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
     """Maps prompts to ids [B, 35], padded with 0 and truncated."""

@@ -1,16 +1,16 @@
 """PickScore: CLIP ViT-H/14 tuned on people's choices (arXiv 2305.01569), differentiable."""
 
 import os
-from functools import partial
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from rtdmd_jax.models.encoders import load_clip
-from rtdmd_jax.models.tokenizer import load_tokenizer, tokenize
-from rtdmd_jax.rewards.device.clip_reward import ClipReward, processor_transforms
+from rtdmd_jax.models.encoders import clip_network
+from rtdmd_jax.models.tokenizer import no_tokenizer
+from rtdmd_jax.rewards.device.clip_reward import ClipReward, processor_transforms, processor_words
+from rtdmd_jax.rewards.device.description import ReadFrom, RewardDescription
 
 # Brings the scaled cosine near 1, as Flow-GRPO and RTDMD train on; published tables leave it out.
 _SCALE = 26.0
@@ -19,18 +19,27 @@ _SCALE = 26.0
 class PickScore(ClipReward):
   """`exp(logit_scale) * cosine / 26`, about 0.75 to 0.95."""
 
+  PUBLISHED = MappingProxyType(
+    {
+      "directory": "yuvalkirstain/PickScore_v1",
+      "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    }
+  )
+
   @classmethod
-  def from_pretrained(
+  def describe(
     cls,
+    read: ReadFrom,
     directory: str | os.PathLike,
     dtype: Any = jnp.float32,
     *,
     processor: str | os.PathLike | None = None,
     compat: bool = False,
-  ) -> "PickScore":
-    """Loads `yuvalkirstain/PickScore_v1`.
+  ) -> RewardDescription:
+    """Describes `yuvalkirstain/PickScore_v1`.
 
     Args:
+      read: reads config files.
       directory: holds config.json and the safetensors weights.
       dtype: type of the encoders' computation and parameters; resizing and cosines are float32.
       processor: holds the tokenizer and preprocessor_config.json, published as
@@ -40,16 +49,16 @@ class PickScore(ClipReward):
     Raises:
       UserError: missing or broken files, or files that do not fit together.
     """
-    files = Path(directory if processor is None else processor)
-    module, params = load_clip(directory, dtype=dtype)
-    transforms = processor_transforms(files, module.config.vision, compat=compat)
-    words = partial(
-      tokenize,
-      load_tokenizer(files),
-      length=module.config.text.max_position_embeddings,
-      vocabulary=module.config.text.vocab_size,
-    )
-    return cls(module, *transforms, words, params)
+    files = directory if processor is None else processor
+    network = clip_network(read(directory, "config.json"), dtype=dtype)
+    module = network.module
+    transforms = processor_transforms(read, files, module.config.vision, compat=compat)
+
+    def load() -> "PickScore":
+      words = processor_words(files, module.config.text)
+      return cls(module, *transforms, words, network.load(directory))
+
+    return RewardDescription(cls(module, *transforms, no_tokenizer, network.shapes), load)
 
   def from_cosine(self, params: Any, cosine: jax.Array) -> jax.Array:
     """See the class."""

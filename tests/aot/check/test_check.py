@@ -237,20 +237,15 @@ def test_what_is_too_large_for_a_device(monkeypatch):
   assert report.problems[0].startswith("0.00 GB must stay on every device, which has 0.00 GB")
 
 
-def test_heads_and_batches_divide_over_the_mesh(monkeypatch):
-  config = load()
+def test_heads_divide_over_the_mesh(monkeypatch):
   net = SimpleNamespace(config=SimpleNamespace(num_attention_heads=4))
   setup = SimpleNamespace(pipeline=SimpleNamespace(transformer=net))
   shape = {"data": 2, "fsdp": 3, "tensor": 2}
   monkeypatch.setattr(sharding, "current", lambda: SimpleNamespace(shape=shape))
-  monkeypatch.setattr(sharding, "batch_parts", lambda: shape["data"] * shape["fsdp"])
-  programs._divides(config, setup)
+  programs._heads_divide(setup)
   shape["tensor"] = 3
   with pytest.raises(UserError, match="does not divide the transformer's 4 attention heads"):
-    programs._divides(config, setup)
-  shape["fsdp"] = 5
-  with pytest.raises(UserError, match="make it a multiple of 10"):
-    programs._divides(config, setup)
+    programs._heads_divide(setup)
 
 
 def test_workdirs(tmp_path):

@@ -1,19 +1,30 @@
 """Config files of the published checkpoints, so that shapes are known without downloading any.
 
 `PUBLISHED` maps a directory's name to its files, each the part of the published JSON that decides
-shapes. Values are those of the model cards' repositories on huggingface.co, and of
-`openai/clip-vit-large-patch14`, `laion/CLIP-ViT-H-14-laion2B-s32B-b79K` and `Qwen/Qwen3-4B`, `-8B`.
+shapes. A file is known by its folder, the few that lie beside another by their own name. Values are
+those of the model cards' repositories on huggingface.co, and of `openai/clip-vit-large-patch14`,
+`laion/CLIP-ViT-H-14-laion2B-s32B-b79K`, `zai-org/ImageReward` and `Qwen/Qwen3-4B`, `-8B`.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.weights import hub
-from rtdmd_jax.weights.safetensors import read_config
+from rtdmd_jax.weights.directory import read_config
+from rtdmd_jax.weights.source import Source
 
 Files = dict[str, dict[str, Any]]
+
+_PROCESSOR, _MED = "preprocessor_config.json", "med_config.json"
+_CLIP_PROCESSOR = {
+  "size": 224,
+  "crop_size": 224,
+  "image_mean": (0.48145466, 0.4578275, 0.40821073),
+  "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
 
 _CLIP_L_TEXT = {
   "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768, "num_hidden_layers": 12,
@@ -73,6 +84,7 @@ def _sd3(**transformer: Any) -> Files:
     "text_encoder_2": _CLIP_G_TEXT | {"architectures": ["CLIPTextModelWithProjection"]},
     "text_encoder_3": _T5_XXL,
     "tokenizer": {"model_max_length": 77},
+    "tokenizer_2": {"model_max_length": 77},
     "tokenizer_3": {"model_max_length": 512},
   }  # fmt: skip
 
@@ -118,9 +130,10 @@ PUBLISHED: dict[str, Files] = {
   "FLUX.2-klein-base-4B": _KLEIN_4B,
   "FLUX.2-klein-9B": _KLEIN_9B,
   "FLUX.2-klein-base-9B": _KLEIN_9B,
-  "clip-vit-large-patch14": {"": _CLIP_L},
-  "CLIP-ViT-H-14-laion2B-s32B-b79K": {"": _CLIP_H},
-  "PickScore_v1": {"": _CLIP_H},
+  "clip-vit-large-patch14": {"": _CLIP_L, _PROCESSOR: _CLIP_PROCESSOR},
+  "CLIP-ViT-H-14-laion2B-s32B-b79K": {"": _CLIP_H, _PROCESSOR: _CLIP_PROCESSOR},
+  "PickScore_v1": {"": _CLIP_H, _PROCESSOR: _CLIP_PROCESSOR},
+  "ImageReward": {_MED: {}},  # the defaults of `MedConfig`
 }
 
 
@@ -145,4 +158,20 @@ def read(directory: str | Path, part: str = "", file: str = "config.json") -> di
       f"{directory} does not exist, and no published checkpoint of that name is known; known are"
       f" {', '.join(PUBLISHED)}."
     )
-  return PUBLISHED[name][part]
+  known = PUBLISHED[name].get(file if file in (_PROCESSOR, _MED) else part)
+  if known is None:
+    raise UserError(f"{directory} does not exist, and of the published {name} no {file} is known.")
+  return known
+
+
+def _locate(name: str | os.PathLike, kind: str) -> Path:
+  return hub.find(name, kind) or Path(name)
+
+
+def _read(directory: str | os.PathLike, file: str) -> dict[str, Any]:
+  path = PurePath(file)
+  return read(directory, "" if len(path.parts) == 1 else str(path.parent), path.name)
+
+
+# Models of this machine, and the published ones where they are missing; nothing is downloaded.
+PUBLISHED_SOURCE = Source(_locate, _read)
