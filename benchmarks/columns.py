@@ -174,7 +174,9 @@ def shared_noise(rows: Rows) -> Rows:
 
 def estimates(rows: Rows) -> Rows:
   """What each estimator should give, what it gives, and what a simpler one gives."""
-  (ambient,), (consistency,), (hybrid,) = (part(n)(rows) for n in ("ambient", "consistency", "hybrid"))
+  (ambient,), (consistency,), (hybrid,) = (
+    part(n)(rows) for n in ("ambient", "consistency", "hybrid")
+  )
   made = [
     {
       "quantity": f"ambient target, chi2 per cell at s = {level['s']:g}, t = {level['t']:g}",
@@ -210,10 +212,9 @@ def against_first(rows: Rows) -> Rows:
   made = []
   for row in rows:
     other = first[row["seed"]]
-    differences = {
-      f"{key}_against": row[key] - other[key] for key in ("clipscore", "geneval") if row is not other
-    }
-    made.append(row | differences)
+    if row is not other:
+      row = row | {f"{key}_against": row[key] - other[key] for key in ("clipscore", "geneval")}
+    made.append(row)
   return made
 
 

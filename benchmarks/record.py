@@ -1,14 +1,16 @@
-"""Results of benchmarks: one JSON file per table in benchmarks/results/, which says how it was made.
+"""Results of benchmarks: one JSON file per table, which says how it was made.
 
 The fields are described in benchmarks/results/README.md.
 """
 
+import argparse
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,22 +25,29 @@ def read(name: str) -> list[dict[str, Any]]:
   return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
-def write(name: str, rows: list[dict[str, Any]], command: str | None = None) -> None:
-  """Replaces a result, with the machine, commit and date of this process.
+def add_flag(parser: argparse.ArgumentParser) -> None:
+  """Adds `--save`."""
+  parser.add_argument("--save", action="store_true", help="keep the rows in benchmarks/results/")
+
+
+def write(name: str, rows: list[dict[str, Any]], keys: Sequence[str] = ()) -> None:
+  """Writes a result, with the machine, commit, date and command of this process.
 
   Args:
     name: of the file in benchmarks/results/, without its ending.
     rows: a dictionary of plain values per row.
-    command: what made them; the command line of this process by default.
+    keys: fields that name a row. Stored rows of other names stay, and keep their provenance in
+      fields of their own. Without keys all stored rows go.
   """
-  result = {
-    "machine": machine(),
-    "commit": commit(),
-    "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    "command": command or command_line(),
-    "rows": rows,
-  }
-  (RESULTS / f"{name}.json").write_text(text_of(result))
+  date = datetime.now(UTC).strftime("%Y-%m-%d")
+  made = {"machine": machine(), "commit": commit(), "date": date, "command": command_line()}
+  path = RESULTS / f"{name}.json"
+  if keys and path.exists():
+    name_of = lambda row: [row.get(key) for key in keys]  # noqa: E731
+    stored, new = json.loads(path.read_text()), [name_of(row) for row in rows]
+    other = {key: stored[key] for key in made if stored[key] != made[key]}
+    rows = [*(other | row for row in stored["rows"] if name_of(row) not in new), *rows]
+  path.write_text(text_of(made | {"rows": rows}))
 
 
 def text_of(result: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import argparse
 import re
 import string
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,19 @@ def render(table: Table, rows: list[dict[str, Any]] | None = None) -> str:
   """
   if rows is None:
     rows = record.read(table.result)
-  lines = [[_cell(template, row) for template in table.columns.values()] for row in table.rows(rows)]
-  aligned = ["---:" if lines and all(map(_NUMBER.fullmatch, c)) else "---" for c in zip(*lines)]
+  columns = table.columns.values()
+  lines = [[_cell(template, row) for template in columns] for row in table.rows(rows)]
+  aligned = ["---:" if all(map(_NUMBER.fullmatch, c)) else "---" for c in zip(*lines, strict=True)]
   titles = [title.strip() for title in table.columns]  # a space tells two of a name apart
   written = [titles, aligned or ["---"] * len(table.columns), *lines]
   return "\n".join(f"| {' | '.join(cells)} |" for cells in written)
+
+
+def report(name: str, rows: list[dict[str, Any]], save: bool, keys: Sequence[str] = ()) -> None:
+  """Prints a benchmark's rows as the table of its name, and keeps them if told so."""
+  print(render(TABLES[name], rows), flush=True)
+  if save:
+    record.write(TABLES[name].result, rows, keys)
 
 
 def _cell(template: str, row: dict[str, Any]) -> str:
@@ -59,6 +68,11 @@ def _cell(template: str, row: dict[str, Any]) -> str:
   if any(row.get(name) is None for name in names):
     return ""
   return formatter.format(template, **row)
+
+
+def names(text: str) -> list[str]:
+  """The tables of a page."""
+  return [match[2] for match in _MARKED.finditer(text)]
 
 
 def rewritten(text: str) -> str:
