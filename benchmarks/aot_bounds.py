@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record, tables
-from benchmarks.columns import BACKBONES
+from benchmarks.selections import BACKBONES
 
 PROGRAMS = {"stage1": ("fake_score", "generator"), "stage2": ("rollout", "fake_score", "policy")}
 

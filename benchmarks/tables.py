@@ -4,7 +4,8 @@
   python -m benchmarks.tables --check    # exits with 1 if a page differs
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Its numbers come from a file in
-benchmarks/results/, its columns from benchmarks/columns.py.
+benchmarks/results/, its columns from benchmarks/columns.py and
+its rows, where they are grouped or compared, from benchmarks/selections.py.
 """
 
 import argparse

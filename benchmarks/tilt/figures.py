@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 
 from benchmarks import record
-from benchmarks.columns import part
+from benchmarks.selections import part
 from benchmarks.tilt.run import HISTOGRAM, PLACE
 
 matplotlib.use("Agg")
