@@ -4,8 +4,8 @@
   python -m benchmarks.tables --check    # exits with 1 if a page differs
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Its numbers come from a file in
-benchmarks/results/, its columns from benchmarks/columns.py and
-its rows, where they are grouped or compared, from benchmarks/selections.py.
+benchmarks/results/, and its columns from benchmarks/columns.py. Rows that are grouped or compared
+come from benchmarks/selections.py.
 """
 
 import argparse

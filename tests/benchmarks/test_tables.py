@@ -17,7 +17,7 @@ def test_every_result_is_complete_and_on_a_page():
   printed = {name for page in tables.pages() for name in tables.names(page.read_text())}
   stored = {path.stem for path in record.RESULTS.glob("*.json")}
   used = {TABLES[name].result for name in printed}
-  # Joined to others by functions of benchmarks/columns.py.
+  # Joined to others in benchmarks/selections.py.
   assert stored == used | {"hardware_compiled", "tilt_long"}
   for name in stored:
     result = json.loads((record.RESULTS / f"{name}.json").read_text())
