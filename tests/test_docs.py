@@ -353,11 +353,12 @@ def _metrics():
   }
   for pattern in patterns:
     head, slash, tail = pattern.partition("/")
-    if not slash or not re.fullmatch(r"[a-z_*]+/[a-z_*]+", pattern) or head == tail == "*":
+    if not slash or not re.fullmatch(r"[a-z_*]+/[a-z_*]+", pattern):
       continue
     heads = "|".join(NETWORKS) if head == "*" else head
-    if "*" not in tail or head in fillers:
-      yield re.compile(f"({heads})/{tail.replace('*', f'({fillers.get(head)})')}")
+    filler = fillers.get(NETWORKS[0] if head == "*" else head)
+    if "*" not in tail or filler:
+      yield re.compile(f"({heads})/{tail.replace('*', f'({filler})')}")
 
 
 def test_metrics():
