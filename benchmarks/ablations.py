@@ -1,6 +1,6 @@
 """The paper's ablations on the shipped tiny pipeline, and ours of its deviations.
 
-python -m benchmarks.ablations                      # all that ablations.json lacks; hours
+python -m benchmarks.ablations                      # all that the results lack; hours
 python -m benchmarks.ablations --only=stage1 --seeds 0
 python -m benchmarks.ablations --table              # prints what there is
 
@@ -10,7 +10,6 @@ prompt. Results are kept after every run, and a run that is there is not run aga
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -18,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import record, tables
+from benchmarks.columns import TABLES
 from rtdmd_jax.config import load_config
 from rtdmd_jax.evaluate import systems
 from rtdmd_jax.evaluate.evaluator import Evaluator
@@ -26,7 +27,6 @@ from rtdmd_jax.training.setup import build
 from rtdmd_jax.training.stages import initial_state, make_step, step_batch
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/ablations.json"
 IMAGES = 4
 _TEACHER: list[np.ndarray] = []  # features of its images, drawn once a process
 
@@ -40,8 +40,6 @@ _ALL_STEPS = ("policy.num_train_steps=3",)
 _ONE_STEP = ("policy.num_train_steps=1",)
 _NO_CONSISTENCY = ("dmd.consistency.weight=0.0",)
 
-# What the other variants of a stage are compared with.
-REFERENCES = {"stage1": "A-DMD", "stage2": "M = 2 and last step"}
 VARIANTS = {
   "stage1": {
     "no training": ("train.steps=0",),
@@ -131,56 +129,26 @@ def _kid(x: np.ndarray, y: np.ndarray) -> float:
   return within - 2 * (xy.sum() - np.trace(xy)) / (n * (n - 1))
 
 
-def table(stage: str, results: dict) -> str:
-  """Markdown: means over seeds, and differences from the stage's reference with the same seed."""
-  found, reference = results.get(stage, {}), REFERENCES[stage]
-  keys = {
-    "clipscore": "CLIPScore",
-    "geneval": "GenEval, soft",
-    "distance": "distance to the teacher",
-  }
-  title = " | ".join(f"{name} | against {reference}" for name in keys.values())
-  lines = [f"| variant | seeds | {title} |", f"|---|---|{'---|' * 2 * len(keys)}"]
-  for variant in VARIANTS[stage]:
-    rows = found.get(variant, {})
-    if rows:
-      cells = [c for key in keys for c in _cells(rows, found.get(reference, {}), key)]
-      lines.append(f"| {variant} | {len(rows)} | {' | '.join(cells)} |")
-  return "\n".join(lines)
-
-
-def _cells(rows: dict, reference: dict, key: str) -> tuple[str, str]:
-  """Mean over seeds; mean, smallest and largest difference from `reference` seed by seed."""
-  values = [row[key] for row in rows.values()]
-  digits = 1 if key == "distance" else 3
-  pairs = [row[key] - reference[seed][key] for seed, row in rows.items() if seed in reference]
-  if rows is reference or not pairs:
-    return f"{np.mean(values):.{digits}f}", ""
-  mean, low, high = (f"{f(pairs):+.{digits}f}" for f in (np.mean, min, max))
-  return f"{np.mean(values):.{digits}f}", f"{mean} ({low} to {high})"
-
-
 def main():
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--only", choices=STAGES, action="append", help="stage to run")
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
   parser.add_argument("--table", action="store_true", help="print the results and run nothing")
-  parser.add_argument("--out", type=Path, default=RESULTS)
   options = parser.parse_args()
-  results = json.loads(options.out.read_text()) if options.out.exists() else {}
-  chosen = options.only or list(STAGES)
+  keys, chosen = ("stage", "variant", "seed"), options.only or list(STAGES)
+  done = {tuple(row[key] for key in keys) for row in record.read("ablations")}
   for seed in () if options.table else options.seeds:
     for stage in chosen:
       for variant in VARIANTS[stage]:
-        done = results.setdefault(stage, {}).setdefault(variant, {})
-        if str(seed) in done:
+        place = (stage, variant, seed)
+        if place in done:
           continue
-        done[str(seed)] = row = run(stage, variant, seed)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-        numbers = "  ".join(f"{key} {value:.4f}" for key, value in row.items())
-        print(f"{stage}  {variant}  seed {seed}  {numbers}", flush=True)
+        row = dict(zip(keys, place, strict=True)) | run(*place)
+        record.write("ablations", [row], keys)
+        numbers = "  ".join(f"{key} {value}" for key, value in row.items())
+        print(numbers, flush=True)
   for stage in chosen:
-    print(f"\n{stage}\n\n{table(stage, results)}")
+    print(f"\n{stage}\n\n{tables.render(TABLES[f'ablations_{stage}'])}")
 
 
 if __name__ == "__main__":

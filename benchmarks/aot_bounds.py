@@ -4,8 +4,7 @@ python -m benchmarks.aot_bounds configs/flux2_stage2.py v5e:8x8 batch.micro_batc
 
 `python -m rtdmd_jax.aot` compiles to the end, minutes a program. All that it reports but the size
 of the code is known before libtpu generates code: here a process of its own compiles each program,
-and is stopped as soon as libtpu has written its text and its memory. Prints rows of
-docs/hardware.md.
+and is stopped as soon as libtpu has written its text and its memory.
 """
 
 import argparse
@@ -18,12 +17,12 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from benchmarks import record, tables
+from benchmarks.selections import BACKBONES
 
 PROGRAMS = {"stage1": ("fake_score", "generator"), "stage2": ("rollout", "fake_score", "policy")}
-HEAD = (
-  "stage, slice, program", "TFLOP a device", "traffic TB", "sent GB", "peak GiB of HBM, no code",
-  "bound s", "by", "MFU at most", "seconds",
-)  # fmt: skip
 
 
 def main() -> None:
@@ -32,6 +31,7 @@ def main() -> None:
   parser.add_argument("topology", help="of TPUs, such as v5e:8x8")
   parser.add_argument("overrides", nargs="*", help="key=value of the config")
   parser.add_argument("--only", help="one program")
+  record.add_flag(parser)
   options = parser.parse_intermixed_args()
   from rtdmd_jax.config import load_config
   from rtdmd_jax.errors import UserError
@@ -44,17 +44,22 @@ def main() -> None:
     parser.error(f"stage is {stage!r}; use one of {', '.join(PROGRAMS)}.")
   if options.only and options.only not in PROGRAMS[stage]:
     parser.error(f"--only is {options.only!r}; the programs are {', '.join(PROGRAMS[stage])}.")
-  print("|".join(("", *HEAD, "")), "|---" * len(HEAD) + "|", sep="\n", flush=True)
+  family, rows = Path(options.config).stem.rpartition("_")[0], []
+  place = {
+    "backbone": BACKBONES.get(family, family), "stage": int(stage[-1]), "slice": options.topology,
+    "command": record.command_line().replace(" --save", ""),
+  }  # fmt: skip
   for name in (options.only,) if options.only else PROGRAMS[stage]:
     begin = time.perf_counter()
-    cells = measure(options.config, options.overrides, options.topology, name)
-    where = f"{Path(options.config).stem} {options.topology} `{name}`"
-    row = ("", where, *cells, f"{time.perf_counter() - begin:.0f}", "")
-    print(" | ".join(row).strip(), flush=True)
+    row = measure(options.config, options.overrides, options.topology, name)
+    rows.append(place | {"program": name} | row)
+    print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+  keys = ("backbone", "stage", "slice", "setting", "program")
+  tables.report("hardware_bounds", rows, options.save, keys)
 
 
-def measure(config: str, overrides: list[str], topology: str, name: str) -> tuple[str, ...]:
-  """One program's cells between its name and the seconds."""
+def measure(config: str, overrides: list[str], topology: str, name: str) -> dict[str, Any]:
+  """What one program needs of a device."""
   from rtdmd_jax.aot.hlo import traffic
   from rtdmd_jax.runtime import chips
 
@@ -74,11 +79,11 @@ def measure(config: str, overrides: list[str], topology: str, name: str) -> tupl
   times = chips.roofline(chip, known["flops"], moved.memory, sent)
   used = allocated(allocations) + known["resident"]
   slowest = max(("compute", "memory", "network"), key=times.get)
-  return (
-    digits(known["flops"] / 1e12), digits(moved.memory / 1e12), digits(sent / 1e9),
-    f"{used / 2**30:.2f} of {chip.hbm / 2**30:.2f}", digits(times["seconds"]),
-    slowest.replace("compute", "arithmetic"), f"{times['mfu_bound']:.0%}",
-  )  # fmt: skip
+  return {
+    "tflop": known["flops"] / 1e12, "traffic_tb": moved.memory / 1e12, "sent_gb": sent / 1e9,
+    "peak_gib": used / 2**30, "limit_gib": chip.hbm / 2**30, "bound_s": times["seconds"],
+    "bound_by": slowest.replace("compute", "arithmetic"), "mfu_bound": times["mfu_bound"],
+  }  # fmt: skip
 
 
 def allocated(text: str) -> int:
@@ -86,11 +91,6 @@ def allocated(text: str) -> int:
   found = re.findall(r"^allocation \d+: (?:0x\w+, )?size (\d+)(.*)$", text, re.MULTILINE)
   # A color is another memory; "thread-local" are the operands inside of fusions.
   return sum(int(n) for n, rest in found if not re.search(r"color [1-9]|thread-local", rest))
-
-
-def digits(x: float) -> str:
-  """Three digits at least."""
-  return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 @contextmanager

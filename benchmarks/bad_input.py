@@ -1,4 +1,4 @@
-"""Reads generated bad input and counts what becomes of it, as a table in markdown.
+"""Reads generated bad input and counts what becomes of it, as a table.
 
 python -m benchmarks.bad_input --examples=400
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
+from benchmarks import record, tables
 from tests.support.bad_inputs import SURFACES, Surface, outcome, service
 
 
@@ -51,11 +52,10 @@ def main() -> int:
   parser.add_argument("--examples", type=int, default=400, help="of each kind of input")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--only", default="", help="kinds whose name holds this")
+  record.add_flag(parser)
   options = parser.parse_args()
-  print("| input | generated | refused in a sentence | harmless, accepted | anything else |")
-  print("|---|---:|---:|---:|---:|")
   total: Counter[str] = Counter()
-  found = {}
+  rows, found = [], {}
   with service():
     for surface in SURFACES:
       if options.only not in surface.name:
@@ -63,16 +63,19 @@ def main() -> int:
       counts, defects = campaign(surface, options.examples, options.seed)
       total += counts
       found |= {f"{surface.name}: {kind}": text for kind, text in defects.items()}
-      print(_row(surface.name, counts), flush=True)
-  print(_row("all", total))
+      rows.append(_row(surface.name, counts))
+      print(rows[-1], file=sys.stderr, flush=True)
+  tables.report("bad_input", [*rows, _row("all", total)], options.save)
   for kind, text in found.items():
     print(f"\n{kind}\n{text}")
   return 1 if found else 0
 
 
-def _row(name: str, counts: Counter) -> str:
-  numbers = [counts.total(), counts["refused"], counts["accepted"], counts["defect"]]
-  return f"| {name} | {' | '.join(f'{n:,}' for n in numbers)} |"
+def _row(name: str, counts: Counter) -> dict[str, str | int]:
+  return {
+    "input": name, "generated": counts.total(), "refused": counts["refused"],
+    "accepted": counts["accepted"], "defects": counts["defect"],
+  }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from benchmarks import record, tables
 from rtdmd_jax.config import load_config
 from rtdmd_jax.runtime.checkpoint import Checkpoints
 from rtdmd_jax.runtime.sharding import make_mesh
@@ -22,7 +24,7 @@ from rtdmd_jax.training.setup import build
 from rtdmd_jax.training.stages import initial_state, make_step, step_batch
 
 
-def measure(config, blocks: int, steps: int, folder: Path) -> str:
+def measure(config, blocks: int, steps: int, folder: Path) -> dict[str, Any]:
   setup = build(config)
   state = jax.jit(lambda: initial_state(config, setup))()
   step_fn = make_step(config, setup)
@@ -44,10 +46,11 @@ def measure(config, blocks: int, steps: int, folder: Path) -> str:
   step = statistics.median(plain) / steps
   extra = statistics.median(b - a for a, b in zip(plain, saving, strict=True))
   every = config.train.save_every
-  return (
-    f"| {config.stage} | {size:.1f} MB | {step:.2f} s | {statistics.median(still):.2f} s"
-    f" | {extra:.2f} s | {every} | {100 * extra / (every * step):.2f} % |"
-  )
+  return {
+    "stage": config.stage, "state_mb": size, "step_seconds": step,
+    "still_seconds": statistics.median(still), "longer_seconds": extra, "save_every": every,
+    "cost": extra / (every * step),
+  }  # fmt: skip
 
 
 def main() -> None:
@@ -55,12 +58,12 @@ def main() -> None:
   parser.add_argument("--config", required=True)
   parser.add_argument("--blocks", type=int, default=10, help="with a save, and as many without")
   parser.add_argument("--steps", type=int, default=9, help="steps a block")
+  record.add_flag(parser)
   options = parser.parse_args()
   config = load_config(options.config)
-  print("| stage | state | step | save stands still | longer | save_every | cost |")
-  print("|---|---:|---:|---:|---:|---:|---:|")
   with jax.set_mesh(make_mesh(**config.mesh)), tempfile.TemporaryDirectory() as folder:
-    print(measure(config, options.blocks, options.steps, Path(folder)))
+    row = measure(config, options.blocks, options.steps, Path(folder))
+  tables.report("checkpoint_cost", [row], options.save, ("stage",))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ the float32 network, for the shipped tiny SD3 pipeline and for a small FLUX.2-kl
 weights. Beside it bfloat16 alone, and both.
 """
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import rtdmd_jax
+from benchmarks import record, tables
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.pipeline import Pipeline
 from rtdmd_jax.weights.safetensors import load_params, read_config, save_params
@@ -83,12 +85,16 @@ def klein():
 
 
 def main():
-  print("| mean of 8 noise levels (largest) | bfloat16 | int8 | bfloat16 and int8 |")
-  print("|---" * (len(COLUMNS) + 1) + "|")
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  record.add_flag(parser)
+  options = parser.parse_args()
+  rows = []
   for name, measure in (("tiny SD3 pipeline", tiny), ("small random FLUX.2-klein", klein)):
-    found = measure()
-    cells = zip(found.mean(axis=0), found.max(axis=0), strict=True)
-    print(f"| {name} | " + " | ".join(f"{m:.2%} ({most:.2%})" for m, most in cells) + " |")
+    errors, row = measure(), {"network": name}
+    for key, column in zip(("bfloat16", "int8", "both"), errors.T, strict=True):
+      row |= {key: float(column.mean()), f"{key}_largest": float(column.max())}
+    rows.append(row)
+  tables.report("int8_error", rows, options.save)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Kills training with SIGKILL at random moments, resumes it, and compares where it ends.
 
-python -m benchmarks.kills --kills=10 --append=docs/robustness.md
+python -m benchmarks.kills --kills=10 --seed=1
 
 Of each stage a tiny run is made twice undisturbed. Then the same run is killed again and again: at
 a moment drawn from the length of the second one, or, every second time, while a checkpoint is being
 written. Started again with the same command it must go on from a complete checkpoint that is not
 older than the last one seen, and every leaf of its last checkpoint (adapters, optimizer states,
-moving average, step) must have the bits of the undisturbed run's. Writes a row of a table for each
-stage; exits with 1 if anything differs. Files stay in --workdir.
+moving average, step) must have the bits of the undisturbed run's. Prints a row for each stage;
+exits with 1 if anything differs. Files stay in --workdir.
 """
 
 import argparse
@@ -18,12 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import orbax.checkpoint as ocp
+
+from benchmarks import record, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 24
@@ -120,8 +121,8 @@ def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
   return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
 
 
-def sitting(stage: int, kills: int, draw: random.Random, workdir: Path) -> tuple[str, bool]:
-  """All kills of a stage; the table's row and whether everything was as it must be."""
+def sitting(stage: int, kills: int, draw: random.Random, workdir: Path) -> dict[str, int]:
+  """All kills of a stage, counted, and how often something was not as it must be."""
   for name in ("whole", "again"):  # the second one finds its programs compiled, as all that follow
     began = time.monotonic()
     finish(start(stage, workdir / name, workdir / "cache"), workdir / name)
@@ -151,9 +152,10 @@ def sitting(stage: int, kills: int, draw: random.Random, workdir: Path) -> tuple
     print(f"stage {stage}: {line}", file=sys.stderr, flush=True)
   saving = sum(kill.saving for kill in struck)
   early = sum(not kill.complete and not kill.saving for kill in struck)
-  numbers = [len(struck), early, len(struck) - early - saving, saving, laps, len(reference)]
-  verdict = "same bits" if not wrong else f"{len(wrong)} failures"
-  return f"| {stage} | {' | '.join(map(str, numbers))} | {verdict} |", not wrong
+  return {
+    "stage": stage, "kills": len(struck), "early": early, "between": len(struck) - early - saving,
+    "saving": saving, "laps": laps, "leaves": len(reference), "failures": len(wrong),
+  }  # fmt: skip
 
 
 def main() -> int:
@@ -162,30 +164,17 @@ def main() -> int:
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--stages", type=int, nargs="+", default=[1, 2], choices=[1, 2])
   parser.add_argument("--workdir", type=Path, help="a new folder; a temporary one by default")
-  parser.add_argument("--append", type=Path, help="a markdown page that gets the table")
+  record.add_flag(parser)
   options = parser.parse_args()
   workdir = options.workdir or Path(tempfile.mkdtemp(prefix="kills"))
   draw = random.Random(options.seed)
-  date = datetime.now(UTC).strftime("%Y-%m-%d")
-  lines = [
-    "",
-    f"`python -m benchmarks.kills --kills={options.kills} --seed={options.seed}`, {date}:",
-    "",
-    "| stage | kills | before the first checkpoint | between saves | during a save"
-    " | runs to the end | leaves compared | last checkpoint |",
-    "|---|---:|---:|---:|---:|---:|---:|---|",
-  ]
-  fine = True
+  rows = []
   for place, stage in enumerate(options.stages):
     share = (options.kills + place) // len(options.stages)
-    row, good = sitting(stage, share, draw, workdir / f"stage{stage}")
-    lines.append(row)
-    fine &= good
-  print("\n".join(lines))
-  if options.append:
-    with options.append.open("a") as page:
-      page.write("\n".join(lines) + "\n")
-  return 0 if fine else 1
+    row = sitting(stage, share, draw, workdir / f"stage{stage}")
+    rows.append({"seed": options.seed} | row)
+  tables.report("kills", rows, options.save, ("seed", "stage"))
+  return int(any(row["failures"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from benchmarks import record, tables
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.weights.int8 import STORAGES
 from rtdmd_jax.weights.safetensors import load_params, read_config
@@ -112,6 +113,7 @@ def main() -> int:
   parser.add_argument("--stored", choices=TYPES, default="bfloat16", help="type on disk")
   parser.add_argument("--base_storage", choices=STORAGES, default="native")
   parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
+  record.add_flag(parser)
   args = parser.parse_args()
   if args.load:
     print(json.dumps(measure(args.load, args.base_storage)))
@@ -121,9 +123,15 @@ def main() -> int:
     directory = Path(name)
     write(directory, config_of(args.gigabytes, np.dtype(dtype).itemsize), dtype, 500_000_000)
     options = [f"--load={directory}", f"--base_storage={args.base_storage}"]
-    command = [sys.executable, __file__, *options]
+    command = [sys.executable, "-m", "benchmarks.load_memory", *options]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-  print(json.dumps(result, indent=2))
+  row = {
+    "bases": args.base_storage, "stored_gb": round(args.gigabytes, 2),
+    "largest_leaf_gb": result["largest_leaf"] / 1e9,
+    "above_parameters_gb": result["peak_beside_parameters"] / 1e9,
+    "ratio_to_largest_leaf": result["ratio_to_largest_leaf"],
+  }  # fmt: skip
+  tables.report("load_memory", [row], args.save, ("bases", "stored_gb"))
   return int(result["ratio_to_largest_leaf"] > LIMIT)
 
 

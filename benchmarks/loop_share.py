@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from benchmarks import record, tables
 from rtdmd_jax import train
 from rtdmd_jax.config import load_config
 from rtdmd_jax.runtime.throughput import Meter
@@ -76,7 +77,7 @@ def gaps(spans: list[Span]) -> tuple[float, dict[str, float]]:
   return last.end - spans[0].start, dict(found)
 
 
-def record(path: Path, steps: int, overrides: list[str]) -> list[Span]:
+def spans_of(path: Path, steps: int, overrides: list[str]) -> list[Span]:
   """Spans of the steps after the first `WARM` ones."""
   config = load_config(str(path), overrides)
   config.train.update(steps=steps, save_every=NEVER)
@@ -95,16 +96,16 @@ def main() -> None:
   parser.add_argument("configs", nargs="+", type=Path)
   parser.add_argument("--steps", type=int, default=12)
   parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the configs")
+  record.add_flag(parser)
   options = parser.parse_args()
   rows = []
   for path in options.configs:
-    total, found = gaps(record(path, options.steps, options.set))
+    total, found = gaps(spans_of(path, options.steps, options.set))
     longest = sorted(found.items(), key=lambda item: -item[1])[:3]
-    parts = "; ".join(f"{name} {seconds / total:.2%}" for name, seconds in longest)
+    parts = [{"between": name, "share": seconds / total} for name, seconds in longest]
     share = sum(found.values()) / total
-    rows.append(f"| {path.stem} | {total:.1f} | {share:.2%} | {parts} |")
-  print("| config | s | outside of programs | of that |\n|---|---|---|---|")
-  print("\n".join(rows))
+    rows.append({"config": path.stem, "seconds": total, "share": share, "gaps": parts})
+  tables.report("loop_share", rows, options.save, ("config",))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections import Counter
 import jax
 import numpy as np
 
+from benchmarks import record, tables
 from rtdmd_jax.config import load_config
 from rtdmd_jax.datasets.geneval_records import TAGS
 from rtdmd_jax.evaluate import systems
@@ -28,6 +29,7 @@ VERDICTS = (
   "colour of another object",
   "other colour",
 )
+KEYS = ("right", "washed_out", "too_few", "too_many", "colour_of_another", "other_colour")
 # Distance from the background, in 8-bit RGB units, below which an image is washed out: between that
 # of pink at full contrast (130) and that of the strongest washed-out colour (100).
 MIN_CONTRAST = 115.0
@@ -57,6 +59,7 @@ def main():
   parser.add_argument("--config", required=True)
   parser.add_argument("--images", type=int, default=2, help="of a prompt")
   parser.add_argument("--tag", choices=TAGS, default="color_attr")
+  record.add_flag(parser)
   options, overrides = parser.parse_known_args()
   config = load_config(options.config, [o.removeprefix("--config.") for o in overrides])
   with jax.set_mesh(sharding.make_mesh(**config.mesh)):
@@ -64,7 +67,7 @@ def main():
     evaluator = Evaluator(setup, config)
     prompts = [p for p in setup.held_out if p.record["tag"] == options.tag] * options.images
     cold = systems.generator(setup, config, "cold start", None)
-    print(f"| system | {' | '.join(VERDICTS)} |\n|---|{'---|' * len(VERDICTS)}")
+    rows = []
     for system in (cold, systems.teacher(setup, config)):
       images = evaluator.images(system, prompts)
       counts = Counter()
@@ -73,8 +76,9 @@ def main():
         objects = geneval.confident(detections, options.tag)
         found = [verdict(need, prompt.record, objects) for need in prompt.record["include"]]
         counts.update("washed out" if pale and v == "too few" else v for v in found)
-      shares = [f"{counts[v] / counts.total():.0%}" for v in VERDICTS]
-      print(f"| {system.name} | {' | '.join(shares)} |", flush=True)
+      shares = {key: counts[v] / counts.total() for key, v in zip(KEYS, VERDICTS, strict=True)}
+      rows.append({"system": system.name} | shares)
+    tables.report("mistakes", rows, options.save, ("system",))
 
 
 if __name__ == "__main__":

@@ -10,19 +10,57 @@ steps). Rewards are not divided by the deviation of the batch, which sharing cha
 """
 
 import argparse
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from benchmarks.policy_signal import policy_programs, score
+from benchmarks import record, tables
 from rtdmd_jax.config import load_config
 from rtdmd_jax.runtime import sharding
-from rtdmd_jax.training.setup import build, policy_config
-from rtdmd_jax.training.stages import step_batch
+from rtdmd_jax.training.optim import Optimizers
+from rtdmd_jax.training.setup import Setup, build, dmd_config, policy_config
+from rtdmd_jax.training.stage2 import Stage2
+from rtdmd_jax.training.stages import initial_state, step_batch
 
 # M and whether the steps that do not train share their noise; the first is the reference.
 POLICIES = ((3, False), (2, False), (2, True), (1, False), (1, True))
+
+
+def score(setup: Setup, samples, prompts) -> dict[str, np.ndarray]:
+  """Every reward [N] of a rollout."""
+  rewards = jax.device_get(samples.rewards)
+  if setup.host_rewards is not None:
+    texts, records = [p.text for p in prompts], [p.record for p in prompts]
+    scored = setup.host_rewards(jax.device_get(samples.images), texts, records)
+    rewards |= {name: np.asarray(scored[name]) for name in setup.host_rewards.weights}
+  return rewards
+
+
+def policy_programs(config, setup: Setup, policy):
+  """The state at the start, the rollout, and a maker of programs for the flat policy gradient [P].
+
+  The maker takes the rewards (`LatentRewards`); its programs take what `Stage2.policy_step` takes.
+  """
+  plain = optax.sgd(1.0)  # an update by it is the gradient
+  state = jax.jit(lambda: initial_state(config, setup))()
+  state = state.replace(generator_opt=plain.init(state.generator))
+  stage = Stage2(
+    setup.roles, dmd_config(config, setup.pipeline), policy, setup.scoring, Optimizers(plain, plain)
+  )
+  rollout = jax.jit(stage.collect_rollout)
+
+  def gradient(scoring):
+    def run(*args):
+      new, _ = replace(stage, rewards=scoring).policy_step(*args)
+      change = jax.tree.map(lambda a, b: (a - b).ravel(), state.generator, new.generator)
+      return jax.numpy.concatenate(jax.tree.leaves(change))
+
+    return jax.jit(run)
+
+  return state, rollout, gradient
 
 
 def alone(batch):
@@ -59,6 +97,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--config", required=True)
   parser.add_argument("--batches", type=int, default=24)
+  record.add_flag(parser)
   options, overrides = parser.parse_known_args()
   config = load_config(options.config, [o.removeprefix("--config.") for o in overrides])
   config.policy.dmd_weight = config.policy.reward_weight = 0.0
@@ -67,20 +106,20 @@ def main():
   config.policy.advantage_limit = 1e6
   with jax.set_mesh(sharding.make_mesh(**config.mesh)):
     setup = build(config)
-    reference = None
-    print("| M | noise of other steps | spread of rewards in a group | variance over GRPO's |")
-    print("|---|---|---|---|")
+    reference, table = None, []
     for trained, shared in POLICIES:
       policy = policy_config(config)._replace(num_train_steps=trained, range_start=0, range_end=2)
       rows, spread = gradients(config, setup, policy, shared, options.batches)
       # Per batch, so that the ratio's error can be told: the mean itself is nearly nothing.
       squares = np.square(rows - rows.mean(0)).sum(1) * len(rows) / (len(rows) - 1)
       reference = squares if reference is None else reference
-      ratio = squares.mean() / reference.mean()
+      ratio = float(squares.mean() / reference.mean())
       error = np.std(squares / squares.mean() - reference / reference.mean(), ddof=1)
-      error *= ratio / len(rows) ** 0.5
+      error = float(error * ratio / len(rows) ** 0.5)
       noise = "none left" if trained == 3 else "shared" if shared else "independent"
-      print(f"| {trained} | {noise} | {spread:.3f} | {ratio:.2f} ± {error:.2f} |", flush=True)
+      row = {"trained": trained, "noise": noise, "deviation": spread}
+      table.append(row | {"variance": ratio, "variance_error": error})
+    tables.report("policy_variance", table, options.save)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from 10 up to compare two rows closely; rates take the mean length of a rollout.
 
 import argparse
 import dataclasses
+import json
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks import record, tables
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup
 from rtdmd_jax.config import load_config
 from rtdmd_jax.runtime.flops import count_flops
@@ -40,7 +42,6 @@ GPU_CASES = (
   ("sd35_stage2", "auto"),
   ("flux2_stage2", "auto"),
 )
-COLUMNS = "config, stage | attention | devices | program | first s | s | TFLOP/s | MFU | peak GB"
 
 
 def main() -> int:
@@ -52,25 +53,30 @@ def main() -> int:
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the configs")
   parser.add_argument("--case", action="store_true", help=argparse.SUPPRESS)
+  record.add_flag(parser)
   options = parser.parse_args()
   if options.case:
     run_case(options)
     return 0
   cases = [(c, a) for c in options.configs for a in options.attention]
   cases = cases or [(ROOT / f"configs/{name}.py", kernel) for name, kernel in GPU_CASES]
-  print(f"| {COLUMNS} |\n|{'---|' * len(COLUMNS.split('|'))}", flush=True)
-  failed = 0
+  rows, failed = [], 0
   for config, attention in cases:
     for devices in options.devices:
-      command = [sys.executable, __file__, str(config), "--case", f"--attention={attention}"]
+      command = [sys.executable, "-m", "benchmarks.programs", str(config), "--case"]
+      command += [f"--attention={attention}"]
       command += [f"--devices={devices}", f"--images={options.images}"]
       command += [f"--rounds={options.rounds}", "--set", *options.set]
-      failed += subprocess.run(command, check=False).returncode != 0
+      done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+      print(done.stdout, file=sys.stderr, flush=True)
+      rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+      failed += done.returncode != 0
+  tables.report("programs", rows, options.save, ("config", "attention", "devices", "program"))
   return int(failed > 0)
 
 
 def run_case(options: argparse.Namespace) -> None:
-  """Prints the rows of one config."""
+  """Prints the rows of one config, as lines of JSON."""
   (path,), (attention,), (devices,) = options.configs, options.attention, options.devices
   if devices:
     jax.config.update("jax_num_cpu_devices", devices)
@@ -85,13 +91,9 @@ def run_case(options: argparse.Namespace) -> None:
   mesh = make_mesh(**config.mesh, devices=jax.devices()[: devices or None])
   with jax.set_mesh(mesh):
     for row in measure(config, setup, options.rounds):
-      numbers = [row[k] for k in ("first", "seconds", "tflops", "mfu", "peak")]
-      cells = [path.stem, attention, mesh.size, row["name"], *map(_cell, numbers)]
-      print(f"| {' | '.join(map(str, cells))} |", flush=True)
-
-
-def _cell(value: float | None) -> str:
-  return "" if value is None else f"{value:.3g}"
+      numbers = {key: row[key] for key in ("first", "seconds", "tflops", "mfu", "peak_gb")}
+      names = {"config": path.stem, "attention": attention, "devices": mesh.size}
+      print(json.dumps(names | {"program": row["name"]} | numbers), flush=True)
 
 
 def measure(config: Any, setup: Any, rounds: int) -> list[dict[str, Any]]:
@@ -113,7 +115,7 @@ def measure(config: Any, setup: Any, rounds: int) -> list[dict[str, Any]]:
       began = time.perf_counter()
       out = jax.block_until_ready(run(*args))
       row["spent"].append(time.perf_counter() - began)
-      row["peak"] = _peak()
+      row["peak_gb"] = _peak()
       if name == "rollout":
         scores = {key: jnp.zeros(len(batch.sample_index)) for key in config.rewards}
         known |= {"samples": out, "rewards": scores | dict(out.rewards)}

@@ -11,13 +11,13 @@ until the next one is made, and where the device is the host its arrays count, t
 import argparse
 import sys
 import threading
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import psutil
 
+from benchmarks import record, tables
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup
 from rtdmd_jax.config import load_config
 from rtdmd_jax.datasets.prompts import Prompt
@@ -91,16 +91,15 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("family", choices=FAMILIES)
   parser.add_argument("--steps", type=int, default=1000)
+  record.add_flag(parser)
   args = parser.parse_args()
-  began = time.monotonic()
   resident, size, count = measure(args.family, args.steps)
   start, highest, end = (n / 1e9 for n in (resident.start, resident.highest, resident.end))
-  print("| family | MB a prompt | prompts a batch | steps | start | highest | end | growth | s |")
-  print("|---" * 9 + "|")
-  print(
-    f"| `{args.family}` | {size / 1e6:.2f} | {count} | {args.steps} | {start:.2f} | {highest:.2f}"
-    f" | {end:.2f} | {highest - start:.2f} | {time.monotonic() - began:.0f} |"
-  )
+  row = {
+    "family": args.family, "mb_per_prompt": size / 1e6, "prompts": count, "steps": args.steps,
+    "start_gb": start, "highest_gb": highest, "end_gb": end, "growth_gb": highest - start,
+  }  # fmt: skip
+  tables.report("prompt_memory", [row], args.save, ("family",))
   return int(highest - start >= LIMIT)
 
 

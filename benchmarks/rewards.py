@@ -10,7 +10,6 @@ torch.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 import transformers
 from PIL import Image
 
+from benchmarks import record, tables
 from rtdmd_jax.models.blip import BlipVisionConfig
 from rtdmd_jax.rewards import device_rewards
 from tests.support import clip_files as files
@@ -162,7 +162,7 @@ def main():
   parser.add_argument(
     "--rewards", nargs="*", choices=device_rewards.NAMES, default=device_rewards.NAMES
   )
-  parser.add_argument("--json", help="write the rows to this file")
+  record.add_flag(parser)
   args = parser.parse_args()
   transformers.logging.set_verbosity_error()
   transformers.logging.disable_progress_bar()
@@ -174,18 +174,8 @@ def main():
   images = np.concatenate(parts)
   prompts = [f"a {'red ' * (i // args.images_per_prompt % 7)}cube" for i in range(args.images)]
   print(f"{args.images} images of {args.pixels} px, {args.size} models; jax on {jax.devices()[0]}")
-  print(f"{'reward':12} {'device img/s':>13} {'torch img/s':>12} {'ratio':>6} {'difference':>11}")
-  rows = []
-  for name in args.rewards:
-    row = measure(name, args.size, images, prompts, args.batch)
-    rows.append(row)
-    print(
-      f"{name:12} {row['device']:13.1f} {row['torch']:12.1f} {row['speedup']:6.2f}"
-      f" {row['largest_difference']:11.1e}",
-      flush=True,
-    )
-  if args.json:
-    Path(args.json).write_text(json.dumps(rows, indent=2))
+  rows = [measure(name, args.size, images, prompts, args.batch) for name in args.rewards]
+  tables.report("rewards", rows, args.save, ("reward",))
 
 
 if __name__ == "__main__":

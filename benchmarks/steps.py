@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from benchmarks import record, tables
 from benchmarks import torch_peer as peer
 from rtdmd_jax.adapters.peft import load_peft
 from rtdmd_jax.algo import timesteps
@@ -80,6 +81,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--compile", action="store_true", help="time torch.compile as well")
+  record.add_flag(parser)
   options = parser.parse_args()
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_disable_most_optimizations", False)
@@ -95,14 +97,15 @@ def main():
   products = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items())
   print(f"jax {jax.__version__}, torch {torch.__version__}, threads: {threads}")
   print(f"load of the last minute {os.getloadavg()[0]:.1f}, large product in GFLOP/s: {products}")
-  print("| update | program | GFLOP | CPU s | wall s | times ours | MFU | loss |")
-  print("|---|---|---|---|---|---|---|---|")
+  rows = []
   for name in UPDATES:
-    report(name, {key: runs[name] for key, runs in programs.items()}, case, ceiling, options.rounds)
+    runs = {key: runs[name] for key, runs in programs.items()}
+    rows += compare(name, runs, case.flops[name], ceiling, options.rounds)
+  tables.report("steps", rows, options.save)
 
 
-def report(name: str, programs: dict, case: Case, ceiling: float, rounds: int) -> None:
-  """Prints a row for each program of one update."""
+def compare(name: str, programs: dict, flops: float, ceiling: float, rounds: int) -> list[dict]:
+  """A row for each program of one update."""
   losses = {key: run()["loss"] for key, run in programs.items()}  # compiles, too
   spent = {key: [] for key in programs}
   for _ in range(rounds):
@@ -110,13 +113,14 @@ def report(name: str, programs: dict, case: Case, ceiling: float, rounds: int) -
       spent[key].append(timed(run))
   medians = {key: [statistics.median(c) for c in zip(*t, strict=True)] for key, t in spent.items()}
   first = next(iter(medians.values()))[0]
-  for key, (cpu, wall) in medians.items():
-    mfu = case.flops[name] / cpu / ceiling
-    print(
-      f"| `{name}` | {key} | {case.flops[name] / 1e9:.1f} | {cpu:.3f} | {wall:.3f} |"
-      f" {cpu / first:.2f} | {mfu:.0%} | {losses[key]:.6f} |",
-      flush=True,
-    )
+  return [
+    {
+      "update": name, "program": key, "gflop": flops / 1e9, "cpu_seconds": cpu,
+      "wall_seconds": wall, "times_ours": cpu / first, "mfu": flops / cpu / ceiling,
+      "loss": losses[key],
+    }
+    for key, (cpu, wall) in medians.items()
+  ]  # fmt: skip
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, float]:

@@ -1,15 +1,16 @@
-"""Draws docs/tilt_*.svg from results.json; needs matplotlib.
+"""Draws docs/tilt_*.svg from the results; needs matplotlib.
 
 python -m benchmarks.tilt.figures
 """
 
-import json
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from benchmarks.tilt.run import HISTOGRAM, PLACE, RESULTS
+from benchmarks import record
+from benchmarks.selections import part
+from benchmarks.tilt.run import HISTOGRAM, PLACE
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -74,15 +75,15 @@ def clouds(histograms: dict) -> None:
   save(figure, "mixture")
 
 
-def trade(results: dict) -> None:
+def trade(results: list[dict]) -> None:
   figure, axes = plt.subplots(figsize=(7, 4.2))
-  family = results["tilted_family"]
+  family = part("tilted_family")(results)
   points = lambda rows: ([r["mmd_teacher"] for r in rows], [r["reward"] for r in rows])  # noqa: E731
   axes.plot(*points(family), color="grey", label="p exp(b r), exact")
   for name, colour in COLOURS.items():
-    rows = [r for r in results["stage2"] if r["method"] == name]
+    rows = [r for r in part("stage2")(results) if r["method"] == name]
     axes.plot(*points(rows), "o-", color=colour, label=name, markersize=4, lw=0.8)
-  axes.plot(*points(results["exact"]), "k*", label="exact optimum of the loss")
+  axes.plot(*points(part("exact")(results)), "k*", label="exact optimum of the loss")
   low = min(r["reward"] for r in family)
   axes.set(xlabel="MMD to the teacher", ylabel="mean reward", title="Mixture of three Gaussians")
   axes.set(ylim=(low - 0.4, 1.2))
@@ -90,20 +91,23 @@ def trade(results: dict) -> None:
   save(figure, "trade")
 
 
-def facts(estimators: dict) -> None:
+def facts(estimators: list[dict]) -> None:
   figure, (first, second, third) = plt.subplots(1, 3, figsize=(11, 3.3))
-  found = estimators["consistency"]["offset_velocity"]
+  (consistency,), (hybrid,), (subgrpo,) = (
+    part(name)(estimators) for name in ("consistency", "hybrid", "subgrpo")
+  )
+  found = consistency["offset_velocity"]
   names = ("squared_violation", "two_sample", "one_sample")
   first.bar(["truth", "two samples", "one sample"], [found[n] for n in names], color="tab:blue")
   first.set(title="Consistency regulariser")
-  row = estimators["hybrid"]["rows"][0]
+  row = hybrid["rows"][0]
   names = ("finite_difference", "hybrid", "last_step_alone")
   second.bar(
     ["finite\ndifference", "hybrid", "last step\nalone"], [row[n]["mean"] for n in names],
     yerr=[row[n]["error"] for n in names], color="tab:green",
   )  # fmt: skip
   second.set(title="Slope of the expected reward")
-  rows = estimators["subgrpo"]["rows"]
+  rows = subgrpo["rows"]
   for offset, repeats in ((-0.2, 16), (0.2, 2)):
     pairs = [
       {r["shared_noise"]: r["variance"] for r in rows if r["steps"] == [i, i]
@@ -121,11 +125,11 @@ def facts(estimators: dict) -> None:
 
 
 def main() -> None:
-  results = json.loads(RESULTS.read_text())
-  shifts(results["gaussian"]["stage2"])
-  clouds(results["mixture"]["histograms"])
-  trade(results["mixture"])
-  facts(results["estimators"])
+  mixture = record.read("tilt_mixture")
+  shifts(part("stage2")(record.read("tilt_gaussian")))
+  clouds(part("histograms")(mixture)[0])
+  trade(mixture)
+  facts(record.read("tilt_estimators"))
 
 
 if __name__ == "__main__":

@@ -3,27 +3,25 @@
   python -m benchmarks.tilt.run                     # all, over an hour on one slow CPU core
   python -m benchmarks.tilt.run --only=gaussian     # rewrites that section of the results
 
-Writes each row into benchmarks/tilt/results.json as soon as it is there.
+Writes each row into benchmarks/results/tilt_SECTION.json as soon as it is there.
 """
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from scipy.optimize import minimize_scalar
 
+from benchmarks import record
 from benchmarks.tilt import estimators, optimum, rounding, teachers, training
 from benchmarks.tilt.training import MATCHING, Problem, Training
 from rtdmd_jax.training.settings import DMDConfig, PolicyConfig
 
-RESULTS = Path(__file__).parent / "results.json"
 HISTOGRAM = np.linspace(-3, 3, 41)
 BETAS = (0.006, 0.012, 0.024)
 LINEAR = Problem(teachers.GAUSSIAN, np.array([0.8, 0.6]), 0.0)
@@ -192,11 +190,11 @@ def mixture_start(settings: Training) -> tuple[dict, Any, np.ndarray]:
 
 
 def long(keep: Callable[[dict], None]) -> None:
-  keep(mixture_start(Training(6000, 3e-3, 3e-3, 20))[0])
+  keep([mixture_start(Training(6000, 3e-3, 3e-3, 20))[0]])
 
 
 def even(keep: Callable[[dict], None]) -> None:
-  keep(mixture_start(EVEN)[0])
+  keep([mixture_start(EVEN)[0]])
 
 
 def mixture_stage2(out: dict, state, start: np.ndarray, keep: Callable[[dict], None]) -> None:
@@ -261,7 +259,9 @@ def facts(keep: Callable[[dict], None]) -> None:
 
 
 def bfloat16(keep: Callable[[dict], None]) -> None:
-  keep(rounding.lost_updates())
+  found = rounding.lost_updates()
+  rows = found.pop("rows")
+  keep([found | row for row in rows])
 
 
 SECTIONS = {
@@ -270,13 +270,22 @@ SECTIONS = {
 }  # fmt: skip
 
 
-def save(name: str, section: dict) -> None:
-  """Rewrites one section of the results, five digits per number and one line per plain list."""
+def rows_of(section: dict) -> list[dict]:
+  """A section as rows: one per entry of a list, whose `part` names what it belongs to."""
+  rows = []
+  for name, value in section.items():
+    several = isinstance(value, list) and value and isinstance(value[0], dict)
+    for entry in value if several else [value]:
+      rows.append({"part": name} | (entry if isinstance(entry, dict) else {"value": entry}))
+  return rows
+
+
+def save(name: str, section: dict | list[dict]) -> None:
+  """Rewrites one section of the results, five digits per number."""
   print(name, json.dumps(section)[-400:], flush=True)
-  results = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | {name: section}
-  short = json.loads(json.dumps(results), parse_float=lambda s: float(f"{float(s):.5g}"))
-  flat = lambda found: re.sub(r"\s+", " ", found[0])  # noqa: E731
-  RESULTS.write_text(re.sub(r"\[[^][{}]*\]", flat, json.dumps(short, indent=1)) + "\n")
+  rows = section if isinstance(section, list) else rows_of(section)
+  short = json.loads(json.dumps(rows), parse_float=lambda s: float(f"{float(s):.5g}"))
+  record.write(f"tilt_{name}", short)
 
 
 def main() -> None:

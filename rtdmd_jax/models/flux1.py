@@ -66,7 +66,7 @@ _XLABS = (
   (r"(single_blocks\.\d+)\.linear1", r"\1.processor.qkv_lora"),
   (r"(single_blocks\.\d+)\.linear2", r"\1.processor.proj_lora"),
 )
-NAMES = OtherNames(_FIRST_RELEASE, of_first_release=_XLABS)
+NAMES = OtherNames("FluxPipeline", CLASS_NAME, _FIRST_RELEASE, of_first_release=_XLABS)
 
 
 @dataclass(frozen=True)

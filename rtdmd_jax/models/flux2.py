@@ -50,7 +50,7 @@ _FIRST_RELEASE = (
 )
 # Some exports lost the start of `transformer_blocks`; diffusers reads them, too.
 _SHORTENED = ((r"tran(sformer_blocks\..+)", r"\1"),)
-NAMES = OtherNames(_FIRST_RELEASE, of_diffusers=_SHORTENED)
+NAMES = OtherNames("Flux2KleinPipeline", CLASS_NAME, _FIRST_RELEASE, of_diffusers=_SHORTENED)
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def build(config: Mapping[str, Any], *, dtype: Any, scan: bool, remat: str) -> T
   latents = (c.patch_size, c.patch_size, c.in_channels)
   example = example_inputs(latents, c.joint_attention_dim, c.pooled_projection_dim)
   max_side = c.pos_embed_max_size * c.patch_size
-  names = OtherNames(_first_release(c))
+  names = OtherNames("StableDiffusion3Pipeline", CLASS_NAME, _first_release(c))
   return Transformer(c, SD3(c, dtype, scan, remat), key_table(c), example, max_side, names=names)
 
 

@@ -19,15 +19,19 @@ _LARGEST_SIZE = 2**31 - 1
 
 @dataclass(frozen=True)
 class OtherNames:
-  """The names of a family's dense layers outside of diffusers, as regular expressions.
+  """The names that a family has in other programs; those of layers are regular expressions.
 
   Attributes:
+    pipeline: the class of the family's pipeline in diffusers.
+    transformer: the class of its transformer there.
     first_release: (diffusers' module, the first release's module). `#n` numbers the parts of a
       fused projection, `~` marks rows whose halves are swapped.
     of_first_release: further names of first-release modules, each of their first three parts.
     of_diffusers: further names of diffusers' modules.
   """
 
+  pipeline: str
+  transformer: str
   first_release: tuple[tuple[str, str], ...]
   of_first_release: tuple[tuple[str, str], ...] = ()
   of_diffusers: tuple[tuple[str, str], ...] = ()
@@ -54,7 +58,7 @@ class Transformer:
   example: tuple[Any, ...]
   max_side: int | None = None
   attention: str = "auto"
-  names: OtherNames = OtherNames(())
+  names: OtherNames = OtherNames("", "", ())
 
   @property
   def embedded_guidance(self) -> bool:

@@ -13,12 +13,6 @@ from rtdmd_jax.runtime.files import replace_text
 from rtdmd_jax.weights.hub import title
 
 FILE_NAME = "README.md"
-# diffusers' pipeline and transformer by the name of the network's config.
-_DIFFUSERS = {
-  "SD3Config": ("StableDiffusion3Pipeline", "SD3Transformer2DModel"),
-  "Flux1Config": ("FluxPipeline", "FluxTransformer2DModel"),
-  "Flux2Config": ("Flux2KleinPipeline", "Flux2Transformer2DModel"),
-}
 
 
 class Run(NamedTuple):
@@ -76,7 +70,7 @@ def write_card(
     base: directory or repository of the base; only its name is told.
     run: where the adapter is from, if that is known.
   """
-  pipeline, network = _DIFFUSERS[type(transformer.config).__name__]
+  pipeline, network = transformer.names.pipeline, transformer.names.transformer
   name = title(base)
   parts = [
     _front_matter(kind),

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks import ablations
+from benchmarks import ablations, record, tables
+from benchmarks.columns import TABLES
 from rtdmd_jax.config import load_config
 from rtdmd_jax.training.setup import policy_config
 from rtdmd_jax.training.validate import check_limits
@@ -32,16 +33,33 @@ def test_the_distance_of_features_grows_with_their_shift():
 
 
 def test_the_table_compares_seed_by_seed():
-  row = lambda geneval: dict(clipscore=0.6, geneval=geneval, distance=20.0)  # noqa: E731
-  rows = {
-    "GRPO": {"0": row(0.2), "1": row(0.4)},
-    "M = 2 and last step": {"0": row(0.3), "1": row(0.35), "2": row(0.9)},
-  }
-  text = ablations.table("stage2", {"stage2": rows})
+  row = lambda variant, seed, geneval: dict(  # noqa: E731
+    stage="stage2", variant=variant, seed=seed, clipscore=0.6, geneval=geneval, distance=20.0
+  )
+  text = tables.render(
+    TABLES["ablations_stage2"],
+    [
+      row("GRPO", 0, 0.2), row("GRPO", 1, 0.4), row("M = 2 and last step", 0, 0.3),
+      row("M = 2 and last step", 1, 0.35), row("M = 2 and last step", 2, 0.9),
+    ],
+  )  # fmt: skip
   assert (
     "| GRPO | 2 | 0.600 | +0.000 (+0.000 to +0.000) | 0.300 | -0.025 (-0.100 to +0.050) |" in text
   )
   assert "| M = 2 and last step | 3 | 0.600 |  | 0.517 |  | 20.0 |  |" in text
+
+
+def test_a_stored_run_is_not_run_again(tmp_path, monkeypatch):
+  monkeypatch.setattr(record, "RESULTS", tmp_path)
+  done = []
+  scores = dict(clipscore=0.6, geneval=0.2, distance=20.0)
+  monkeypatch.setattr(ablations, "run", lambda *place: done.append(place) or scores)
+  for seeds in (["0"], ["0", "1"]):
+    monkeypatch.setattr("sys.argv", ["ablations", "--only=stage1", "--seeds", *seeds])
+    ablations.main()
+  count = len(ablations.VARIANTS["stage1"])
+  assert [seed for _, _, seed in done] == [0] * count + [1] * count
+  assert len(record.read("ablations")) == 2 * count
 
 
 def _unit(x):

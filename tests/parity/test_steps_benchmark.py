@@ -1,13 +1,11 @@
 """The updates that benchmarks/steps.py times against PyTorch's compute the same."""
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("diffusers")
-from benchmarks import step_profile, steps
+from benchmarks import steps
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
@@ -33,22 +31,3 @@ def test_the_peer_computes_the_same_update(case, name):
     else:
       assert value != 0.0
       assert value == pytest.approx(theirs[part], rel=1e-4), part
-
-
-def test_profile_sorts_operations_by_what_they_hold():
-  def program(a, b):
-    return jnp.tanh(a @ b).T
-
-  x = jnp.ones((64, 64))
-  compiled = jax.jit(program).lower(x, x).compile().as_text()
-  kinds = step_profile.kinds_of(compiled)
-  products = [name for name, kind in kinds.items() if kind == step_profile.PRODUCT]
-  assert products
-  events = [
-    {"name": "ThunkExecutor::Execute", "dur": 10.0},
-    {"name": products[0], "dur": 6.0},
-    {"name": "$python.py", "dur": 99.0},
-  ]
-  found = step_profile.by_kind(events, kinds)
-  assert found[step_profile.PRODUCT] == pytest.approx(6e-6)
-  assert found[step_profile.BETWEEN] == pytest.approx(4e-6)

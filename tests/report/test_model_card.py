@@ -4,6 +4,8 @@ from types import SimpleNamespace
 import pytest
 
 from rtdmd_jax.adapters.peft import PEFT_NAME
+from rtdmd_jax.models import flux1, flux2
+from rtdmd_jax.models.transformer import OtherNames
 from rtdmd_jax.report.model_card import Run, find_run, write_card
 from rtdmd_jax.runtime.files import save_tensors
 
@@ -35,10 +37,15 @@ SCORES = {
     },
   ]
 }
+NAMES = {
+  "SD3Config": OtherNames("StableDiffusion3Pipeline", "SD3Transformer2DModel", ()),
+  "Flux1Config": flux1.NAMES,
+  "Flux2Config": flux2.NAMES,
+}
 
 
 def network(name):
-  return SimpleNamespace(config=type(name, (), {})())
+  return SimpleNamespace(names=NAMES[name])
 
 
 def card(directory, kind="peft", name="SD3Config", run=None):

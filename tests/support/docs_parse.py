@@ -17,12 +17,7 @@ from rtdmd_jax import cli
 from rtdmd_jax.config import load_config
 
 # Programs without arguments, which would run at once, and packages that not everyone has.
-_WITHOUT = (
-  "benchmarks/int8_error.py",
-  "benchmarks/tilt/figures.py",
-  "benchmarks/step_profile.py",
-  "tests/support/offload_on_tpu.py",
-)
+_WITHOUT = ("benchmarks/tilt/figures.py", "tests/support/offload_on_tpu.py")
 _ABSENT = ("matplotlib", "torch", "diffusers")
 
 
