@@ -215,7 +215,7 @@ def _mistake(sentence: str) -> int:
 
 
 def _of_the_disk(error: Exception) -> str | None:
-  """What the file system says of a path."""
+  """The sentence about a path that the file system refuses; None for other errors."""
   if not isinstance(error, OSError) or error.errno not in _DISK:
     return None
   name = error.filename2 or error.filename or "a file"
@@ -252,7 +252,7 @@ def _of_the_config(error: Exception) -> str | None:
 
 
 def _purpose(config: ConfigDict | None) -> str | None:
-  """What a configuration is for, a key of `_PURPOSES`; None where its keys do not tell."""
+  """The purpose of a configuration, a key of `_PURPOSES`; None where its keys do not tell."""
   if config is None:
     return None
   if config.get("stage") == "pretrain":

@@ -122,7 +122,7 @@ class Shot:
     return directory / f"{self.index:05d}_{self.seed}.png"
 
   def notes(self, settings: Settings) -> dict[str, Any]:
-    """What its file says about it: everything that the image is a function of."""
+    """The notes in the image's file: everything that the image is a function of."""
     shared = asdict(settings)
     for key in ("seed", "out", "batch"):
       del shared[key]
@@ -135,7 +135,7 @@ Sampler = Callable[[Sequence[Shot]], np.ndarray]
 
 
 def sampler(pipeline: Pipeline, settings: Settings, adapters: Any) -> Sampler:
-  """What draws up to `settings.batch` images at once; it compiles a single program.
+  """A function that draws up to `settings.batch` images at once with a single program.
 
   Args:
     pipeline: its parameters lie on the current mesh, over which images are spread.

@@ -63,7 +63,7 @@ class Studio:
       return {name: images([shot])[0] for name, images in self._samplers.items()}
 
   def label(self, name: str) -> str:
-    """What stands above an image."""
+    """The caption above an image."""
     how = self.settings[name]
     guidance = f", guidance {how.guidance:g}" if how.guidance > 1 else ""
     return f"{name.replace('_', ' ')}: {how.steps} steps{guidance}"

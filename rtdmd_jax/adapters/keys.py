@@ -1,4 +1,4 @@
-"""What a key of an adapter file names: a layer of the transformer and a part of its adapter."""
+"""Keys of adapter files: each names a layer of the transformer and a part of its adapter."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -25,7 +25,7 @@ class Fused(NamedTuple):
 
 
 class Part(NamedTuple):
-  """What a key stands for.
+  """The meaning of a key.
 
   Attributes:
     module: the layer's name in the file, without prefixes.
@@ -95,7 +95,7 @@ def underscored(name: str) -> str:
 
 
 def parse_key(file: Path, key: str, names: Mapping[str, Fused]) -> Part:
-  """What a key of a file stands for.
+  """The meaning of a key of a file.
 
   Args:
     file: for messages.

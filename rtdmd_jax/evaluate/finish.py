@@ -30,7 +30,7 @@ def facts_of(
   files: Mapping[str, str],
   overlap: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-  """What `evaluation.json` says of the run under `"run"`.
+  """The facts about a run that `evaluation.json` has under `"run"`.
 
   Args:
     step: of the weights that are scored.

@@ -23,7 +23,7 @@ _kernel: ContextVar[str] = ContextVar("attention_kernel", default="xla")
 
 @contextlib.contextmanager
 def attention_kernel(name: str) -> Iterator[None]:
-  """What `attention` traced inside uses, one of `KERNELS`; outside it is XLA's.
+  """Sets the kernel, one of `KERNELS`, of `attention` traced inside; outside it is XLA's.
 
   Raises:
     ValueError: another name.

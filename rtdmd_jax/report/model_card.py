@@ -16,7 +16,7 @@ FILE_NAME = "README.md"
 
 
 class Run(NamedTuple):
-  """What a card tells of a training run.
+  """The facts about a training run that a card tells.
 
   Attributes:
     config: its configuration as nested dicts.

@@ -323,7 +323,7 @@ def _make(
 def build_available(
   builders: Mapping[str, Callable[[], T]], *, allow_unavailable: bool
 ) -> tuple[dict[str, T], dict[str, str]]:
-  """What `builders` make by name, and why a reward of those that cannot be built is left out.
+  """The results of `builders` by name, and for each that fails the reason.
 
   Raises:
     UserError: a wrong option, or, without `allow_unavailable`, a reward that cannot be built.

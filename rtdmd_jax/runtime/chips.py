@@ -1,4 +1,4 @@
-"""What one device offers: peak arithmetic, memory and links."""
+"""The limits of a device: peak arithmetic, memory and links."""
 
 from typing import NamedTuple
 

@@ -62,7 +62,7 @@ def initialize() -> None:
 
 
 def check_alone() -> None:
-  """For what one process does by itself.
+  """Refuses several processes, for a task that one does by itself.
 
   Raises:
     UserError: the environment asks for several.

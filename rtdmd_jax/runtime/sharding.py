@@ -265,7 +265,7 @@ def platform() -> str:
 
 
 def table(trees: Mapping[str, Tree], mesh: Mesh) -> list[tuple[str, int, int, int]]:
-  """What lives where: (name, parameters, bytes in all, bytes on one device) of each tree.
+  """The placement of each tree: (name, parameters, bytes in all, bytes on one device).
 
   What lies in the memory of the hosts takes no bytes of a device.
   """

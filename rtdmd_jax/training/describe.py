@@ -1,4 +1,4 @@
-"""From a configuration to the networks and rewards of a run, by config files alone."""
+"""Describes the networks and rewards of a run by config files alone."""
 
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -118,7 +118,7 @@ def find_file(name: str | os.PathLike, file: str) -> Path | None:
 
 
 def title(name: str | os.PathLike) -> str:
-  """What others call a model: the repository's id, or the name of its folder."""
+  """The public name of a model: the repository's id, or the name of its folder."""
   path = Path(name)
   repository = None if path.exists() else Repository.parse(name)
   return path.resolve().name if repository is None else repository.id

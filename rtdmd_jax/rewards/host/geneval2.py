@@ -32,7 +32,7 @@ Answerer = Callable[[np.ndarray, Sequence[Query]], Sequence[Sequence[float]]]
 
 
 def instruction(question: str) -> str:
-  """What the model is asked, after the image."""
+  """The question that follows the image."""
   return f"{question} Answer in one word."
 
 
