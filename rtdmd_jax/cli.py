@@ -80,10 +80,10 @@ class Invocation:
     Raises:
       UserError: the configuration is for another purpose; names the tool that takes it.
     """
-    found = _purpose(self.config)
-    if found is not None and found not in purposes:
+    purpose = _purpose(self.config)
+    if purpose is not None and purpose not in purposes:
       raise UserError(
-        f"--config={self.flags.config} is for {found}: give it to python -m {_PURPOSES[found]};"
+        f"--config={self.flags.config} is for {purpose}: give it to python -m {_PURPOSES[purpose]};"
         f" this tool takes a configuration for {' or '.join(purposes)}"
       )
 

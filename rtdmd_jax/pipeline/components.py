@@ -64,13 +64,13 @@ class _Parts:
     if self._transformer is None or None in configs:
       return
     wanted = getattr(self._transformer, field)
-    found = times * sum(getattr(config, name) for config in configs)
-    if found == wanted or (most and found < wanted):
+    width = times * sum(getattr(config, name) for config in configs)
+    if width == wanted or (most and width < wanted):
       return
     factor = f"{times} x " if times > 1 else ""
     files = " and ".join(f"{part}/config.json" for part in parts)
     self.problems.append(
-      f"{self.directory}: {factor}{name} of {files} is {found}, but {field} of"
+      f"{self.directory}: {factor}{name} of {files} is {width}, but {field} of"
       f" transformer/config.json is {wanted}; these networks are not of one pipeline."
     )
 

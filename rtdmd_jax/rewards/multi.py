@@ -190,9 +190,9 @@ class MultiReward:
     _check_lengths(images, prompts, metadata)
     names = self.names if names is None else names
     chosen = {name: self.rewards[name] for name in names if name in self.rewards}
-    found = self._isolated(chosen, images, usable, prompts, metadata)
+    scores = self._isolated(chosen, images, usable, prompts, metadata)
     without = {name: self.unavailable[name] for name in names if name not in chosen}
-    return beside([found, left_out(len(images), without)])
+    return beside([scores, left_out(len(images), without)])
 
   def _isolated(self, rewards, images, usable, prompts, metadata) -> Scores:
     scores = score_isolated(rewards, images, prompts, metadata)

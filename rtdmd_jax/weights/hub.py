@@ -67,9 +67,9 @@ def local_path(name: str | os.PathLike, kind: str = "pipeline", *, download: boo
   Raises:
     UserError: it is not here and cannot be downloaded; it says which command fetches it.
   """
-  found = find(name, kind)
-  if found is not None:
-    return found
+  path_here = find(name, kind)
+  if path_here is not None:
+    return path_here
   repository = Repository.parse(name)
   if repository is None:
     known = Repository.parse(downloads.known_id(name) or "")
