@@ -239,7 +239,7 @@ def our_updates(models, directory: Path, texts, empty, latents, seeds, epoch):
   conditioning, unconditional = (Conditioning(*map(jnp.asarray, t)) for t in (texts, empty))
   batch = Batch(conditioning, count, count, unconditional)
   roles = Roles(
-    transformer.apply, "base", "base", "teacher", peer.ALPHA / peer.RANK,
+    transformer.apply, "base", "base", "teacher", peer.ALPHA,
     jnp.array(SIGMAS), latents,
   )  # fmt: skip
   config = DMDConfig(eta=peer.ETA, guidance_low=GUIDANCE, guidance_high=GUIDANCE)

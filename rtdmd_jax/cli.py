@@ -80,10 +80,10 @@ class Invocation:
     Raises:
       UserError: the configuration is for another purpose; names the tool that takes it.
     """
-    found = _purpose(self.config)
-    if found is not None and found not in purposes:
+    purpose = _purpose(self.config)
+    if purpose is not None and purpose not in purposes:
       raise UserError(
-        f"--config={self.flags.config} is for {found}: give it to python -m {_PURPOSES[found]};"
+        f"--config={self.flags.config} is for {purpose}: give it to python -m {_PURPOSES[purpose]};"
         f" this tool takes a configuration for {' or '.join(purposes)}"
       )
 
@@ -215,7 +215,7 @@ def _mistake(sentence: str) -> int:
 
 
 def _of_the_disk(error: Exception) -> str | None:
-  """What the file system says of a path."""
+  """The sentence about a path that the file system refuses; None for other errors."""
   if not isinstance(error, OSError) or error.errno not in _DISK:
     return None
   name = error.filename2 or error.filename or "a file"
@@ -252,7 +252,7 @@ def _of_the_config(error: Exception) -> str | None:
 
 
 def _purpose(config: ConfigDict | None) -> str | None:
-  """What a configuration is for, a key of `_PURPOSES`; None where its keys do not tell."""
+  """The purpose of a configuration, a key of `_PURPOSES`; None where its keys do not tell."""
   if config is None:
     return None
   if config.get("stage") == "pretrain":

@@ -169,10 +169,10 @@ def _container(config: ConfigDict, key: str) -> tuple[ConfigDict, str] | None:
 
 def _removed(config: ConfigDict, key: str) -> bool:
   """Whether `key` was an entry that may be removed, and is now."""
-  found = _container(config, key)
-  if found is None:
+  entry = _container(config, key)
+  if entry is None:
     return False
-  section, name = found
+  section, name = entry
   with section.unlocked():
     del section[name]
   return True

@@ -1,4 +1,4 @@
-"""What ends a program early, and the exit codes (docs/robustness.md)."""
+"""Exceptions that end a program early, and the exit codes (docs/robustness.md)."""
 
 EXIT_USER_ERROR = 2
 EXIT_NUMBERS = 3  # training met numbers that are not finite

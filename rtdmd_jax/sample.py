@@ -39,6 +39,7 @@ from rtdmd_jax.report.captions import labels, write_names
 from rtdmd_jax.report.grids import grid, save_png
 from rtdmd_jax.runtime import sharding
 from rtdmd_jax.runtime.compilation import jit
+from rtdmd_jax.runtime.files import replace_file
 from rtdmd_jax.training.stored_run import FLAG_HELP, StoredRun
 
 METADATA_KEY = "rtdmd_jax"
@@ -122,7 +123,7 @@ class Shot:
     return directory / f"{self.index:05d}_{self.seed}.png"
 
   def notes(self, settings: Settings) -> dict[str, Any]:
-    """What its file says about it: everything that the image is a function of."""
+    """The notes in the image's file: everything that the image is a function of."""
     shared = asdict(settings)
     for key in ("seed", "out", "batch"):
       del shared[key]
@@ -135,7 +136,7 @@ Sampler = Callable[[Sequence[Shot]], np.ndarray]
 
 
 def sampler(pipeline: Pipeline, settings: Settings, adapters: Any) -> Sampler:
-  """What draws up to `settings.batch` images at once; it compiles a single program.
+  """A function that draws up to `settings.batch` images at once with a single program.
 
   Args:
     pipeline: its parameters lie on the current mesh, over which images are spread.
@@ -245,12 +246,10 @@ def read_notes(path: Path) -> dict[str, Any] | None:
 
 def write(image: np.ndarray, path: Path, notes: dict[str, Any]) -> None:
   """Writes a PNG with its settings; it appears whole or not."""
-  path.parent.mkdir(parents=True, exist_ok=True)
   info = PngImagePlugin.PngInfo()
   info.add_text(METADATA_KEY, json.dumps(notes))  # plain ASCII, so that it is a tEXt chunk
-  partial = path.with_suffix(".partial")
-  Image.fromarray(image).save(partial, format="PNG", pnginfo=info)
-  partial.replace(path)
+  picture = Image.fromarray(image)
+  replace_file(path, lambda partial: picture.save(partial, format="PNG", pnginfo=info))
 
 
 def main(call: cli.Invocation) -> None:

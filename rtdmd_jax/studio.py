@@ -63,7 +63,7 @@ class Studio:
       return {name: images([shot])[0] for name, images in self._samplers.items()}
 
   def label(self, name: str) -> str:
-    """What stands above an image."""
+    """The caption above an image."""
     how = self.settings[name]
     guidance = f", guidance {how.guidance:g}" if how.guidance > 1 else ""
     return f"{name.replace('_', ' ')}: {how.steps} steps{guidance}"
@@ -76,16 +76,16 @@ def systems(config: Any, loras: Sequence[str]) -> dict[str, sample.Settings]:
     UserError: a bad config, a malformed or unknown adapter, or no few-step system to follow.
   """
   suite.check_config(config)
-  found = {name: suite.settings(config, name) for name in config.systems}
+  by_name = {name: suite.settings(config, name) for name in config.systems}
   for text in loras:
     name, _, path = text.partition("=")
     if not name or not path:
       raise UserError(f"--lora={text} must be NAME=PATH or NAME=PATH:SCALE.")
-    few = [how for how in found.values() if how.few_step]
+    few = [how for how in by_name.values() if how.few_step]
     if not few:
       raise UserError(f"--lora={text} needs a few-step system in the config to be sampled as.")
-    found[name] = replace(few[-1], loras=(Lora.parse(path),))
-  return found
+    by_name[name] = replace(few[-1], loras=(Lora.parse(path),))
+  return by_name
 
 
 def import_gradio() -> Any:

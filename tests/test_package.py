@@ -243,8 +243,9 @@ def test_commands_on_the_pages_name_what_exists(page):
   for line in text.splitlines():
     for module in re.findall(r"-m (rtdmd_jax[\w.]*)", line):
       assert importlib.util.find_spec(module), line
-    for config in re.findall(r"--config=(\S+)", line):
-      load_config(str(ROOT / config), re.findall(r"--config\.(\S+=\S+)", line))
+    for config in re.findall(r"--config=([\w./:]+)", line):
+      config = config if config.startswith("rtdmd_jax:") else str(ROOT / config)
+      load_config(config, re.findall(r"--config\.(\S+=\S+)", line))
   if page.suffix == ".md":
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
       assert (page.parent / link).exists(), f"{page.name}: {link}"

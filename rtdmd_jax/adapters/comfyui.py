@@ -31,7 +31,7 @@ def fused_modules(transformer: Transformer) -> dict[str, Fused]:
 
 def fused_layers(names: OtherNames, entries: Iterable[Entry]) -> dict[str, Fused]:
   """`fused_modules` of a family's names and its transformer's dense layers."""
-  found: dict[str, list[tuple[int, str, int]]] = {}
+  parts_by_name: dict[str, list[tuple[int, str, int]]] = {}
   inputs, swapped = {}, set()
   for entry in entries:
     for module in module_names(entry):
@@ -40,12 +40,12 @@ def fused_layers(names: OtherNames, entries: Iterable[Entry]) -> dict[str, Fused
         name = name.removesuffix("~")
         swapped.add(name)
       outputs, inputs[name] = entry.shape
-      found.setdefault(name, []).append((part, module, outputs))
+      parts_by_name.setdefault(name, []).append((part, module, outputs))
   return {
     name: Fused(
       tuple((module, rows) for _, module, rows in sorted(parts)), inputs[name], name in swapped
     )
-    for name, parts in found.items()
+    for name, parts in parts_by_name.items()
   }
 
 

@@ -87,10 +87,12 @@ def _locate(path: Path) -> Path:
     for name in _DIFFUSERS_NAMES:
       if (directory / name).is_file():
         return directory / name
-  found = sorted(path.glob("*.safetensors"))
-  if len(found) == 1:
-    return found[0]
-  several = f" and {len(found)} other safetensors files, of which to name one" if found else ""
+  candidates = sorted(path.glob("*.safetensors"))
+  if len(candidates) == 1:
+    return candidates[0]
+  several = (
+    f" and {len(candidates)} other safetensors files, of which to name one" if candidates else ""
+  )
   raise UserError(
     f"{path} is no adapter: it holds neither {PEFT_NAME} nor {DIFFUSERS_NAME}{several}."
   )

@@ -1,4 +1,4 @@
-"""What a key of an adapter file names: a layer of the transformer and a part of its adapter."""
+"""Keys of adapter files: each names a layer of the transformer and a part of its adapter."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -25,7 +25,7 @@ class Fused(NamedTuple):
 
 
 class Part(NamedTuple):
-  """What a key stands for.
+  """The meaning of a key.
 
   Attributes:
     module: the layer's name in the file, without prefixes.
@@ -95,7 +95,7 @@ def underscored(name: str) -> str:
 
 
 def parse_key(file: Path, key: str, names: Mapping[str, Fused]) -> Part:
-  """What a key of a file stands for.
+  """The meaning of a key of a file.
 
   Args:
     file: for messages.
@@ -112,13 +112,13 @@ def parse_key(file: Path, key: str, names: Mapping[str, Fused]) -> Part:
     )
   match = _WEIGHT.fullmatch(key) or _ALPHA.fullmatch(key)
   if not match:
-    kind = next((words for found, words in _OTHER_KINDS if re.search(found, key)), None)
+    kind = next((words for pattern, words in _OTHER_KINDS if re.search(pattern, key)), None)
     known = f"{kind}; only plain LoRA is supported" if kind else "which is no LoRA weight"
     raise UserError(f"{file} holds key {key}, {known}.")
-  found = _find(match["module"], names)
-  if found is None:
+  place = _find(match["module"], names)
+  if place is None:
     raise UserError(f"{file} holds key {key}, but the model has no dense layer {match['module']}.")
-  return Part(*found, _PARTS[match["part"]] if "part" in match.groupdict() else "alpha")
+  return Part(*place, _PARTS[match["part"]] if "part" in match.groupdict() else "alpha")
 
 
 def _find(name: str, names: Mapping[str, Fused]) -> tuple[str, Fused] | None:

@@ -95,7 +95,7 @@ def _halves(path: Path, layer: Fused, adapter: _Adapter) -> tuple[np.ndarray, np
 
 
 def _scale(file: AdapterFile, adapter: _Adapter, rank: int) -> float:
-  """What is said of an adapter: by PEFT's fields, by its `.alpha`, or by the kind of file."""
+  """The statements about an adapter: by PEFT's fields, by its `.alpha`, or by the kind of file."""
   path, said = file.path, adapter.parts.get("alpha")
   if file.config is not None:
     if said is not None:

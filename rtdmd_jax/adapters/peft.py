@@ -79,7 +79,7 @@ def save_peft(
 
 
 def read_notes(path: str | os.PathLike) -> dict[str, str]:
-  """What `save_peft` was given as `notes`; empty where there is no such file or none were."""
+  """The `notes` that `save_peft` was given; empty where there is no such file or none were."""
   try:
     with safe_open(Path(path) / PEFT_NAME, framework="numpy") as handle:
       return dict(handle.metadata() or {})

@@ -117,7 +117,7 @@ class AdapterConfig:
     return cls(source, dict(fields), targeted)
 
   def scale(self, module: str, rank: int) -> float:
-    """What multiplies B A of a layer: alpha / r, with rank-stabilised LoRA alpha / sqrt(r).
+    """The factor of B A of a layer: alpha / r, with rank-stabilised LoRA alpha / sqrt(r).
 
     Args:
       module: the layer's name in the file, without a prefix.

@@ -53,7 +53,7 @@ def _normalize(
 def _normalized_values(
   rewards: dict[str, jax.Array], weights: dict[str, float], weight_advantages: bool
 ) -> dict[str, tuple[float, jax.Array]]:
-  """What is normalised over the batch: each reward, or the sum, as (weight, float32 values [N])."""
+  """The values to normalise over the batch, rewards or their sum, as (weight, float32 [N])."""
   missing = sorted(set(weights) - set(rewards))
   if missing or not weights:
     raise ValueError(f"weights {sorted(weights)} need rewards, missing {missing}")

@@ -89,8 +89,8 @@ def get_devices(topology: str) -> tuple[Chip, list[Any]]:
   Raises:
     UserError: libtpu is missing, or it knows no such topology.
   """
-  if found := gpus(topology):
-    return found[0], jax.devices("cpu")[: found[1]]
+  if known_gpus := gpus(topology):
+    return known_gpus[0], jax.devices("cpu")[: known_gpus[1]]
   for name, value in _LIBTPU.items():
     os.environ.setdefault(name, value)
   try:

@@ -205,8 +205,8 @@ def loop_turns(condition: Computation) -> int | None:
 
 def _collectives(all_, ins, inner, times, out, channels) -> None:
   """Adds an instruction's collective, or those fused into it; their parts share a channel."""
-  found = [(computation, i) for computation, i in _nested(all_, ins, inner)]
-  for where, part in found:
+  operations = [(computation, i) for computation, i in _nested(all_, ins, inner)]
+  for where, part in operations:
     kind = part.opcode.removesuffix("-start")
     if kind not in _COLLECTIVES:
       continue

@@ -39,7 +39,7 @@ _NOT_FINITE = "its score is not finite"
 
 
 class Look(NamedTuple):
-  """What an evaluation sees of a system.
+  """A system's images and scores in an evaluation.
 
   Attributes:
     images: [P, H, W, 3] uint8; None if they could not be drawn.
@@ -99,7 +99,7 @@ class Evaluator:
     return self._fixed[key]
 
   def predictions(self, system: System, fake_score: Tree, prompts: Sequence[Prompt]) -> np.ndarray:
-    """What the fake score takes the system's images for, [P, H, W, 3] uint8.
+    """The fake score's predictions of the system's images, [P, H, W, 3] uint8.
 
     The clean image it predicts from each of `images(system, prompts)` with noise of level
     `PREDICTION_SIGMA`; the noise depends on the evaluation seed and the image's number alone.

@@ -30,7 +30,7 @@ def facts_of(
   files: Mapping[str, str],
   overlap: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-  """What `evaluation.json` says of the run under `"run"`.
+  """The facts about a run that `evaluation.json` has under `"run"`.
 
   Args:
     step: of the weights that are scored.
@@ -101,12 +101,12 @@ def final_scores(evaluation: Mapping[str, Any]) -> dict[str, float]:
 
   Letters, digits, dots and dashes of a system's name stay, everything else is an underscore.
   """
-  found = {}
+  means = {}
   for system in evaluation["systems"]:
     name = re.sub(r"[^\w.-]+", "_", system["name"])
     for reward, score in system["scores"].items():
-      found[f"final/{name}/{reward}"] = math.nan if score["mean"] is None else score["mean"]
-  return found
+      means[f"final/{name}/{reward}"] = math.nan if score["mean"] is None else score["mean"]
+  return means
 
 
 def _is_evaluated(workdir: Path, facts: Mapping[str, Any]) -> bool:

@@ -47,13 +47,13 @@ def diversity(images: np.ndarray, prompt_ids: Sequence[int]) -> dict[int, float]
   ids = np.asarray(prompt_ids)
   if ids.shape != (len(images),):
     raise ValueError(f"{len(images)} images, prompt_ids of shape {ids.shape}")
-  found = {}
+  distances = {}
   for prompt in dict.fromkeys(ids.tolist()):
     own = unit[ids == prompt]
     pairs = [np.sqrt(np.mean((own[i] - own[j]) ** 2)) for i in range(len(own)) for j in range(i)]
     if pairs:
-      found[prompt] = float(np.mean(pairs))
-  return found
+      distances[prompt] = float(np.mean(pairs))
+  return distances
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.evaluate.image_statistics import diversity, image_statistics
+from rtdmd_jax.evaluate.scores import summary
 
 # Prompts and images of each for `images/diversity`; four more images a prompt say little more.
 DIVERSE_PROMPTS, DIVERSE_IMAGES = 4, 4
@@ -92,11 +93,10 @@ def moves(first: Means, now: Means, trained: Sequence[str]) -> tuple[list[str], 
 
 
 def _mean(values: np.ndarray) -> tuple[float, float]:
-  values = np.asarray(values, np.float64)
-  values = values[np.isfinite(values)]
-  if len(values) < 2:
-    return float(values.mean()) if len(values) else math.nan, math.inf
-  return float(values.mean()), 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
+  """The mean of the finite values and the half width of its interval, infinite where unknown."""
+  of_values = summary(np.asarray(values))
+  mean, width = of_values["mean"], of_values["ci95"]
+  return math.nan if mean is None else mean, math.inf if width is None else float(width)
 
 
 def _changes(names: Sequence[str], first: Means, now: Means) -> str:

@@ -42,7 +42,7 @@ class PromptScores(NamedTuple):
 
   @classmethod
   def of(cls, scores: Scores, prompts: Sequence[Prompt]) -> "PromptScores":
-    """Of the scores of all prompts' images, once or several times one after the other."""
+    """Means over the images of all prompts, once or several times one after the other."""
     values = {name: prompt_means(v, len(prompts)) for name, v in scores.values.items()}
     return cls(prompts, values, {name: scores.failed(name) for name in values}, scores.reasons)
 

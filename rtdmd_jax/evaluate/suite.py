@@ -87,12 +87,12 @@ def by_pipeline(config: Any, names: Sequence[str]) -> dict[str, list[str]]:
   Raises:
     UserError: a system's settings, or a directory without model_index.json.
   """
-  found: dict[str, list[str]] = {}
+  systems_by_pipeline: dict[str, list[str]] = {}
   for name in names:
-    found.setdefault(settings(config, name).pipeline, []).append(name)
-  for directory in found:
+    systems_by_pipeline.setdefault(settings(config, name).pipeline, []).append(name)
+  for directory in systems_by_pipeline:
     read_config(local_path(directory), "model_index.json")
-  return found
+  return systems_by_pipeline
 
 
 def prompt_sets(config: Any) -> dict[str, list[Prompt]]:
@@ -104,11 +104,11 @@ def prompt_sets(config: Any) -> dict[str, list[Prompt]]:
 
 def rewards_by_set(config: Any) -> dict[str, MultiReward]:
   """The scorers of each prompt set; rewards that cannot be built are left out with a warning."""
-  found: dict[str, dict[str, dict]] = {}
+  options_by_set: dict[str, dict[str, dict]] = {}
   for name, reward in config.rewards.items():
     options = {key: value for key, value in reward.items() if key != "prompts"}
-    found.setdefault(reward.prompts, {})[name] = options
-  made = {name: make_for_evaluation(rewards) for name, rewards in found.items()}
+    options_by_set.setdefault(reward.prompts, {})[name] = options
+  made = {name: make_for_evaluation(rewards) for name, rewards in options_by_set.items()}
   if not any(scorer.rewards for scorer in made.values()):
     raise UserError("none of the rewards can be built; see the warnings above.")
   for name, scorer in made.items():
@@ -218,7 +218,7 @@ def images_of(folder: Path, prompts: Sequence[Prompt]) -> list[tuple[int, int, P
   Raises:
     UserError: a prompt without an image, or an image of another prompt.
   """
-  found = []
+  drawn = []
   for index, prompt in enumerate(prompts):
     files = sorted(folder.glob(f"{index:05d}_*.png"))
     if not files:
@@ -227,8 +227,8 @@ def images_of(folder: Path, prompts: Sequence[Prompt]) -> list[tuple[int, int, P
       notes = sample.read_notes(file)
       if notes is None or notes["prompt"] != prompt.text:
         raise UserError(f"{file} is not an image of prompt {index}, {prompt.text!r}.")
-      found.append((index, notes["seed"], file))
-  return found
+      drawn.append((index, notes["seed"], file))
+  return drawn
 
 
 def score(

@@ -23,7 +23,7 @@ _kernel: ContextVar[str] = ContextVar("attention_kernel", default="xla")
 
 @contextlib.contextmanager
 def attention_kernel(name: str) -> Iterator[None]:
-  """What `attention` traced inside uses, one of `KERNELS`; outside it is XLA's.
+  """Sets the kernel, one of `KERNELS`, of `attention` traced inside; outside it is XLA's.
 
   Raises:
     ValueError: another name.
@@ -98,7 +98,31 @@ def _per_device(run: Callable[..., jax.Array], *qkv: jax.Array) -> jax.Array:
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
-  return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+  return even_attention(q, k, v, scale, "cudnn")
+
+
+def even_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, scale: float, implementation: str
+) -> jax.Array:
+  """Self-attention [B, L, H, D] of an even number of tokens, of which the last may be a hidden one.
+
+  jax refuses the gradient of cuDNN's kernel for an odd number (SD3's 77 + 128 + 1024 tokens are
+  one), though the kernel itself takes it.
+
+  Args:
+    q, k, v: [B, L, H, D].
+    scale: of the products.
+    implementation: a name that `jax.nn.dot_product_attention` takes.
+  """
+  batch, length = q.shape[:2]
+  lengths = None
+  if length % 2:
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    lengths = jnp.full((batch,), length, jnp.int32)
+  out = jax.nn.dot_product_attention(
+    q, k, v, scale=scale, implementation=implementation, key_value_seq_lengths=lengths
+  )
+  return out[:, :length]
 
 
 def _splash(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:

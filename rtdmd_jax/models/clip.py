@@ -45,7 +45,7 @@ _ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": _gelu}
 
 
 class TextOutput(struct.PyTreeNode):
-  """What a text encoder gives.
+  """The outputs of a text encoder.
 
   Attributes:
     last: [B, L, D], the normalised output of the last layer.

@@ -86,9 +86,9 @@ class CLIPConfig:
 
 def _check_type(config: Mapping[str, Any], expected: str) -> None:
   # Nested configs of old files have no model_type.
-  found = config.get("model_type", expected)
-  if found != expected:
-    raise UserError(f"model_type is {found!r} in a CLIP config, expected {expected!r}.")
+  model_type = config.get("model_type", expected)
+  if model_type != expected:
+    raise UserError(f"model_type is {model_type!r} in a CLIP config, expected {expected!r}.")
 
 
 def _build(cls: type, config: Mapping[str, Any], model_type: str) -> Any:

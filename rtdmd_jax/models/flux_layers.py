@@ -1,4 +1,4 @@
-"""What FLUX.1 and FLUX.2 share: attention with rotary positions over text and image tokens."""
+"""Layers that FLUX.1 and FLUX.2 share: attention with rotary positions over text and image."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the multimodal diffusion transformers share: SD3, FLUX.1 and FLUX.2 (arXiv 2403.03206).
+"""Layers that SD3, FLUX.1 and FLUX.2 share, multimodal diffusion transformers (arXiv 2403.03206).
 
 The time, and what else is one vector a sample, sets the shift, scale and gate of every block.
 """

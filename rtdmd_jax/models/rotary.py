@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rtdmd_jax.runtime import sharding
+
 # Cosines and sines, each float32 [L, D / 2] for heads of D features.
 Rotary = tuple[jax.Array, jax.Array]
 
@@ -41,9 +43,12 @@ def rotate_pairs(x: jax.Array, rotary: Rotary) -> jax.Array:
 def _quarter_turn(x: jax.Array) -> jax.Array:
   """(a, b) to (-b, a) for each pair of neighbouring features, in float32.
 
-  A product with a matrix of 0, 1 and -1, which is exact: a TPU would copy every array of pairs
-  several times, for their layout.
+  For a TPU this is a product with a matrix of 0, 1 and -1, which is exact: it would copy every
+  array of pairs several times, for their layout. Elsewhere a float32 product costs more.
   """
+  if sharding.platform() != "tpu":
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    return jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
   turn = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]])
   return jnp.matmul(
     x,

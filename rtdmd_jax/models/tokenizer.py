@@ -81,12 +81,12 @@ def longer(limit: Limit, prompts: Sequence[str]) -> list[int]:
   # prompts are too short to be cut by that alone, and tokenizing takes seconds for 25,000.
   free = limit.length - limit.tokenizer.num_special_tokens_to_add() - 1
   doubtful = [i for i, text in enumerate(texts) if len(text) > free or not text.isascii()]
-  found = []
+  indices = []
   for start in range(0, len(doubtful), _AT_ONCE):
     part = doubtful[start : start + _AT_ONCE]
     rows = limit.tokenizer([texts[i] for i in part], truncation=False, verbose=False).input_ids
-    found += [i for i, row in zip(part, rows, strict=True) if len(row) > limit.length]
-  return found
+    indices += [i for i, row in zip(part, rows, strict=True) if len(row) > limit.length]
+  return indices
 
 
 def checked_ids(tokenizer: Any, ids: Any, vocabulary: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What every transformer family hands to the rest of the program."""
+"""The interface of a transformer family."""
 
 import math
 from collections.abc import Mapping

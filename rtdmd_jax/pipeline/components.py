@@ -29,7 +29,7 @@ class _Parts:
     self._transformer = self.read("transformer", transformer.from_dict)
 
   def read(self, part: str, build: Callable[[dict[str, Any]], Any]) -> Any:
-    """What `build` makes of a component's config.json; None where it cannot be used."""
+    """The result of `build` for a component's config.json; None where it cannot be used."""
     try:
       config = read_config(self.directory / part)
     except UserError as error:
@@ -64,19 +64,19 @@ class _Parts:
     if self._transformer is None or None in configs:
       return
     wanted = getattr(self._transformer, field)
-    found = times * sum(getattr(config, name) for config in configs)
-    if found == wanted or (most and found < wanted):
+    width = times * sum(getattr(config, name) for config in configs)
+    if width == wanted or (most and width < wanted):
       return
     factor = f"{times} x " if times > 1 else ""
     files = " and ".join(f"{part}/config.json" for part in parts)
     self.problems.append(
-      f"{self.directory}: {factor}{name} of {files} is {found}, but {field} of"
+      f"{self.directory}: {factor}{name} of {files} is {width}, but {field} of"
       f" transformer/config.json is {wanted}; these networks are not of one pipeline."
     )
 
 
 def sd3_problems(directory: Path, index: Mapping[str, Any]) -> list[str]:
-  """What does not fit in a Stable Diffusion 3 directory, given its model_index.json."""
+  """Sentences about what does not fit in an SD3 directory, given its model_index.json."""
   parts, towers = _Parts(directory, SD3Config), ("text_encoder", "text_encoder_2")
   parts.match("in_channels", ["vae"], "latent_channels", [parts.read("vae", VAEConfig.from_dict)])
   clip = [parts.read(tower, _projected) for tower in towers]
@@ -95,7 +95,7 @@ def sd3_problems(directory: Path, index: Mapping[str, Any]) -> list[str]:
 
 
 def flux1_problems(directory: Path, index: Mapping[str, Any]) -> list[str]:
-  """What does not fit in a FLUX.1 directory, given its model_index.json."""
+  """Sentences about what does not fit in a FLUX.1 directory, given its model_index.json."""
   del index
   parts = _Parts(directory, Flux1Config)
   vae = parts.read("vae", VAEConfig.from_dict)
@@ -108,7 +108,7 @@ def flux1_problems(directory: Path, index: Mapping[str, Any]) -> list[str]:
 
 
 def flux2_problems(directory: Path, index: Mapping[str, Any]) -> list[str]:
-  """What does not fit in a FLUX.2-klein directory, given its model_index.json."""
+  """Sentences about what does not fit in a FLUX.2-klein directory, given its model_index.json."""
   del index
   parts = _Parts(directory, Flux2Config)
   vae = parts.read("vae", Flux2VAEConfig.from_dict)

@@ -29,13 +29,6 @@ def role_variables(base: Tree, frozen_adapters: Tree = None, adapters: Tree = No
   return variables
 
 
-def scale_adapters(adapters: Tree, scale: float) -> Tree:
-  """Folds alpha / r into the `b` factors (the layers know no rank)."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: leaf * scale if path[-1].key == "b" else leaf, adapters
-  )
-
-
 def role_velocity(
   apply: ApplyFn,
   variables: dict,

@@ -1,1 +1,1 @@
-"""What a run leaves for people to read: page, charts, image grids, model card."""
+"""Results of a run for people to read: page, charts, image grids, model card."""

@@ -89,14 +89,14 @@ def _needs_shaping(letter: str) -> bool:
 
 @functools.cache
 def _faces() -> tuple[str, ...]:
-  found = [""]
+  faces = [""]
   for file in _FILES:
     try:
       ImageFont.truetype(file)
     except OSError:
       continue
-    found.append(file)
-  return tuple(found)
+    faces.append(file)
+  return tuple(faces)
 
 
 @functools.lru_cache(maxsize=32)

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from rtdmd_jax.report import captions as fonts
+from rtdmd_jax.runtime.files import replace_file
 
 _PAPER, _INK, _FAINT = (255, 255, 255), (32, 32, 32), (110, 110, 110)
 _GAP = 8
@@ -109,10 +110,7 @@ def side_by_side(
 
 def save_png(path: Path, image: Image.Image) -> None:
   """Write `image` as PNG, creating the folder; readers never see half a file."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(".tmp")
-  image.save(temporary, format="PNG", optimize=True)
-  temporary.replace(path)
+  replace_file(path, lambda partial: image.save(partial, format="PNG", optimize=True))
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:

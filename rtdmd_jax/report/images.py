@@ -59,13 +59,13 @@ def compare(
 
 def previews(folder: Path) -> str:
   """Preview grids `step_<number>.png` over training, at most eight, evenly chosen; HTML."""
-  found = sorted(
+  pictures = sorted(
     (int(path.stem.removeprefix("step_")), path)
     for path in folder.glob("step_*.png")
     if path.stem.removeprefix("step_").isdecimal()
   )
-  count = min(len(found), _MAX_PREVIEWS)
-  chosen = [found[round(i * (len(found) - 1) / max(count - 1, 1))] for i in range(count)]
+  count = min(len(pictures), _MAX_PREVIEWS)
+  chosen = [pictures[round(i * (len(pictures) - 1) / max(count - 1, 1))] for i in range(count)]
   figures = "".join(
     f"<figure><figcaption>step {step:,}</figcaption>"
     f"{embed(path, _SHEET // 2, f'preview at step {step}')}</figure>"

@@ -16,7 +16,7 @@ FILE_NAME = "README.md"
 
 
 class Run(NamedTuple):
-  """What a card tells of a training run.
+  """The facts about a training run that a card tells.
 
   Attributes:
     config: its configuration as nested dicts.
@@ -50,12 +50,12 @@ def read_scores(workdir: Path, step: int | None = None) -> dict[str, Any] | None
     step: of the weights; None takes the evaluation of any.
   """
   try:
-    found = json.loads((workdir / "evaluation.json").read_text())
+    table = json.loads((workdir / "evaluation.json").read_text())
   except (OSError, ValueError):  # its writer may have been killed
     return None
-  if not isinstance(found, dict) or "systems" not in found:
+  if not isinstance(table, dict) or "systems" not in table:
     return None
-  return found if step is None or found.get("run", {}).get("step") == step else None
+  return table if step is None or table.get("run", {}).get("step") == step else None
 
 
 def write_card(

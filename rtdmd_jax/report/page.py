@@ -94,13 +94,13 @@ def write_report(workdir: Path) -> Path:
 
 def curves(lines: list[dict[str, Any]]) -> Curves:
   """Metric names to their steps and values; values that were not finite are NaN."""
-  found: Curves = {}
+  by_name: Curves = {}
   for line in lines:
     for name, value in line.get("scalars", {}).items():
-      steps, values = found.setdefault(name, ([], []))
+      steps, values = by_name.setdefault(name, ([], []))
       steps.append(line["step"])
       values.append(math.nan if value is None else value)
-  return found
+  return by_name
 
 
 def group(name: str) -> str:

@@ -113,7 +113,7 @@ def _is_share(value: Any) -> bool:
 
 
 def overlap_sentences(overlap: Mapping[str, Sequence[int]]) -> str:
-  """What comparing held-out prompts with those of training has shown, as sentences.
+  """Sentences about held-out prompts that are training prompts as well.
 
   Args:
     overlap: for each held-out set, how many prompts are trained on as well, and how many it has.
@@ -178,7 +178,7 @@ def failures(evaluation: Evaluation) -> str:
 
 
 def tag_tables(evaluation: Evaluation) -> str:
-  """For each reward a table of the prompts' tags; empty where there are no tags; HTML."""
+  """HTML tables of the prompts' tags, one for each reward; empty where there are no tags."""
   systems = evaluation.systems
   tags = list(dict.fromkeys(tag for system in systems for tag in system.per_tag))
   heads = "".join(f"<th>{system.label}</th>" for system in systems)

@@ -15,12 +15,12 @@ def imported(path: str) -> Callable:
   """
   module, _, name = path.partition(":")
   try:
-    found = getattr(importlib.import_module(module), name)
+    target = getattr(importlib.import_module(module), name)
   except (ImportError, AttributeError, ValueError) as error:
     hint = "write it as pkg.mod:Name, and name its folder in PYTHONPATH"
     raise UserError(f"cannot import {path!r} ({error}); {hint}") from error
   except (Exception, SystemExit) as error:  # what a module of others does when it is imported
     raise UserError(f"cannot import {path!r}: {described(error)}") from error
-  if not callable(found):
+  if not callable(target):
     raise UserError(f"{path!r} is not callable; name a class or a function")
-  return found
+  return target

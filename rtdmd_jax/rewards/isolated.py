@@ -20,7 +20,7 @@ Reward = Callable[[np.ndarray, Sequence[str], Sequence[Mapping] | None], object]
 
 
 class Scores(NamedTuple):
-  """What rewards make of N images.
+  """The outputs of rewards for N images.
 
   Attributes:
     values: of each output [N] float32, NaN where there is no score; a reward's name is one of them.

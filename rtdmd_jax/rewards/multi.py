@@ -190,9 +190,9 @@ class MultiReward:
     _check_lengths(images, prompts, metadata)
     names = self.names if names is None else names
     chosen = {name: self.rewards[name] for name in names if name in self.rewards}
-    found = self._isolated(chosen, images, usable, prompts, metadata)
+    scores = self._isolated(chosen, images, usable, prompts, metadata)
     without = {name: self.unavailable[name] for name in names if name not in chosen}
-    return beside([found, left_out(len(images), without)])
+    return beside([scores, left_out(len(images), without)])
 
   def _isolated(self, rewards, images, usable, prompts, metadata) -> Scores:
     scores = score_isolated(rewards, images, prompts, metadata)
@@ -323,7 +323,7 @@ def _make(
 def build_available(
   builders: Mapping[str, Callable[[], T]], *, allow_unavailable: bool
 ) -> tuple[dict[str, T], dict[str, str]]:
-  """What `builders` make by name, and why a reward of those that cannot be built is left out.
+  """The results of `builders` by name, and for each that fails the reason.
 
   Raises:
     UserError: a wrong option, or, without `allow_unavailable`, a reward that cannot be built.

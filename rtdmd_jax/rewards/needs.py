@@ -1,4 +1,4 @@
-"""What a reward needs to know of a prompt, found out before anything is loaded or scored."""
+"""The needs of rewards: what a prompt must bring, checked before anything is loaded."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

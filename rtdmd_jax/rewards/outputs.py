@@ -1,4 +1,4 @@
-"""What a reward may return."""
+"""Checks of the values that a reward returns."""
 
 from collections.abc import Mapping
 

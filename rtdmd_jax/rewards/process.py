@@ -42,7 +42,7 @@ def own_inputs(images: np.ndarray, prompts: Sequence[str], records: Records) -> 
 def contained(
   reward: Callable[..., Any], images: np.ndarray, prompts: Sequence[str], records: Records
 ) -> Any:
-  """What a reward returns for `own_inputs`, called in a thread of its own.
+  """The value that a reward returns for `own_inputs`, called in a thread of its own.
 
   Raises:
     RuntimeError: it raised what would have ended the program, such as `SystemExit`.

@@ -1,1 +1,1 @@
-"""What any long run on several devices needs; knows nothing of RTDMD."""
+"""The ground of any long run on several devices; it knows nothing of RTDMD."""

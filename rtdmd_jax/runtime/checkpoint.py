@@ -223,8 +223,8 @@ class Checkpoints:
     if step is None:
       raise UserError(f"{self._directory} holds no checkpoint")
     if step not in steps:
-      found = ", ".join(map(str, steps)) or "none"
-      raise UserError(f"{self._directory} has no checkpoint {step}; it has {found}")
+      names = ", ".join(map(str, steps)) or "none"
+      raise UserError(f"{self._directory} has no checkpoint {step}; it has {names}")
     return step
 
   def _read_extra(self, step: int) -> tuple[Any, dict[str, int]]:

@@ -1,4 +1,4 @@
-"""What one device offers: peak arithmetic, memory and links."""
+"""The limits of a device: peak arithmetic, memory and links."""
 
 from typing import NamedTuple
 
@@ -57,14 +57,14 @@ def gpus(topology: str) -> tuple[Chip, int] | None:
     UserError: no number of GPUs.
   """
   name, _, count = topology.partition(":")
-  found = [c for kind, c in CHIPS.items() if kind.startswith("NVIDIA") and c.name == name]
-  if not found:
+  chips = [c for kind, c in CHIPS.items() if kind.startswith("NVIDIA") and c.name == name]
+  if not chips:
     return None
   if not (count.isdecimal() and 0 < int(count) <= _MOST_GPUS):
     raise UserError(
       f"--topology is {topology!r}; of GPUs give the number, up to {_MOST_GPUS}, such as {name}:8."
     )
-  return found[0], int(count)
+  return chips[0], int(count)
 
 
 def roofline(chip: Chip, flops: float, memory: float, network: float) -> dict[str, float]:

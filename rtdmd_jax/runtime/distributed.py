@@ -46,14 +46,14 @@ def initialize() -> None:
   Raises:
     UserError: see `arguments`, or jax finds no other processes.
   """
-  found = arguments(os.environ)
-  if found is None:
+  joined = arguments(os.environ)
+  if joined is None:
     return
   import jax
 
   try:
     # A process that ends alone, by an error of its own, ends the others after this time.
-    jax.distributed.initialize(**found, shutdown_timeout_seconds=_PATIENCE)
+    jax.distributed.initialize(**joined, shutdown_timeout_seconds=_PATIENCE)
   except (ValueError, RuntimeError) as error:
     raise UserError(
       f"{COORDINATOR} is {os.environ[COORDINATOR]}, but the processes cannot be joined:"
@@ -62,7 +62,7 @@ def initialize() -> None:
 
 
 def check_alone() -> None:
-  """For what one process does by itself.
+  """Refuses several processes, for a task that one does by itself.
 
   Raises:
     UserError: the environment asks for several.

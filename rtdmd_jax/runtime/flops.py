@@ -7,6 +7,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+# Matrix products of cuDNN's attention kernels: scores and output; backward the scores once more and
+# the gradients of output's and scores' two factors each.
+_CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
 
 def count_flops(jaxpr: Any, unknown_turns: float = 1) -> float:
   """Operations of all matrix products and convolutions, a multiplication and an addition each.
@@ -25,6 +29,8 @@ def count_flops(jaxpr: Any, unknown_turns: float = 1) -> float:
       total += _dot(eqn)
     elif name == "conv_general_dilated":
       total += _convolution(eqn)
+    elif name in _CUDNN_PRODUCTS:
+      total += _CUDNN_PRODUCTS[name] * _attention_product(eqn)
     elif name == "pallas_call":
       # Every tile is taken to be computed, as it is without a causal mask.
       turns = math.prod(eqn.params["grid_mapping"].grid)
@@ -55,6 +61,12 @@ def _dot(eqn: Any) -> float:
   (contracted, _), _ = eqn.params["dimension_numbers"]
   left = eqn.invars[0].aval.shape
   return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+
+
+def _attention_product(eqn: Any) -> float:
+  """A product of queries [B, Lq, H, D] with keys [B, Lk, H, D]."""
+  (batch, queries, heads, width), keys = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
+  return 2.0 * batch * heads * queries * keys * width
 
 
 def _convolution(eqn: Any) -> float:

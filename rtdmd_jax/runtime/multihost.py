@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other; a single process talks to itself.
+"""Messages between the processes of a run; a single process talks to itself.
 
 Every function here that tells or asks must be called by all processes, in the same order.
 """
@@ -94,7 +94,7 @@ class AsyncMax:
     self._before: jax.Array | None = None
 
   def __call__(self, number: int) -> int:
-    """What all agree on; `number` is not negative, and 0 until somebody gives another one."""
+    """The largest number so far; `number` is not negative, and 0 until somebody gives another."""
     if jax.process_count() == 1:
       return number
     mesh = current()

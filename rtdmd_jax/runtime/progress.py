@@ -168,17 +168,17 @@ class Progress:
       print(" | ".join(words), file=self._stream, flush=True)
 
   def _rates(self, steps: float, samples: float, tflop: float) -> dict[str, str]:
-    found = {"steps/s": f"{steps:.3g}", "images/s": f"{samples:.4g}"}
+    rates = {"steps/s": f"{steps:.3g}", "images/s": f"{samples:.4g}"}
     if tflop:
-      found["TFLOP/s"] = f"{tflop:.3g}"
+      rates["TFLOP/s"] = f"{tflop:.3g}"
     if tflop and self._peak:
-      found[self._share] = f"{tflop / self._peak:.1%}"
-    return found
+      rates[self._share] = f"{tflop / self._peak:.1%}"
+    return rates
 
 
 def memory() -> dict[str, str]:
   """Resident memory of the process and, where the backend tells, of the first local device."""
-  found = {"host memory": f"{psutil.Process().memory_info().rss / _GIB:.2f} GiB"}
+  sizes = {"host memory": f"{psutil.Process().memory_info().rss / _GIB:.2f} GiB"}
   stats: dict[str, Any] = jax.local_devices()[0].memory_stats() or {}
   if "bytes_in_use" in stats:
     used = f"{stats['bytes_in_use'] / _GIB:.2f}"
@@ -186,8 +186,8 @@ def memory() -> dict[str, str]:
       used += f" (peak {stats['peak_bytes_in_use'] / _GIB:.2f})"
     if "bytes_limit" in stats:
       used += f" of {stats['bytes_limit'] / _GIB:.2f}"
-    found["device memory"] = f"{used} GiB"
-  return found
+    sizes["device memory"] = f"{used} GiB"
+  return sizes
 
 
 def format_seconds(seconds: float) -> str:

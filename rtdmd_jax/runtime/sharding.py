@@ -55,7 +55,8 @@ def make_mesh(
 ) -> Mesh:
   """A mesh over all devices; one axis may be -1 and takes what the others leave.
 
-  Several slices (pods joined by a slower network) are split along `data`.
+  Several TPU slices (pods joined by a slower network) are split along `data`. GPUs report a slice
+  per host; their hosts may be split along any axis.
 
   Raises:
     UserError: the sizes do not multiply to the number of devices.
@@ -72,7 +73,8 @@ def make_mesh(
       f"mesh is {_show([data, fsdp, tensor])}, which does not fit {count} devices; make the"
       f" product of the sizes {count}."
     )
-  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  tpus = [device for device in devices if device.platform == "tpu"]
+  slices = len({getattr(device, "slice_index", 0) for device in tpus})
   if slices > 1:
     if sizes[0] % slices:
       raise UserError(f"mesh.data is {sizes[0]}; use a multiple of the {slices} slices.")
@@ -265,7 +267,7 @@ def platform() -> str:
 
 
 def table(trees: Mapping[str, Tree], mesh: Mesh) -> list[tuple[str, int, int, int]]:
-  """What lives where: (name, parameters, bytes in all, bytes on one device) of each tree.
+  """The placement of each tree: (name, parameters, bytes in all, bytes on one device).
 
   What lies in the memory of the hosts takes no bytes of a device.
   """

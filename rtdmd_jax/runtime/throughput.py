@@ -1,4 +1,4 @@
-"""What a run computes, and what its devices could: for the rates that it displays."""
+"""The arithmetic of a run and of its devices, for the rates that are displayed."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

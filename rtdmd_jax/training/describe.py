@@ -1,4 +1,4 @@
-"""From a configuration to the networks and rewards of a run, by config files alone."""
+"""Describes the networks and rewards of a run by config files alone."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -75,7 +75,7 @@ def describe(config: Any, source: Source = MACHINE) -> Description:
   roles = Roles(
     apply=pipeline.transformer.apply,
     **keys,
-    adapter_scale=config.lora.alpha / config.lora.rank,
+    lora_alpha=config.lora.alpha,
     sigmas=jnp.asarray(sigmas),
     latent_shape=pipeline.latent_shape(config.model.image_size),
     embedded_guidance=pipeline.transformer.embedded_guidance,

@@ -1,4 +1,4 @@
-"""From a configuration to everything that a run reads: as arrays, or as shapes of them.
+"""Sets up everything that a run reads, as arrays or as their shapes.
 
 `describe.describe` reads config files alone. `load` fills the arrays of a description, `abstract`
 puts shapes in their place; both make the same `Setup`.

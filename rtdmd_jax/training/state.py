@@ -70,13 +70,24 @@ class Batch:
 
 
 class Roles(NamedTuple):
-  """The description of the three roles: the backbone, its bases' keys and the schedule."""
+  """The description of the three roles: the backbone, its bases and the schedule.
+
+  Attributes:
+    apply: the backbone's function of variables, latents, sigma, tokens, pooled and guidance.
+    generator: the key of its base in `Frozen.bases`.
+    fake_score: likewise.
+    teacher: likewise.
+    lora_alpha: alpha of the adapters in training, whose `b` is multiplied by alpha / rank.
+    sigmas: [K + 1] the few-step schedule with the final 0.
+    latent_shape: (h, w, c) of one sample.
+    embedded_guidance: whether the guidance scale is an input of the backbone.
+  """
 
   apply: ApplyFn
   generator: str
   fake_score: str
   teacher: str
-  adapter_scale: float
-  sigmas: jax.Array  # [K + 1] with the final 0
+  lora_alpha: float
+  sigmas: jax.Array
   latent_shape: tuple[int, int, int]
   embedded_guidance: bool = False

@@ -5,11 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rtdmd_jax.adapters.lora import fold_scale
 from rtdmd_jax.algo import timesteps
 from rtdmd_jax.algo.rollout import LastStep, Velocity, generator_rollout
 from rtdmd_jax.algo.subgrpo import sample_noise
 from rtdmd_jax.pipeline.conditioning import Conditioning
-from rtdmd_jax.pipeline.velocity import role_variables, role_velocity, scale_adapters
+from rtdmd_jax.pipeline.velocity import role_variables, role_velocity
 from rtdmd_jax.training.settings import DMDConfig
 from rtdmd_jax.training.state import Frozen, Roles
 
@@ -38,7 +39,7 @@ def _trained_velocity(
   roles: Roles, base: Tree, earlier: Tree, adapters: Tree, conditioning: Conditioning
 ) -> Velocity:
   """A base with the adapters of an earlier stage and those in training."""
-  variables = role_variables(base, earlier, scale_adapters(adapters, roles.adapter_scale))
+  variables = role_variables(base, earlier, fold_scale(adapters, roles.lora_alpha))
   return role_velocity(
     roles.apply, variables, conditioning, embedded_guidance=roles.embedded_guidance
   )

@@ -155,6 +155,6 @@ def where_prompts(path: str) -> str:
   """How to get the prompts of a missing file or folder, as the end of a sentence; may be empty."""
   for part in PurePath(path).parts[:-3:-1]:
     if part in PROMPT_SETS:
-      found = PROMPT_SETS[part]
-      return f"; {found.files}: get it with `{found.fetch}` (licence: {found.licence})"
+      source = PROMPT_SETS[part]
+      return f"; {source.files}: get it with `{source.fetch}` (licence: {source.licence})"
   return ""

@@ -67,9 +67,9 @@ def local_path(name: str | os.PathLike, kind: str = "pipeline", *, download: boo
   Raises:
     UserError: it is not here and cannot be downloaded; it says which command fetches it.
   """
-  found = find(name, kind)
-  if found is not None:
-    return found
+  path_here = find(name, kind)
+  if path_here is not None:
+    return path_here
   repository = Repository.parse(name)
   if repository is None:
     known = Repository.parse(downloads.known_id(name) or "")
@@ -118,7 +118,7 @@ def find_file(name: str | os.PathLike, file: str) -> Path | None:
 
 
 def title(name: str | os.PathLike) -> str:
-  """What others call a model: the repository's id, or the name of its folder."""
+  """The public name of a model: the repository's id, or the name of its folder."""
   path = Path(name)
   repository = None if path.exists() else Repository.parse(name)
   return path.resolve().name if repository is None else repository.id

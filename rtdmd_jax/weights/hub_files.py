@@ -1,4 +1,4 @@
-"""What is taken of a repository of models, and whether a copy of it is whole."""
+"""The files taken of a repository of models, and whether a copy of it is whole."""
 
 import glob
 import json
@@ -10,7 +10,7 @@ _PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_
 
 
 class Kind(NamedTuple):
-  """What is taken of a repository.
+  """The files taken of a repository.
 
   Attributes:
     take: patterns of the files to download.

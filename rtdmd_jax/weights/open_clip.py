@@ -65,8 +65,8 @@ def to_transformers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _block(key: str) -> str:
   """A key inside a transformer's block; any other stays."""
-  found = _BLOCK_KEY.fullmatch(key)
-  if found is None or found["stack"] not in _BLOCKS or found["module"] not in _IN_BLOCK:
+  match = _BLOCK_KEY.fullmatch(key)
+  if match is None or match["stack"] not in _BLOCKS or match["module"] not in _IN_BLOCK:
     return key
-  stack, module = _BLOCKS[found["stack"]], _IN_BLOCK[found["module"]]
-  return f"{stack}.{found['index']}.{module}.{found['leaf']}"
+  stack, module = _BLOCKS[match["stack"]], _IN_BLOCK[match["module"]]
+  return f"{stack}.{match['index']}.{module}.{match['leaf']}"

@@ -1,4 +1,4 @@
-"""What a checkpoint of unexpected keys probably is."""
+"""Guesses of what a checkpoint of unexpected keys is."""
 
 import re
 from collections.abc import Iterable

@@ -34,11 +34,11 @@ def local_options(
     options: of the reward; those that name no model stay.
     locate: finds a name of some kind; see `hub.local_path`, as for what is raised.
   """
-  found = dict(options)
+  local = dict(options)
   for key in _KINDS.get(reward, {}):
-    if isinstance(found.get(key), str):
-      found[key] = str(locate(found[key], option_kind(reward, key, options)))
-  return found
+    if isinstance(local.get(key), str):
+      local[key] = str(locate(local[key], option_kind(reward, key, options)))
+  return local
 
 
 def option_kind(reward: str, option: str, options: Mapping[str, Any]) -> str | None:

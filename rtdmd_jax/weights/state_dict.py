@@ -36,12 +36,12 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
       return load_file(path)
     except (SafetensorError, OSError) as error:
       raise UserError(f"{path} is not a whole safetensors file ({error}).") from error
-  found = load_torch(path)
-  if isinstance(found, Mapping) and isinstance(found.get(_WRAPPER), Mapping):
-    found = found[_WRAPPER]
-  if not isinstance(found, Mapping) or not found:
-    raise UserError(f"{path} holds a {type(found).__name__}, expected tensors by name.")
-  for key, value in found.items():
+  tree = load_torch(path)
+  if isinstance(tree, Mapping) and isinstance(tree.get(_WRAPPER), Mapping):
+    tree = tree[_WRAPPER]
+  if not isinstance(tree, Mapping) or not tree:
+    raise UserError(f"{path} holds a {type(tree).__name__}, expected tensors by name.")
+  for key, value in tree.items():
     if not isinstance(value, np.ndarray):
       raise UserError(f"{path} holds {key!r}, a {type(value).__name__}, among its tensors.")
-  return dict(found)
+  return dict(tree)

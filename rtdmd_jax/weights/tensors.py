@@ -55,12 +55,12 @@ class Array(NamedTuple):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of the array."""
+    """The array's shape."""
     return self.array.shape
 
   @property
   def dtype(self) -> np.dtype:
-    """Of the array."""
+    """The array's type."""
     return self.array.dtype
 
   def blocks(self) -> Iterator[tuple[int, np.ndarray]]:

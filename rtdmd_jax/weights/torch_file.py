@@ -121,7 +121,7 @@ def _entries(path: Path, archive: zipfile.ZipFile) -> tuple[str, dict[str, np.nd
 
 
 class _StorageType(NamedTuple):
-  """What stands for a storage class of PyTorch."""
+  """A stand-in for a storage class of PyTorch."""
 
   dtype: np.dtype
 

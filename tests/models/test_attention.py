@@ -1,6 +1,7 @@
 """The kernels against XLA's attention, and which of them is chosen."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from rtdmd_jax.models.attention import attention, attention_kernel, tiles
+from rtdmd_jax.models.attention import attention, attention_kernel, even_attention, tiles
 from rtdmd_jax.runtime import sharding
 from rtdmd_jax.runtime.flops import count_flops
 from tests.support.paths import ROOT
@@ -109,6 +111,39 @@ def test_operations_of_the_kernel_are_counted_on_all_devices(sizes):
   assert count_flops(forward) == 2 * products
   # Backward: three products for queries, four for keys and values, and sums over the output.
   assert count_flops(both) == 9 * products + 2 * 4 * 2 * 512 * 128
+
+
+@pytest.mark.parametrize("length", [149, 150])
+def test_a_hidden_token_changes_no_bit(length):
+  """The padding that cuDNN's gradient needs, where XLA can run it."""
+
+  def run(attend):
+    loss = lambda q, k, v: jnp.sum(attend(q, k, v) * weight)  # noqa: E731
+    return jax.jit(attend)(q, k, v), *jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+
+  q, k, v, weight = _inputs(length)
+  want = run(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, scale=0.3))
+  got = run(lambda q, k, v: even_attention(q, k, v, 0.3, "xla"))
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("length", [1228, 1229])
+def test_cudnn_lowers_with_its_gradient(length, monkeypatch):
+  """SD3.5-M's joint length is odd; nothing of a GPU is needed to lower for one."""
+  monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+  shape = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16)
+
+  def loss(q, k, v):
+    with attention_kernel("cudnn"):
+      return attention(q, k, v).astype(jnp.float32).sum()
+
+  traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(shape, shape, shape)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"} <= set(
+    re.findall(r"__cudnn[$\w]+", text)
+  )
+  assert count_flops(traced.jaxpr) == 7 * 2 * 2 * (length + length % 2) ** 2 * 64
 
 
 _SHARDED = """

@@ -12,6 +12,7 @@ from rtdmd_jax.models.flux1 import Flux1Config
 from rtdmd_jax.models.flux2 import Flux2Config
 from rtdmd_jax.models.packing import pack, unpack
 from rtdmd_jax.models.rotary import rotary_table, rotate_halves, rotate_pairs
+from rtdmd_jax.runtime import sharding
 
 SHARED = {
   "num_layers": 2,
@@ -156,6 +157,22 @@ def test_rotary_products_depend_on_the_distance_only(rotate):
 
   np.testing.assert_allclose(product(3, 1), product(9, 7), rtol=1e-4)
   assert abs(product(3, 1) - product(3, 2)) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_pairs_turn_on_a_tpu_as_elsewhere_gradient_included(dtype, monkeypatch):
+  x = jax.random.normal(jax.random.key(0), (2, 5, 3, 16)).astype(dtype)
+  rotary = rotary_table(np.arange(5)[:, None], (16,), 1e4)
+
+  def turned():
+    run = lambda x: rotate_pairs(x, rotary)  # noqa: E731
+    return jax.jit(run)(x), jax.jit(jax.grad(lambda x: jnp.sum(run(x).astype(jnp.float32) ** 3)))(x)
+
+  elsewhere = turned()
+  monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+  assert "dot_general" in str(jax.make_jaxpr(lambda x: rotate_pairs(x, rotary))(x))
+  for one, other in zip(elsewhere, turned(), strict=True):
+    np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

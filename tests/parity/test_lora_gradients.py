@@ -178,7 +178,7 @@ def test_the_generators_gradient_equals_torchs(name, tmp_path):
   embedded, scale = case.transformer.embedded_guidance, published.dmd.guidance_low
   config = DMDConfig(eta=ETA, guidance_low=scale, guidance_high=scale)
   roles = Roles(
-    case.transformer.apply, "student", "student", "teacher", ALPHA / RANK, jnp.array(SIGMAS),
+    case.transformer.apply, "student", "student", "teacher", ALPHA, jnp.array(SIGMAS),
     latents.shape[1:], embedded,
   )  # fmt: skip
   got, metrics = generator_gradient(case, roles, config, texts, empty)

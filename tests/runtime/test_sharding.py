@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -67,6 +68,26 @@ def test_every_large_weight_of_a_full_size_transformer_is_split(family):
 def test_a_mesh_that_does_not_fit(sizes, words):
   with pytest.raises(UserError, match=words):
     sharding.make_mesh(*sizes, devices=jax.devices()[:1])
+
+
+@dataclass(frozen=True)
+class _Device:
+  id: int
+  platform: str
+  slice_index: int
+  device_kind: str = "any"
+  process_index: int = 0
+
+
+def test_hosts_of_gpus_may_be_split_along_any_axis_and_slices_of_tpus_along_data():
+  def devices(platform):
+    return [_Device(i, platform, slice_index=i // 4) for i in range(8)]
+
+  mesh = sharding.make_mesh(devices=devices("gpu"))  # as two nodes of Slurm with a published config
+  assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+  assert [device.id for device in mesh.devices.flat] == list(range(8))
+  with pytest.raises(UserError, match="mesh.data is 1; use a multiple of the 2 slices"):
+    sharding.make_mesh(devices=devices("tpu"))
 
 
 def test_without_a_mesh_nothing_is_constrained():

@@ -7,7 +7,6 @@ import base64
 import http.client
 import io
 import json
-import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,6 +47,7 @@ from tests.support.damage import (
 )
 from tests.support.paths import CONFIGS
 from tests.support.reward_faults import number, running
+from tests.support.torch_bytes import Tensor, pickled, zipped
 
 _LONGEST = 3000  # letters of a sentence
 
@@ -245,60 +245,16 @@ def _read_peft(folder: Path, case: tuple[bytes | None, bytes]) -> None:
   assert np.isfinite(alpha)
 
 
-class _Storage(NamedTuple):
-  pid: tuple
-
-
-class _Pickler(pickle._Pickler):
-  """Writes references to storages and PyTorch's names, of which none is imported."""
-
-  def save(self, obj, save_persistent_id=True):
-    if isinstance(obj, str) and obj.startswith("torch"):
-      self.write(pickle.GLOBAL + obj.encode() + b"\n")
-    elif isinstance(obj, _Tensor):
-      self.save("torch._utils\n_rebuild_tensor_v2")
-      self.save(obj.arguments)
-      self.write(pickle.REDUCE)
-    else:
-      super().save(obj, save_persistent_id)
-
-  def persistent_id(self, obj):
-    return obj.pid if isinstance(obj, _Storage) else None
-
-
-class _Tensor:
-  def __init__(self, shape, **changes):
-    count, strides = int(np.prod(shape)), (shape[-1], 1)
-    storage = _Storage(("storage", "torch\nFloatStorage", "0", "cpu", count))
-    values = {"storage": storage, "offset": 0, "size": shape, "stride": strides} | changes
-    self.arguments = (*values.values(), False, {})
-
-
-def _pickled(value: Any) -> bytes:
-  stream = io.BytesIO()
-  _Pickler(stream, 2).dump(value)
-  return stream.getvalue()
-
-
-def _zipped(program: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
-  stream = io.BytesIO()
-  with zipfile.ZipFile(stream, "w", method) as archive:
-    archive.writestr("archive/data.pkl", program)
-    archive.writestr("archive/byteorder", b"little")
-    archive.writestr("archive/data/0", np.ones(64, np.float32).tobytes())
-  return stream.getvalue()
-
-
-_STATE = {key: _Tensor(value.shape) for key, value in _ADAPTERS.items()}
+_STATE = {key: Tensor(value.shape) for key, value in _ADAPTERS.items()}
 _STATES = JSON.map(lambda value: {"x": value} if isinstance(value, str) else value) | st.tuples(
   st.sampled_from(["offset", "size", "stride"]), JSON
-).map(lambda change: _STATE | {"x.lora_A.weight": _Tensor((2, 6), **{change[0]: change[1]})})
+).map(lambda change: _STATE | {"x.lora_A.weight": Tensor((2, 6), **{change[0]: change[1]})})
 _TORCH = st.one_of(
-  mangled(_pickled(_STATE)).map(_zipped),
-  _STATES.filter(lambda value: "torch" not in repr(value)).map(_pickled).map(_zipped),
-  mangled(_zipped(_pickled(_STATE))),
-  st.binary(max_size=60).map(_zipped),
-  st.binary(max_size=60).map(lambda program: _zipped(program, zipfile.ZIP_DEFLATED)),
+  mangled(pickled(_STATE)).map(zipped),
+  _STATES.filter(lambda value: "torch" not in repr(value)).map(pickled).map(zipped),
+  mangled(zipped(pickled(_STATE))),
+  st.binary(max_size=60).map(zipped),
+  st.binary(max_size=60).map(lambda program: zipped(program, zipfile.ZIP_DEFLATED)),
 )
 
 
@@ -401,7 +357,7 @@ SURFACES = (
   Surface("safetensors files", save(_WEIGHTS), safetensors_files(_WEIGHTS), _read_safetensors),
   Surface("safetensors indices", dump(_INDEX), json_files(_INDEX), _read_index),
   Surface("PEFT adapters", (dump(_ADAPTER_CONFIG), save(_ADAPTERS)), _PEFT, _read_peft),
-  Surface("PyTorch files", _zipped(_pickled(_STATE)), _TORCH, _read_torch),
+  Surface("PyTorch files", zipped(pickled(_STATE)), _TORCH, _read_torch),
   Surface("bodies of requests", dump(_BODY), json_files(_BODY), _ask, names_file=False),
   Surface("images of requests", _encode(_IMAGES[0]), _BAD_IMAGES, _read_image, names_file=False),
   Surface("answers of services", _ANSWER, damaged(_ANSWER), _read_answer, names_file=False),

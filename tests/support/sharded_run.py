@@ -73,7 +73,7 @@ def setup():
     {"bright": np.ones((PROMPTS, 1), np.float32)},
   )
   sigmas = jnp.append(jnp.asarray(sd3_sigmas([1000, 750, 500, 250], shift=3.0)), 0.0)
-  roles = Roles(transformer.apply, "base", "base", "base", 2.0, sigmas, SHAPE)
+  roles = Roles(transformer.apply, "base", "base", "base", 8.0, sigmas, SHAPE)
   frozen = Frozen(
     {"base": sharding.shard(base)}, {}, {}, {}, sharding.replicate({"bright": np.float32(0.5)})
   )

@@ -25,7 +25,7 @@ def apply(variables, x, sigma, tokens, pooled, guidance):
 
 
 def roles(sigmas=(1.0, 0.9, 0.75, 0.5, 0.0)):
-  return Roles(apply, "base", "base", "base", 2.0, jnp.array(sigmas), SHAPE)
+  return Roles(apply, "base", "base", "base", 2.0 * RANK, jnp.array(sigmas), SHAPE)
 
 
 def adapters(seed):

@@ -218,5 +218,5 @@ def test_a_run_is_loaded_as_it_is_described(other, config, overrides):
   assert _leaves(described) == _leaves(loaded) == _leaves(abstract_setup(config))
   assert {"clipscore", "pickscore"} == set(described.frozen.rewards)
   assert set(described.watched) == set(loaded.watched) == {"pickscore"}
-  for name in ("generator", "fake_score", "teacher", "adapter_scale", "latent_shape"):
+  for name in ("generator", "fake_score", "teacher", "lora_alpha", "latent_shape"):
     assert getattr(described.roles, name) == getattr(loaded.roles, name)

@@ -69,13 +69,13 @@ def _reward(
 
 def _paths(report: Report, key: str, name: str, options: Mapping[str, Any]) -> dict[str, str]:
   """The options that name files, as paths on this machine; each missing one is a problem."""
-  found = {}
+  paths = {}
   for option in PATHS:
     value = options.get(option)
     if isinstance(value, str):
       path = report.attempt(_option_path, key, name, option, options)
-      found[option] = str(path or value)
-  return found
+      paths[option] = str(path or value)
+  return paths
 
 
 def _option_path(key: str, name: str, option: str, options: Mapping[str, Any]) -> Path:
@@ -103,11 +103,11 @@ def _scorable(
     chosen += report.attempt(_first, name, options, prompts.train) or []
   if held_out := prompts.held_out[f"{section}.{name}"]:
     path = held_out_path(config, section, name, options)
-    found = report.attempt(_first, name, options, held_out) or []
+    prompts_found = report.attempt(_first, name, options, held_out) or []
     if said := report.attempt(shortage, section, name, held_out, path, options):
-      say = report.warning if found else report.problem
+      say = report.warning if prompts_found else report.problem
       say(f"{said} Name other held-out prompts for it in {section}.{name}.held_out.")
-    chosen += found
+    chosen += prompts_found
   return chosen
 
 

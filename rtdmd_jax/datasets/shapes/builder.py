@@ -25,7 +25,7 @@ _DESCRIPTION = (
 
 @dataclasses.dataclass
 class ShapesConfig(tfds.core.BuilderConfig):
-  """What to draw.
+  """Settings of the drawn images.
 
   Attributes:
     train_images: images of the split `train`.

@@ -59,11 +59,11 @@ class Mask2FormerDetector:
 
   def __call__(self, images: np.ndarray) -> list[list[Detection]]:
     """Objects above GenEval's threshold, with their colours."""
-    found = []
+    detections = []
     with self._torch.inference_mode():
       for start in range(0, len(images), self._batch):
-        found += self._detect(images[start : start + self._batch])
-    return found
+        detections += self._detect(images[start : start + self._batch])
+    return detections
 
   def _detect(self, images: np.ndarray) -> list[list[Detection]]:
     torch = self._torch

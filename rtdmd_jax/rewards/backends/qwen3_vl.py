@@ -64,8 +64,8 @@ class Qwen3VLAnswerer:
       vision = self._processor(images=[Image.fromarray(images[image])], return_tensors="pt")
       for start in range(0, len(indices), self._batch):
         part = indices[start : start + self._batch]
-        found = self._probabilities(vision, [queries[i].question for i in part])
-        for i, row in zip(part, found, strict=True):
+        probabilities = self._probabilities(vision, [queries[i].question for i in part])
+        for i, row in zip(part, probabilities, strict=True):
           answers[i] = [float(row[self._first_token(v)]) for v in queries[i].variants]
     return answers
 

@@ -32,7 +32,7 @@ Answerer = Callable[[np.ndarray, Sequence[Query]], Sequence[Sequence[float]]]
 
 
 def instruction(question: str) -> str:
-  """What the model is asked, after the image."""
+  """The question that follows the image."""
   return f"{question} Answer in one word."
 
 
@@ -154,10 +154,10 @@ def read_questions(path: str) -> dict[str, list[tuple[str, str]]]:
   Raises:
     UserError: a missing or broken file, or one prompt with two lists of questions.
   """
-  found: dict[str, list[tuple[str, str]]] = {}
+  questions: dict[str, list[tuple[str, str]]] = {}
   for number, prompt in enumerate(load_prompts(path, split="test"), start=1):
     where = f"{path}, prompt {number}"
     pairs = _check_pairs(prompt.record.get("vqa_list"), where)
-    if found.setdefault(prompt.text, pairs) != pairs:
+    if questions.setdefault(prompt.text, pairs) != pairs:
       raise UserError(f"{where}: {prompt.text!r} has other questions than before; keep one list")
-  return found
+  return questions

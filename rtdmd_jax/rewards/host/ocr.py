@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 
 
 def target_text(prompt: str) -> str | None:
-  """What the image is to say: the first span in double quotes; None if there is none, or empty."""
+  """The text that the image is to show: the first span in double quotes; None without one."""
   parts = prompt.split('"')
   return _plain(parts[1]) or None if len(parts) > 1 else None
 

@@ -119,10 +119,10 @@ def _overlaps(pixels: _Pixels, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _detect_chunk(images: np.ndarray) -> list[list[Detection]]:
   pixels, image_of, color_of = _without_specks(*_segment(images.astype(np.float32)))
-  found: list[list[Detection]] = [[] for _ in images]
+  detections: list[list[Detection]] = [[] for _ in images]
   count = len(image_of)
   if not count:
-    return found
+    return detections
   overlap, boxes = _overlaps(pixels, count)
   best = overlap.argmax(1)
   shape_score = np.clip((overlap.max(1) - _WORTHLESS) / (_SURE - _WORTHLESS), 0.0, 1.0)
@@ -134,8 +134,10 @@ def _detect_chunk(images: np.ndarray) -> list[list[Detection]]:
   score = shape_score * color_score
   for n in np.flatnonzero(score > 0):
     box = tuple(float(value) for value in boxes[n, best[n]])
-    found[image_of[n]].append(Detection(SHAPES[best[n]], box, float(score[n]), COLORS[color_of[n]]))
-  return found
+    detections[image_of[n]].append(
+      Detection(SHAPES[best[n]], box, float(score[n]), COLORS[color_of[n]])
+    )
+  return detections
 
 
 def detect_shapes(images: np.ndarray) -> list[list[Detection]]:
@@ -153,7 +155,7 @@ def detect_shapes(images: np.ndarray) -> list[list[Detection]]:
   """
   if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
     raise ValueError(f"images must be uint8 [B, H, W, 3], got {images.dtype} {images.shape}")
-  found: list[list[Detection]] = []
+  detections: list[list[Detection]] = []
   for start in range(0, len(images), _CHUNK):
-    found += _detect_chunk(images[start : start + _CHUNK])
-  return found
+    detections += _detect_chunk(images[start : start + _CHUNK])
+  return detections

@@ -99,7 +99,7 @@ class RemoteReward:
 
   def _score_chunk(self, images, prompts, records) -> list[dict[str, float]]:
     """Metrics of each image, empty where every try failed."""
-    found: list[dict[str, float]] = [{} for _ in images]
+    outputs: list[dict[str, float]] = [{} for _ in images]
     requests = [
       protocol.request(prompt, protocol.encode_image(image, self._format), self.reward, record)
       for image, prompt, record in zip(images, prompts, records, strict=True)
@@ -113,13 +113,13 @@ class RemoteReward:
         reason = str(error)
         continue
       for i, metrics in zip(missing, parts, strict=True):
-        found[i] = metrics
-      missing = [i for i in missing if np.isnan(self._main(found[i]))]
+        outputs[i] = metrics
+      missing = [i for i in missing if np.isnan(self._main(outputs[i]))]
       if not missing:
-        return found
+        return outputs
     self.last_failure = reason
     _logger.warning("reward %s: %d images failed: %s", self.name, len(missing), reason)
-    return found
+    return outputs
 
   def _main(self, metrics: Mapping[str, float]) -> float:
     """The score among a sample's metrics; NaN without any.

@@ -1,4 +1,4 @@
-"""What a reward service does with a request, apart from HTTP."""
+"""A reward service apart from HTTP: from requests to answers."""
 
 import logging
 import threading
@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Limits(NamedTuple):
-  """What a service accepts: bytes of a body, images of a request, pixels of an image, requests at
+  """The limits of a service: bytes of a body, images of a request, pixels of an image, requests at
   once, and seconds without progress before a connection is given up.
   """
 
