@@ -119,7 +119,7 @@ class Shot:
   seed: int
 
   def path(self, directory: Path) -> Path:
-    """Where it is written."""
+    """The file that the image is written to."""
     return directory / f"{self.index:05d}_{self.seed}.png"
 
   def notes(self, settings: Settings) -> dict[str, Any]:

@@ -75,8 +75,6 @@ NOT_RUN = {
     " --out=docs/reference_curves.svg": "needs matplotlib",
   },
 }
-# Pages whose blocks go through without a network that is trained; the others are slow.
-QUICK = ("docs/data.md", "docs/launch.md", "docs/robustness.md")
 # Pages that are run in one folder, the one after the other.
 TOGETHER = {"docs/troubleshooting.md": "README.md", "docs/index.md": "README.md"}
 
@@ -140,18 +138,11 @@ def _pages(pages, folder, monkeypatch):
     execute(block, folder)
 
 
-@pytest.mark.parametrize("first", [page for page in _groups() if page in QUICK])
-def test_a_page_as_it_stands(first, tmp_path, monkeypatch):
-  folder = checkout(tmp_path / "checkout", "run")
-  take_for_granted(folder)
-  _pages(_groups()[first], folder, monkeypatch)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "first", [page for page in _groups() if page not in (*QUICK, "README.md", "docs/guides.md")]
+  "first", [page for page in _groups() if page not in ("README.md", "docs/guides.md")]
 )
-def test_a_page_that_draws_or_trains_as_it_stands(first, tmp_path, monkeypatch):
+def test_a_page_as_it_stands(first, tmp_path, monkeypatch):
   folder = checkout(tmp_path / "checkout", "run")
   take_for_granted(folder)
   _pages(_groups()[first], folder, monkeypatch)

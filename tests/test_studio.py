@@ -44,7 +44,9 @@ def test_a_lora_is_a_further_system():
     studio.systems(config, [f"result={path}"])
 
 
+@pytest.mark.slow
 def test_images_are_those_of_the_sampling_tool():
+  """The page draws the same bits as `rtdmd_jax.sample`."""
   settings = studio.systems(_config(), [])
   built = studio.Studio(settings)
   images = built.draw(" a photo of a red ring ", 7)

@@ -85,12 +85,16 @@ def test_a_checkpoint_with_a_misshaped_tensor(tmp_path, pipeline, capsys):
   _expect(capsys, code, "proj_out.bias", "shape")
 
 
+@pytest.mark.slow
 def test_micro_batches_that_do_not_divide(tmp_path, capsys):
+  """A run ends with one sentence when its batch cannot be cut."""
   code = _run(tmp_path, *SMALL, "--config.batch.micro_batches=3")
   _expect(capsys, code, "micro_batches", "4")
 
 
+@pytest.mark.slow
 def test_a_decode_chunk_that_does_not_divide(tmp_path, capsys):
+  """A run ends with one sentence when a micro-batch cannot be cut for decoding."""
   for chunk, words in ((3, "4 images"), (-1, "a whole number from 0")):
     code = _run(tmp_path, *SMALL, f"--config.batch.decode_chunk={chunk}")
     _expect(capsys, code, "batch.decode_chunk", words)

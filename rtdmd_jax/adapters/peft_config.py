@@ -64,7 +64,7 @@ def positive(where: str, name: str, value: Any) -> float:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-  """How strongly each adapter is applied, and what the adapters are of.
+  """The strength of each adapter, and the base that they are of.
 
   Attributes:
     source: where the fields are from, for messages.

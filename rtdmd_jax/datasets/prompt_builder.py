@@ -12,7 +12,7 @@ from rtdmd_jax.datasets.prompts import load_prompts
 
 @dataclasses.dataclass
 class PromptSetConfig(tfds.core.BuilderConfig):
-  """Where the prompts come from.
+  """The sources of the prompts.
 
   Attributes:
     train: prompt file or folder of the split `train`; empty for none.

@@ -11,7 +11,7 @@ from rtdmd_jax.errors import UserError
 from rtdmd_jax.evaluate.image_statistics import diversity, image_statistics
 from rtdmd_jax.evaluate.scores import summary
 
-# Prompts and images of each for `images/diversity`; four more images a prompt say little more.
+# Prompts and images of each for `images/diversity`; four more images per prompt say little more.
 DIVERSE_PROMPTS, DIVERSE_IMAGES = 4, 4
 # Which way is worse: 1 where a rise is a bad sign.
 _WORSE = {

@@ -76,7 +76,7 @@ def check_config(config: Any) -> None:
 
 
 def settings(config: Any, name: str) -> sample.Settings:
-  """How the system `name` of the config samples, from its own `pipeline` or else the config's."""
+  """The sampling settings of the system `name`, from its own `pipeline` or else the config's."""
   values = {key: config[key] for key in _SHARED} | dict(config.systems[name]) | {"out": ""}
   return sample.Settings.from_config(values)
 
@@ -155,7 +155,7 @@ def checkpoint_name(run: StoredRun) -> str:
 
 
 def checkpoint_settings(config: Any, run: StoredRun) -> sample.Settings:
-  """How the generator of a training run samples, in the sizes of the config.
+  """The sampling settings of a training run's generator, in the sizes of the config.
 
   Raises:
     UserError: its few steps are not those that `rtdmd_jax.sample` draws with.

@@ -15,7 +15,7 @@ _AT_ONCE = 1000
 
 
 class Limit(NamedTuple):
-  """How many tokens an encoder reads: its kind, its tokenizer and `length`.
+  """The number of tokens that an encoder reads: its kind, its tokenizer and `length`.
 
   `text` is what it reads of a prompt, such as a turn of a conversation.
   """

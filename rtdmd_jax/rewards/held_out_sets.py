@@ -1,4 +1,4 @@
-"""Which rewards of a run are scored on which held-out prompts."""
+"""Sets of held-out prompts, each with the rewards that are scored on it."""
 
 import os.path
 from collections.abc import Iterator

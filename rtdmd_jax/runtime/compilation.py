@@ -1,4 +1,4 @@
-"""How programs are compiled, and where they are kept between starts."""
+"""Compilation of programs, and their cache between starts."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -54,7 +54,7 @@ class Rate:
 
 
 class Trend:
-  """Which way a noisy number goes: the later half of its recent values against the earlier one."""
+  """The direction of a noisy number: the later half of recent values against the earlier one."""
 
   def __init__(self, window: int = 40):
     """`window` is the number of values looked at."""

@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, one table from parameter names to axes, and the batch's axes.
+"""The placement of arrays: the mesh, one table from parameter names to axes, and the batch's axes.
 
 Axes: `data` repeats the parameters and splits the batch, `fsdp` splits both, `tensor` splits the
 features inside a layer. Results do not depend on the mesh: every random number is a function of a

@@ -1,4 +1,4 @@
-"""Which values the keys of a configuration may have, each by itself and beside the others."""
+"""Rules on the values of a configuration, of each by itself and beside the others."""
 
 import math
 from collections.abc import Callable, Iterator

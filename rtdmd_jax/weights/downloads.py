@@ -1,4 +1,4 @@
-"""Where published models and prompt sets are from: size, licence and gate.
+"""Origins of published models and prompt sets: size, licence and gate.
 
 Sizes are approximate, of the files that this package reads, as the repositories' pages list them or
 as their numbers of parameters imply. docs/backbones.md and docs/data.md print these tables.
@@ -86,7 +86,7 @@ SOURCES: dict[str, Source] = {
 
 
 class PromptSet(NamedTuple):
-  """Where a set of prompts is from: what it holds, how it is fetched, and its licence."""
+  """A public set of prompts: what it holds, how it is fetched, and its licence."""
 
   files: str
   fetch: str

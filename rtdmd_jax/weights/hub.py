@@ -53,7 +53,7 @@ class Repository(NamedTuple):
 
 
 def local_path(name: str | os.PathLike, kind: str = "pipeline", *, download: bool = True) -> Path:
-  """Where a model lies on this machine, downloaded if need be.
+  """The place of a model on this machine, downloaded if need be.
 
   Args:
     name: see the module.
@@ -130,7 +130,7 @@ def base_name(name: str | os.PathLike) -> str:
 
 
 def _places(path: Path, repository: Repository | None) -> Sequence[Path]:
-  """Where below `checkpoints/` something may lie."""
+  """The places below `checkpoints/` where something may lie."""
   if repository is None:
     return [CHECKPOINTS / path] if len(path.parts) == 1 and not path.is_absolute() else []
   if repository.revision is not None:
@@ -227,7 +227,7 @@ def _absent(
 
 
 def _advice(repository: Repository, kind: str, target: Path | None, gated: bool = False) -> str:
-  """How to fetch something, as the end of a sentence."""
+  """The end of a sentence that says how to fetch something."""
   facts, command = _facts(repository, kind, gated), fetch_command(repository, kind, target)
   if _elsewhere(repository) or target is not None or repository.revision is not None:
     return f"fetch it with `{command}` ({facts})"

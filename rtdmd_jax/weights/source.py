@@ -1,4 +1,4 @@
-"""Where the models that a configuration names are, and what their config files say."""
+"""Places and config files of the models that a configuration names."""
 
 import os
 from collections.abc import Callable

@@ -14,7 +14,7 @@ _BLOCK_BYTES = 16 << 20
 
 
 class Tensor(NamedTuple):
-  """Where a tensor lies."""
+  """The place of a tensor in a file."""
 
   file: Path
   stream: BinaryIO

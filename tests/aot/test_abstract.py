@@ -64,6 +64,7 @@ def test_the_tiny_pipeline_has_the_shapes_of_its_files(storage):
   assert batch.sample_index.shape == (96,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 @pytest.mark.parametrize("family", ["sd3", "sd35", "flux1", "flux2", "flux2_9b"])
 def test_every_published_config_has_an_abstract_setup(family, stage):

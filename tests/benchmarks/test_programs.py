@@ -22,6 +22,7 @@ def test_every_program_runs_on_random_weights_of_the_configs_shapes():
     assert len(rows[name]["spent"]) == 2 and rows[name]["first"] > rows[name]["seconds"]
 
 
+@pytest.mark.slow
 def test_random_leaves_keep_shapes_and_types():
   config = load_config(str(ROOT / "configs/tiny_stage2.py"), ["batch.prompts=2"])
   setup = abstract_setup(config)

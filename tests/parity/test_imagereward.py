@@ -70,6 +70,7 @@ def test_compat_scores_equal_the_published_pipeline(pretrained, shape):
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (33, 52)])
+@pytest.mark.slow
 @pytest.mark.parametrize("compat", [False, True])
 def test_gradient_equals_torch(pretrained, shape, compat):
   directory, model = pretrained

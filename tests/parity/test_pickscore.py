@@ -48,6 +48,7 @@ def test_compat_scores_equal_the_published_pipeline(pretrained, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.slow
 @pytest.mark.parametrize("compat", [False, True])
 def test_gradient_equals_torch(pretrained, shape, compat):
   images = files.photos(3, *shape)

@@ -188,6 +188,7 @@ def test_groups_without_spread_have_no_weight_and_no_spread_at_all_no_policy_gra
   assert float(metrics["samples/kept"]) == pytest.approx(1 / 3)
 
 
+@pytest.mark.slow
 def test_without_any_signal_matching_and_back_propagation_train_on_all_samples():
   flat = {"bright": jnp.full(12, 0.3), "host": jnp.zeros(12)}
   other = PolicyConfig(policy_weight=0.0)  # what is left of the update without the policy term
@@ -276,6 +277,7 @@ def test_back_propagated_gradient_equals_finite_differences():
   np.testing.assert_allclose(analytic, numeric, rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "changes",
   [{"kl_weight": 0.1}, {"gaussian_log_prob": True}, {"subset_factor": True}, {"global_std": False}],

@@ -30,7 +30,7 @@ class TransientError(Exception):
 
 
 class Retry(NamedTuple):
-  """How long to insist.
+  """Limits on repeated attempts.
 
   Attributes:
     timeout: seconds for one try, from connecting to the last byte of the answer.

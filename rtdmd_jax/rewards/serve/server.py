@@ -40,7 +40,7 @@ class RewardServer(ThreadingHTTPServer):
 
   @property
   def url(self) -> str:
-    """Where the server listens."""
+    """The address that the server listens at."""
     host, port = self.server_address[:2]
     return f"http://{host}:{port}"
 
