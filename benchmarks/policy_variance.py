@@ -21,9 +21,10 @@ from benchmarks import record, tables
 from rtdmd_jax.config import load_config
 from rtdmd_jax.runtime import sharding
 from rtdmd_jax.training.optim import Optimizers
-from rtdmd_jax.training.setup import Setup, build, dmd_config, policy_config
+from rtdmd_jax.training.setup import Setup, build
 from rtdmd_jax.training.stage2 import Stage2
 from rtdmd_jax.training.stages import initial_state, step_batch
+from rtdmd_jax.training.typed_config import dmd_config, policy_config
 
 # M and whether the steps that do not train share their noise; the first is the reference.
 POLICIES = ((3, False), (2, False), (2, True), (1, False), (1, True))

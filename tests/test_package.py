@@ -19,7 +19,7 @@ from packaging.specifiers import SpecifierSet
 from rtdmd_jax.config import load_config
 from rtdmd_jax.evaluate import suite
 from rtdmd_jax.sample import Settings
-from rtdmd_jax.training.setup import dmd_config, optimizer_config, policy_config
+from rtdmd_jax.training.typed_config import dmd_config, optimizer_config, policy_config
 from tests.support.console import rtdmd
 from tests.support.paths import ROOT
 

@@ -28,8 +28,9 @@ from rtdmd_jax.runtime.extras import missing
 from rtdmd_jax.runtime.flops import count_flops
 from rtdmd_jax.runtime.throughput import loop_turns
 from rtdmd_jax.training.programs import Program, compile_programs
-from rtdmd_jax.training.setup import Setup, micro_batches
+from rtdmd_jax.training.setup import Setup
 from rtdmd_jax.training.stages import STAGES, initial_state, step_programs
+from rtdmd_jax.training.typed_config import micro_batches
 
 Tree = Any
 

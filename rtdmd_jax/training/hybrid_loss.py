@@ -245,8 +245,8 @@ class HybridLoss:
 
   def _matching(self, last: LastStep, rows: Rows, conditioning: Conditioning) -> jax.Array:
     """Distribution matching of the last step's result."""
-    sigma_key, guidance_key = jax.random.split(self.key)
-    start_key, loss_key = jax.random.split(sigma_key)
+    matching_key, guidance_key = jax.random.split(self.key)
+    start_key, loss_key = jax.random.split(matching_key)
     objective = make_objective(self.dmd, self.roles.sigmas)
     start = objective.start(last, rows.index, start_key)
     teacher = teacher_velocity(

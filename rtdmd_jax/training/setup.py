@@ -35,13 +35,8 @@ from rtdmd_jax.training.describe import (
   describe,
   reward_options,
 )
-from rtdmd_jax.training.describe import new_adapters as new_adapters  # importable from here, too
 from rtdmd_jax.training.latent_rewards import LatentRewards
 from rtdmd_jax.training.state import Frozen, Roles
-from rtdmd_jax.training.typed_config import dmd_config as dmd_config
-from rtdmd_jax.training.typed_config import micro_batches as micro_batches
-from rtdmd_jax.training.typed_config import optimizer_config as optimizer_config
-from rtdmd_jax.training.typed_config import policy_config as policy_config
 
 Tree = Any
 

@@ -10,19 +10,19 @@ from rtdmd_jax.datasets.prompts import Prompt
 from rtdmd_jax.rewards.per_process import score_local_rows
 from rtdmd_jax.runtime.sharding import constrain_by_rules, replicate
 from rtdmd_jax.training.batch import make_batch
+from rtdmd_jax.training.describe import new_adapters
 from rtdmd_jax.training.optim import Optimizers, effective_decay, ema_update, make_optimizer
 from rtdmd_jax.training.programs import Program, compile_programs
-from rtdmd_jax.training.setup import (
-  Setup,
-  dmd_config,
-  micro_batches,
-  new_adapters,
-  optimizer_config,
-  policy_config,
-)
+from rtdmd_jax.training.setup import Setup
 from rtdmd_jax.training.stage1 import Stage1
 from rtdmd_jax.training.stage2 import Stage2
 from rtdmd_jax.training.state import Batch, Metrics, TrainState
+from rtdmd_jax.training.typed_config import (
+  dmd_config,
+  micro_batches,
+  optimizer_config,
+  policy_config,
+)
 
 STAGES = ("stage1", "stage2")
 

@@ -6,7 +6,7 @@ import pytest
 from benchmarks import ablations, record, tables
 from benchmarks.columns import TABLES
 from rtdmd_jax.config import load_config
-from rtdmd_jax.training.setup import policy_config
+from rtdmd_jax.training.typed_config import policy_config
 from rtdmd_jax.training.validate import check_limits
 from tests.support.paths import ROOT
 

@@ -11,7 +11,8 @@ from rtdmd_jax.evaluate import held_out, systems
 from rtdmd_jax.evaluate.evaluator import Evaluator
 from rtdmd_jax.report import captions
 from rtdmd_jax.runtime.metrics import MetricWriter
-from rtdmd_jax.training.setup import build, new_adapters
+from rtdmd_jax.training.describe import new_adapters
+from rtdmd_jax.training.setup import build
 from tests.support.paths import CONFIGS
 
 

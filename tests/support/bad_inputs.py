@@ -29,8 +29,8 @@ from rtdmd_jax.rewards.remote import protocol
 from rtdmd_jax.rewards.serve.server import RewardServer
 from rtdmd_jax.rewards.serve.service import Limits, Service, TooMany
 from rtdmd_jax.runtime.sharding import make_mesh
-from rtdmd_jax.training import setup
 from rtdmd_jax.training.resume import FIXED, check_resume, read_stored_config
+from rtdmd_jax.training.typed_config import optimizer_config, policy_config
 from rtdmd_jax.training.validate import check_limits
 from rtdmd_jax.weights.key_table import KeyTable, Stack
 from rtdmd_jax.weights.safetensors import load_params, read_config
@@ -147,8 +147,8 @@ def _read_overrides(folder: Path, case: list[tuple[str, str]]) -> None:
   config = load_config(str(CONFIGS / "tiny_stage2.py"), overrides)
   check_limits(config)
   make_mesh(**config.mesh)
-  setup.policy_config(config)
-  setup.optimizer_config(config.generator)
+  policy_config(config)
+  optimizer_config(config.generator)
 
 
 _STORED = json.loads(_BASE.to_json_best_effort())

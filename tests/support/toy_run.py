@@ -19,6 +19,7 @@ from rtdmd_jax.pipeline.conditioning import Conditioning
 from rtdmd_jax.rewards import held_out_sets
 from rtdmd_jax.rewards.device.description import RewardDescription
 from rtdmd_jax.training import describe, setup, stages
+from rtdmd_jax.training.describe import new_adapters
 from rtdmd_jax.training.programs import compile_programs
 from rtdmd_jax.training.state import TrainState
 from rtdmd_jax.weights.safetensors import read_config
@@ -160,7 +161,7 @@ class Described:
     """The start of both networks, of the shipped tiny transformer."""
     folder = TINY
     pipeline = SimpleNamespace(transformer=build_transformer(read_config(folder / "transformer")))
-    make = lambda: setup.new_adapters(self._config, pipeline, jax.random.key(self._config.seed))  # noqa: E731
+    make = lambda: new_adapters(self._config, pipeline, jax.random.key(self._config.seed))  # noqa: E731
     return text(jax.jit(make).trace())
 
   def _evaluation(self, patch):

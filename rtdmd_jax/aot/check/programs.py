@@ -19,9 +19,10 @@ from rtdmd_jax.runtime.flops import count_flops
 from rtdmd_jax.runtime.throughput import loop_turns
 from rtdmd_jax.training.batch import encoding_bytes
 from rtdmd_jax.training.programs import compile_programs
-from rtdmd_jax.training.setup import Setup, micro_batches, policy_config
+from rtdmd_jax.training.setup import Setup
 from rtdmd_jax.training.stages import initial_state, step_programs
 from rtdmd_jax.training.state import Batch
+from rtdmd_jax.training.typed_config import micro_batches, policy_config
 from rtdmd_jax.weights.hub import base_name, find
 from rtdmd_jax.weights.published import PUBLISHED
 from rtdmd_jax.weights.reward_files import option_kind

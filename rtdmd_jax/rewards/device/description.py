@@ -1,5 +1,6 @@
 """A reward on the device as its config files describe it, ahead of weights and tokenizer."""
 
+import abc
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -22,7 +23,7 @@ class RewardDescription(NamedTuple):
   load: Callable[[], Any]
 
 
-class Loadable:
+class Loadable(abc.ABC):
   """A class of rewards that `describe` makes of a reader and the reward's options.
 
   Attributes:
@@ -32,9 +33,9 @@ class Loadable:
   PUBLISHED: ClassVar[Mapping[str, str]]
 
   @classmethod
+  @abc.abstractmethod
   def describe(cls, read: ReadFrom, *args: Any, **options: Any) -> RewardDescription:
     """Reads config files with `read`; the options are the reward's own."""
-    raise NotImplementedError
 
   @classmethod
   def from_pretrained(cls, *args: Any, **options: Any) -> Any:
