@@ -4,9 +4,12 @@ import os
 
 import pytest
 
+from tests.support.xla_flags import xla_flags
+
 # Before jax is imported: no search for accelerators, and programs that compile twice as fast.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", xla_flags())
 # No test asks Hugging Face's hub, whatever a configuration names.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -130,7 +130,7 @@ def test_every_command_line_is_understood(tmp_path):
 
 def _pages(pages, folder, monkeypatch):
   """Runs every block of pages that is to be run, in one folder."""
-  monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+  monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
   monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
   run = [block for page in pages for block in BLOCKS if block.page == page and _runs(block)]
   assert run

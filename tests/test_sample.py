@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from rtdmd_jax import cli, sample
 from rtdmd_jax.config import load_config
 from tests.support.paths import ROOT
+from tests.support.xla_flags import xla_flags
 
 CONFIG = ROOT / "configs/tiny_infer.py"
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares", "a photo of a green cross"]
@@ -81,7 +82,7 @@ def test_the_number_of_devices_changes_nothing(tmp_path):
   code += "sys.exit(cli.run(sample.main, sys.argv, define_flags=sample.define_flags))"
   argv = [f"--config={CONFIG}", f"--workdir={tmp_path / 'two'}", "--config.batch=3"]
   argv += [f"--prompt={prompt}" for prompt in PROMPTS]
-  environment = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+  environment = dict(os.environ, XLA_FLAGS=xla_flags(2))
   subprocess.run([sys.executable, "-c", code, *argv], env=environment, check=True)
   for i in range(3):
     assert_same_image(tmp_path / "one" / f"{i:05d}_42.png", tmp_path / "two" / f"{i:05d}_42.png")

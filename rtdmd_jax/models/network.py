@@ -1,5 +1,6 @@
 """A network that is known ahead of its values: its module, shapes of parameters and key table."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -39,7 +40,26 @@ class Network(NamedTuple):
 
 def param_shapes(module: nn.Module, dtype: Any, *inputs: jax.Array) -> Any:
   """Shapes of a module's parameters kept in `dtype`, given an example of its inputs."""
-  return in_dtype(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"], dtype)
+  return in_dtype(init_shapes(module, *inputs), dtype)
+
+
+def init_shapes(module: nn.Module, *inputs: Any) -> Any:
+  """Shapes and types of the parameters that `module.init` makes; allocates nothing.
+
+  Args:
+    module: a module whose fields can be hashed.
+    *inputs: an example of its inputs, arrays or `jax.ShapeDtypeStruct`s or None.
+  """
+  leaves, tree = jax.tree.flatten(inputs)
+  abstract = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+  return jax.tree.map(lambda shape: shape, _init_shapes(module, abstract, tree))
+
+
+@functools.lru_cache
+def _init_shapes(module: nn.Module, leaves: tuple[jax.ShapeDtypeStruct, ...], tree: Any) -> Any:
+  """Traced once for a process: a check describes the same networks for several parts of a run."""
+  inputs = jax.tree.unflatten(tree, leaves)
+  return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
 def in_dtype(shapes: Any, dtype: Any) -> Any:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.models.attention import attention_kernel
+from rtdmd_jax.models.network import init_shapes
 from rtdmd_jax.weights.int8 import STORAGES, int8_shapes
 from rtdmd_jax.weights.key_table import KeyTable
 
@@ -72,7 +73,7 @@ class Transformer:
 
   def init_abstract(self) -> Any:
     """Shapes of the parameters; allocates nothing."""
-    return jax.eval_shape(self.init, jax.random.key(0))
+    return init_shapes(self.module, *self.example)
 
   def stored(self, abstract_params: Any, storage: str) -> Any:
     """Shapes of parameters as a run keeps them, given those of `init_abstract` in any type.

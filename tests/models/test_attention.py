@@ -16,6 +16,7 @@ from rtdmd_jax.models.attention import attention, attention_kernel, even_attenti
 from rtdmd_jax.runtime import sharding
 from rtdmd_jax.runtime.flops import count_flops
 from tests.support.paths import ROOT
+from tests.support.xla_flags import xla_flags
 
 # Both sum float32 in another order.
 TOLERANCE = 1e-5
@@ -168,7 +169,7 @@ for sizes in ((2, 2, 2), (1, 8, 1), (1, 2, 4)):
 @pytest.mark.slow
 def test_splash_on_meshes_is_xla_on_one_device():
   env = os.environ | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "XLA_FLAGS": xla_flags(8),
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
   }

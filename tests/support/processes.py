@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from tests.support.paths import ROOT
+from tests.support.xla_flags import xla_flags
 
 
 def start(commands, folder, devices):
@@ -23,10 +24,10 @@ def start(commands, folder, devices):
     | os.environ
     | {
       "PYTHONPATH": str(ROOT),
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+      "XLA_FLAGS": xla_flags(devices),
       "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
       "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
   )
   return [

@@ -7,7 +7,9 @@ without a mesh. DEVICES are those of a process; the environment may join several
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[1]}"
+from tests.support.xla_flags import xla_flags
+
+os.environ["XLA_FLAGS"] = xla_flags(sys.argv[1])
 
 import contextlib
 import math
