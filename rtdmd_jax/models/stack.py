@@ -1,5 +1,7 @@
 """Stacks of identical blocks: scanned for short compilation, rematerialised for memory."""
 
+import functools
+
 import flax.linen as nn
 import jax
 
@@ -25,10 +27,27 @@ def remat_block(block: type[nn.Module], remat: str, *, prevent_cse: bool = True)
     remat: a name in `REMAT_POLICIES`.
     prevent_cse: may be False inside a loop, where XLA cannot merge the recomputation away.
   """
-  block = nn.map_variables(block, "params", trans_in_fn=to_device, init=True)
+  block = _fetching(block)
   if remat == "none":
     return block
   return nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
+
+
+def _fetching(block: type[nn.Module]) -> type[nn.Module]:
+  """A block that copies its parameters to the device when its input is there.
+
+  A copy that depended on parameters alone would be invariant in a loop around the network. In the
+  gradient of such a loop jax takes what is invariant out of it, and all kernels of the stack would
+  lie on the device during the loop.
+  """
+
+  class Fetching(block):  # type: ignore[misc, valid-type]
+    def __call__(self, carry, *shared):
+      fetch = functools.partial(to_device, after=carry)
+      call = nn.map_variables(block.__call__, "params", trans_in_fn=fetch, init=True)
+      return call(self, carry, *shared)
+
+  return Fetching
 
 
 def stack_blocks(block: type[nn.Module], length: int, *, scan: bool, remat: str):

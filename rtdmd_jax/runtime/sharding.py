@@ -288,12 +288,20 @@ def _name(path: tuple[Any, ...]) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def to_device(params):
-  """Copies what lies in the host's memory to the device; the rest is there already."""
-  space = jax.memory.Space
+def to_device(params, after=None):
+  """Copies what lies in the host's memory to the device; the rest is there already.
+
+  Args:
+    params: a tree of arrays. What is copied has no gradient.
+    after: a tree of arrays that the copies wait for; None for none.
+  """
+  space, constant = jax.memory.Space, jax.lax.stop_gradient
 
   def one(leaf: jax.Array) -> jax.Array:
-    on_host = jax.typeof(leaf).memory_space == space.Host
-    return jax.device_put(leaf, space.Device) if on_host else leaf
+    if jax.typeof(leaf).memory_space != space.Host:
+      return leaf
+    if after is not None:
+      leaf, _ = jax.lax.optimization_barrier((constant(leaf), constant(after)))
+    return jax.device_put(leaf, space.Device)
 
   return jax.tree.map(one, params)
