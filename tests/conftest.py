@@ -14,6 +14,15 @@ os.environ.setdefault("XLA_FLAGS", xla_flags())
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+# Files whose tests take minutes each.
+_LONG = ("rehearsal/", "test_docs.py", "test_multihost.py", "test_sharding.py", "test_train")
+
+
+def pytest_collection_modifyitems(items):
+  """Tests of minutes come first, so that none of them is left for one worker at the end."""
+  items.sort(key=lambda item: not any(name in item.nodeid for name in _LONG))
+
+
 @pytest.fixture(autouse=True)
 def compile_quickly():
   """Entry points under test switch optimizations on, which must not slow down the tests after."""

@@ -15,11 +15,13 @@ from rtdmd_jax.config import flatten, load_config
 from rtdmd_jax.rewards import device_rewards, host_rewards, make, multi
 from tests.support.docs_blocks import (
   GENEVAL_URL,
+  NOT_RUN,
   ROOT,
   checkout,
   collect,
   execute,
   recorded,
+  runs,
   take_for_granted,
 )
 
@@ -27,68 +29,14 @@ DOCS = ROOT / "docs"
 BLOCKS = collect()
 FRAGMENTS = [block for block in BLOCKS if block.fragment]
 
-_TPU = "needs libtpu and its compiler's minutes to hours"
-_MEASURES = "measures for minutes to hours; its parts have tests of their own"
-# Blocks that are not executed, and why; their command lines are checked all the same.
-NOT_RUN = {
-  "docs/aot.md": {
-    "python -m rtdmd_jax.aot --config=configs/tiny_stage1.py --topology=v5e:2x2"
-    " --json=report.json": _TPU,
-  },
-  "docs/backbones.md": {"PYTHONPATH=. python tests/support/offload_on_tpu.py": _TPU},
-  "docs/data.md": {
-    "git clone --depth=1 https://github.com/Harahan/RTDMD && mkdir -p prompts && cp -r"
-    " RTDMD/dataset/pickscore prompts/": "needs the network; its command of Python is run below it",
-  },
-  "docs/evaluation.md": {
-    "python -m rtdmd_jax.main --config=configs/sd35_stage1.py:scored --workdir=runs/sd35_stage1": (
-      "needs checkpoints, prompts and services; tests/rehearsal runs it for SD3-M"
-    ),
-  },
-  "docs/evidence.md": {
-    "python -m benchmarks.tilt.run                  # or --only=gaussian, mixture, long, even,"
-    " estimators": _MEASURES,
-    "python -m benchmarks.tilt.run --only=bfloat16": _MEASURES,
-  },
-  "docs/hardware.md": {
-    "python -m benchmarks.aot_bounds configs/sd35_stage2.py v5e:2x4": _TPU,
-    "python -m rtdmd_jax.aot --config=configs/flux1_stage2.py --topology=v6e:8x8 \\": _TPU,
-    "python -m rtdmd_jax.aot --config=configs/flux2_stage1.py --topology=v5e:2x4 \\": _TPU,
-    "taskset -c 0 python -m benchmarks.steps --rounds=5 --compile": _MEASURES,
-    "python -m benchmarks.loop_share configs/tiny_stage1.py configs/tiny_stage2.py --steps=10": (
-      _MEASURES
-    ),
-    "python -m benchmarks.programs configs/tiny_stage1.py --devices 1 2 4 8 --images=32": _MEASURES,
-    "python -m benchmarks.programs": "needs a GPU of 80 GB",
-  },
-  "docs/rewards_device.md": {"python -m benchmarks.rewards --size=small --images=1152": _MEASURES},
-  "docs/robustness.md": {
-    "for seed in 1 2 3 4; do python -m benchmarks.kills --kills=50 --seed=$seed; done": _MEASURES,
-  },
-  "docs/sharding.md": {
-    "python -m rtdmd_jax.main --config=configs/flux2_stage2.py --workdir=runs/flux2_stage2 \\": (
-      "needs two devices and checkpoints; tests/runtime/test_sharding.py has the devices"
-    ),
-  },
-  "docs/troubleshooting.md": {
-    "python -m benchmarks.reference_curves runs/stage1 runs/stage2"
-    " --out=docs/reference_curves.svg": "needs matplotlib",
-  },
-}
 # Pages that are run in one folder, the one after the other.
 TOGETHER = {"docs/troubleshooting.md": "README.md", "docs/index.md": "README.md"}
-
-
-def _runs(block):
-  listed = NOT_RUN.get(block.page, {})
-  code = block.language and not block.fragment
-  return code and block.key[1] not in listed
 
 
 def _groups():
   """Pages to run in one folder, by the first of them."""
   found = {}
-  for page in dict.fromkeys(block.page for block in BLOCKS if _runs(block)):
+  for page in dict.fromkeys(block.page for block in BLOCKS if runs(block)):
     found.setdefault(TOGETHER.get(page, page), []).append(page)
   return found
 
@@ -132,7 +80,7 @@ def _pages(pages, folder, monkeypatch):
   """Runs every block of pages that is to be run, in one folder."""
   monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
   monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-  run = [block for page in pages for block in BLOCKS if block.page == page and _runs(block)]
+  run = [block for page in pages for block in BLOCKS if block.page == page and runs(block)]
   assert run
   for block in run:
     execute(block, folder)

@@ -1,12 +1,13 @@
-"""Every file of `configs/` is run as it ships, with sizes alone made smaller.
+"""Every published file of `configs/` is run as it ships, with sizes alone made smaller.
 
-Each published family goes the whole way of a user: --check, stage 1, stage 2 on its export, sample,
+Each family goes the whole way of a user: --check, stage 1, stage 2 on its export, sample,
 evaluate, export in each format, and diffusers loads the result. Checkpoints, prompts and reward
 services lie where the configs look for them (`layout.py`, `services.py`).
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,13 +23,14 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 pytest.importorskip("rapidocr")
 from tests.rehearsal import layout, services  # noqa: E402  after torch is known to be there
+from tests.support import docs_blocks  # noqa: E402
 from tests.support.paths import ROOT  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 FAMILIES = ("sd3", "sd35", "flux1", "flux2", "flux2_9b")
 KINDS = ("stage1", "stage2", "infer", "eval")
-LIBRARIES = ("common", "families")  # what configs share; no configs themselves
+LIBRARIES = ("common", "families", "gpus")  # what configs share; no configs themselves
 STEPS = 10  # stage 1 updates the generator in every tenth, stage 2's moving average in each eighth
 # Sizes: steps, images, pixels, prompts scored.
 TRAIN = {
@@ -39,22 +41,6 @@ TRAIN = {
 STAGE2 = TRAIN | {"batch.images_per_prompt": 2, "batch.micro_batches": 2}
 INFER = {"height": 64, "width": 64, "batch": 2}
 EVAL = INFER | {"limit": 2, "preview": 2}
-PRETRAIN = {
-  "images": 48, "vae.steps": 2, "vae.batch_size": 4, "text.steps": 2, "text.batch_size": 4,
-  "scorer.steps": 2, "scorer.batch_size": 4, "teacher.steps": 2, "teacher.batch_size": 4,
-}  # fmt: skip
-TINY_TRAIN = {key: value for key, value in TRAIN.items() if key != "model.image_size"}
-TINY_CONFIGS = {
-  "tiny_stage1": TINY_TRAIN,
-  "tiny_stage2": TINY_TRAIN | {"batch.images_per_prompt": 2, "eval.final_images": 1},
-  "tiny_stage2_long": TINY_TRAIN | {"batch.images_per_prompt": 2, "eval.final_images": 1},
-  "tiny_infer": {},
-  "tiny_eval": {"limit": 2, "batch": 2, "preview": 2},
-  "tiny_pretrain": PRETRAIN,
-  "tiny_pretrain_mixed": {
-    key: PRETRAIN[key] for key in PRETRAIN if key[:4] not in ("text", "scor")
-  },
-}
 PIPELINES = {
   "sd3": "StableDiffusion3Pipeline", "sd35": "StableDiffusion3Pipeline", "flux1": "FluxPipeline",
   "flux2": "Flux2KleinPipeline", "flux2_9b": "Flux2KleinPipeline",
@@ -112,8 +98,11 @@ def shared(tmp_path_factory):
 
 
 def test_every_config_is_rehearsed():
+  """The published ones here, those of the tiny pipeline by the pages that show them."""
   shipped = {path.stem for path in (ROOT / "configs").glob("*.py")} - set(LIBRARIES)
-  assert shipped == {f"{f}_{kind}" for f in FAMILIES for kind in KINDS} | set(TINY_CONFIGS)
+  text = "\n".join(block.text for block in docs_blocks.collect() if docs_blocks.runs(block))
+  shown = set(re.findall(r"rtdmd_jax\.\w+ --config=configs/(tiny_\w+)\.py", text))
+  assert shipped == {f"{f}_{kind}" for f in FAMILIES for kind in KINDS} | shown
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -125,35 +114,6 @@ def test_family(family, shared, tmp_path):
     use(user, family)
   finally:
     user.print_times()
-
-
-@pytest.mark.parametrize("name", [n for n in TINY_CONFIGS if "stage" in n])
-def test_tiny_stage(name, tmp_path):
-  user = User(tmp_path, tmp_path / "compiled")
-  config, sizes = f"--config=configs/{name}.py", TINY_CONFIGS[name]
-  checked = user.run("main", "--check", config, sizes=sizes)
-  assert checked.splitlines()[-1] == "no problem found", checked
-  user.run("main", config, f"--workdir=runs/{name}", sizes=sizes)
-  assert_trained(user, f"runs/{name}")
-
-
-def test_tiny_images_and_scores(tmp_path):
-  user = User(tmp_path, tmp_path / "compiled")
-  user.run("sample", "--config=configs/tiny_infer.py", "--prompt=a photo of a red circle")
-  assert len(list((tmp_path / "runs/tiny_infer").glob("*.png"))) == 1
-  sizes = TINY_CONFIGS["tiny_eval"]
-  user.run("evaluate", "--config=configs/tiny_eval.py", "--workdir=runs/eval", sizes=sizes)
-  systems = user.json("runs/eval/summary.json")["systems"]
-  assert {score["n"] for system in systems for score in system["scores"].values()} == {2}
-
-
-def test_tiny_pretraining(tmp_path):
-  user = User(tmp_path, tmp_path / "compiled")
-  for name, workdir in (("tiny_pretrain", "runs/clean"), ("tiny_pretrain_mixed", "runs/mixed")):
-    flags = (f"--config=configs/{name}.py", f"--workdir={workdir}")
-    user.run("main", "--check", *flags, sizes=TINY_CONFIGS[name])
-    user.run("main", *flags, sizes=TINY_CONFIGS[name])
-    assert diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / workdir / "pipeline")
 
 
 def train(user, family):

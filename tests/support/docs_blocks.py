@@ -20,6 +20,68 @@ from tests.support.paths import ROOT
 TINY = ROOT / "rtdmd_jax/assets/tiny"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
+_TPU = "needs libtpu and its compiler's minutes to hours"
+_SAME = "README.md and tiny_pipeline.md run the same, but for the folder or one value"
+_MEASURES = "measures for minutes to hours; its parts have tests of their own"
+# Blocks that are not executed, and why; their command lines are checked all the same.
+NOT_RUN = {
+  "docs/aot.md": {
+    "python -m rtdmd_jax.aot --config=configs/tiny_stage1.py --topology=v5e:2x2"
+    " --json=report.json": _TPU,
+    "python -m rtdmd_jax.aot --config=configs/tiny_stage2.py --topology=h100:2": (
+      "needs jax's CUDA plugin; tests/aot/test_gpu.py runs it for another program"
+    ),
+  },
+  "docs/backbones.md": {"PYTHONPATH=. python tests/support/offload_on_tpu.py": _TPU},
+  "docs/data.md": {
+    "git clone --depth=1 https://github.com/Harahan/RTDMD && mkdir -p prompts && cp -r"
+    " RTDMD/dataset/pickscore prompts/": "needs the network; its command of Python is run below it",
+  },
+  "docs/evaluation.md": {
+    "python -m rtdmd_jax.main --config=configs/sd35_stage1.py:scored --workdir=runs/sd35_stage1": (
+      "needs checkpoints, prompts and services; tests/rehearsal runs it for SD3-M"
+    ),
+  },
+  "docs/evidence.md": {
+    "python -m benchmarks.tilt.run                  # or --only=gaussian, mixture, long, even,"
+    " estimators": _MEASURES,
+    "python -m benchmarks.tilt.run --only=bfloat16": _MEASURES,
+    "python -m rtdmd_jax.main --config=configs/tiny_stage2.py --workdir=runs/average0"
+    " --config.seed=0 --config.ema.decay=0.95    # and 1, 2": _SAME,
+  },
+  "docs/hardware.md": {
+    "python -m benchmarks.aot_bounds configs/sd35_stage2.py v5e:2x4": _TPU,
+    "python -m benchmarks.aot_bounds configs/sd35_stage2.py:1x80 h100:1": (
+      "needs jax's CUDA plugin and minutes"
+    ),
+    "python -m rtdmd_jax.aot --config=configs/flux1_stage2.py --topology=v6e:8x8 \\": _TPU,
+    "python -m rtdmd_jax.aot --config=configs/flux2_stage1.py --topology=v5e:2x4 \\": _TPU,
+    "taskset -c 0 python -m benchmarks.steps --rounds=5 --compile": _MEASURES,
+    "python -m benchmarks.loop_share configs/tiny_stage1.py configs/tiny_stage2.py --steps=10": (
+      _MEASURES
+    ),
+    "python -m benchmarks.programs configs/tiny_stage1.py --devices 1 2 4 8 --images=32": _MEASURES,
+    "python -m benchmarks.programs": "needs a GPU of 80 GB",
+  },
+  "docs/rewards_device.md": {"python -m benchmarks.rewards --size=small --images=1152": _MEASURES},
+  "docs/robustness.md": {
+    "for seed in 1 2 3 4; do python -m benchmarks.kills --kills=50 --seed=$seed; done": _MEASURES,
+  },
+  "docs/sharding.md": {
+    "python -m rtdmd_jax.main --config=configs/flux2_stage2.py --workdir=runs/flux2_stage2 \\": (
+      "needs two devices and checkpoints; tests/runtime/test_sharding.py has the devices"
+    ),
+  },
+  "docs/index.md": {
+    "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt": _SAME,
+  },
+  "docs/troubleshooting.md": {
+    "python -m rtdmd_jax.main --config=configs/tiny_stage1.py --workdir=runs/stage1": _SAME,
+    "python -m benchmarks.reference_curves runs/stage1 runs/stage2"
+    " --out=docs/reference_curves.svg": "needs matplotlib",
+  },
+}
+
 # What is appended to a command, by what it runs: keys of its configuration, or arguments.
 _TRAINING = {
   "train.steps": 2,
@@ -47,6 +109,7 @@ _SMALLER = {
   "rtdmd_jax.evaluate": {"limit": 2, "batch": 2, "preview": 2},
 }
 _ARGUMENTS = {
+  "benchmarks.prompt_memory": ["--steps=20"],
   "benchmarks.load_memory": ["--gigabytes=0.02"],
   "benchmarks.mistakes": [
     "--images=1", "--config.eval.chunk=4", "--config.eval.teacher_steps=2",
@@ -123,6 +186,12 @@ def collect() -> list[Block]:
       line = text.count("\n", 0, match.start()) + 1
       found.append(Block(str(page.relative_to(ROOT)), line, match[1], match[2]))
   return found
+
+
+def runs(block: Block) -> bool:
+  """Whether a block is an example that tests execute."""
+  listed = NOT_RUN.get(block.page, {})
+  return bool(block.language) and not block.fragment and block.key[1] not in listed
 
 
 def checkout(folder: Path, mode: str) -> Path:
