@@ -8,6 +8,7 @@ docs/data.md list where each comes from.
 from typing import NamedTuple
 
 import common
+import gpus
 from ml_collections import config_dict
 
 from rtdmd_jax.errors import UserError
@@ -100,15 +101,13 @@ def stage1(name: str, which: str = "") -> config_dict.ConfigDict:
 
   Args:
     name: the family.
-    which: "scored" for the published held-out rewards, in evaluations alone; "" for none.
+    which: "scored" for the published held-out rewards, in evaluations alone, a set-up of
+      `gpus.SETUPS`, both with a comma between, or "" for none.
 
   Raises:
     UserError: another `which`.
   """
-  if which not in ("", "scored"):
-    raise UserError(
-      f"configs/{name}_stage1.py takes the argument 'scored', or none, but not {which!r}."
-    )
+  words = _words(f"{name}_stage1", which, ("scored", *gpus.SETUPS))
   family = FAMILIES[name]
   c = _model(common.stage1(), family)
   c.data.prompts = f"{PROMPTS}/pickscore"
@@ -116,13 +115,24 @@ def stage1(name: str, which: str = "") -> config_dict.ConfigDict:
   c.generator.learning_rate = c.fake_score.learning_rate = family.stage1_rate
   c.batch.micro_batches = 9  # of 8 images
   c.train.save_every = 5000
-  if which == "scored":
+  if "scored" in words:
     _watch(c, family.cold_start)
+  for setup in words - {"scored"}:
+    gpus.apply(c, name, setup)
   return c
 
 
-def stage2(name: str) -> config_dict.ConfigDict:
-  """RTDMD of a family of `FAMILIES`, on top of `runs/<name>_stage1`."""
+def stage2(name: str, which: str = "") -> config_dict.ConfigDict:
+  """RTDMD of a family of `FAMILIES`, on top of `runs/<name>_stage1`.
+
+  Args:
+    name: the family.
+    which: a set-up of `gpus.SETUPS`, or "" for none.
+
+  Raises:
+    UserError: another `which`.
+  """
+  words = _words(f"{name}_stage2", which, gpus.SETUPS)
   family = FAMILIES[name]
   c = _model(common.stage2(), family)
   c.lora.init = "normal"  # as published for fresh adapters on top of stage 1's
@@ -141,7 +151,20 @@ def stage2(name: str) -> config_dict.ConfigDict:
     c.rewards[reward] = _reward(reward, weight=1.0, backpropagate=True)
   c.rewards.geneval = _reward("geneval", weight=1.0, held_out=f"{PROMPTS}/geneval")
   _watch(c, [reward for reward in HELD_OUT if reward not in c.rewards])
+  for setup in words:
+    gpus.apply(c, name, setup)
   return c
+
+
+def _words(config: str, which: str, known: tuple[str, ...]) -> set[str]:
+  """The words of a configuration's argument."""
+  words = set(which.split(",")) - {""}
+  if words - set(known) or len(words & set(gpus.SETUPS)) > 1:
+    raise UserError(
+      f"configs/{config}.py takes the arguments {', '.join(known)} (one set-up of GPUs), or none,"
+      f" but not {which!r}."
+    )
+  return words
 
 
 def infer(name: str) -> config_dict.ConfigDict:

@@ -3,5 +3,5 @@
 import families
 
 
-def get_config():
-  return families.stage2("flux1")
+def get_config(which=""):
+  return families.stage2("flux1", which)

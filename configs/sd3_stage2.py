@@ -3,5 +3,5 @@
 import families
 
 
-def get_config():
-  return families.stage2("sd3")
+def get_config(which=""):
+  return families.stage2("sd3", which)

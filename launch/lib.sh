@@ -32,5 +32,27 @@ environment() {
   run .venv/bin/pip install -q "$@"
 }
 
+# Gives a published configuration without an argument the settings for the GPUs of this machine
+# (configs/gpus.py), if there are any for them.
+choose_gpu_setup() {
+  local memory count setup index
+  memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null) || return 0
+  count=$(wc -l <<<"$memory")
+  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then count=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l); fi
+  memory=$(sort -n <<<"$memory" | head -n 1)  # MiB
+  if [ "$memory" -lt 79000 ]; then return 0; fi
+  case "$count" in
+    1) if [ "$memory" -lt 140000 ]; then setup=1x80; else setup=1x141; fi ;;
+    8) setup=8x80 ;;
+    *) return 0 ;;
+  esac
+  for index in "${!arguments[@]}"; do
+    case "${arguments[$index]}" in
+      *tiny_*) ;;
+      --config=*_stage[12].py) arguments[index]+=":$setup" ;;
+    esac
+  done
+}
+
 # The flags of a run, each quoted, for a command that a shell on another machine reads.
 quoted() { printf '%q ' "$@"; }

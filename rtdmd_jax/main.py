@@ -15,7 +15,7 @@ from absl import flags
 
 from rtdmd_jax import cli
 from rtdmd_jax.errors import UserError
-from rtdmd_jax.runtime import distributed
+from rtdmd_jax.runtime import distributed, gpu_memory
 from rtdmd_jax.runtime.lock import WorkdirLock
 
 
@@ -35,6 +35,7 @@ def main(call: cli.Invocation) -> None:
     with WorkdirLock(workdir):
       print(f"pipeline: {run(call.config, workdir)}")
   else:
+    gpu_memory.claim()
     distributed.initialize()
     from rtdmd_jax.train import train
 

@@ -207,6 +207,6 @@ def test_shipped_configurations_have_names(tmp_path, monkeypatch):
   assert (config.stage, config.seed) == ("stage2", 7)
   assert load_config("rtdmd_jax:sd3_stage1:scored").stage == "stage1"
   assert {"flux2_9b_eval", "sd35_stage2"} < shipped_configs().keys()
-  assert not {"common", "families"} & shipped_configs().keys()
+  assert not {"common", "families", "gpus"} & shipped_configs().keys()
   with pytest.raises(UserError, match="no configuration 'sd36_stage2'; it has sd3"):
     load_config("rtdmd_jax:sd36_stage2")

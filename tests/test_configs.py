@@ -191,7 +191,7 @@ def test_each_reward_is_evaluated_on_its_published_prompts(family):
   absent = set() if family in ("sd3", "sd35") else {"geneval", "geneval2"}
   assert not scored.rewards
   assert _held_out(scored) == {n: p for n, p in published.items() if n not in absent}
-  with pytest.raises(UserError, match="takes the argument 'scored', or none, but not 'score'"):
+  with pytest.raises(UserError, match="takes the arguments scored, .* but not 'score'"):
     load_config(str(CONFIGS / f"{family}_stage1.py:score"))
 
 
@@ -261,3 +261,38 @@ def test_adapters_sit_on_as_many_layers_as_published(family, layers):
   entries = lora.target_entries(params, transformer.table, _load(f"{family}_stage2").lora.targets)
   assert sum(len(lora.module_names(entry)) for entry in entries) == layers
   assert np.all([len(entry.shape) == 2 for entry in entries])
+
+
+GPU_SETUPS = ("1x80", "1x141", "8x80")
+WITHOUT_ROOM = ("flux2_9b", "stage2", "1x80")
+
+
+@pytest.mark.parametrize("setup", GPU_SETUPS)
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settings_for_gpus_split_the_published_batch(family, stage, setup):
+  """They change nothing else, and every part divides over the devices."""
+  name = f"{CONFIGS / family}_{stage}.py"
+  if (family, stage, setup) == WITHOUT_ROOM:
+    with pytest.raises(UserError, match=r"does not fit 1x80 GB.* Use 1x141 or 8x80, or model"):
+      load_config(f"{name}:{setup}")
+    return
+  published, own = load_config(name), load_config(f"{name}:{setup}")
+  before, after = (dict(flatten(config.to_dict())) for config in (published, own))
+  changed = {key for key in before if before[key] != after[key]}
+  keys = {"batch.micro_batches", "batch.decode_chunk", "mesh.data", "mesh.fsdp"}
+  assert changed <= keys and before.keys() == after.keys()
+  devices = int(setup[0])
+  images, rest = divmod(
+    own.batch.prompts * own.batch.images_per_prompt, own.batch.micro_batches * devices
+  )
+  assert not rest and not images % own.batch.get("decode_chunk", 1)
+  assert devices % own.mesh.fsdp == 0
+
+
+@pytest.mark.parametrize("which", ["2x80", "1x80,8x80", "scored,rescored"])
+def test_an_argument_that_no_configuration_has(which):
+  with pytest.raises(UserError, match=f"takes the arguments .*but not '{which}'"):
+    load_config(f"{CONFIGS / 'sd35_stage1.py'}:{which}")
+  both = load_config(f"{CONFIGS / 'sd35_stage1.py'}:scored,1x80")
+  assert both.batch.micro_batches == 1 and both.eval.rewards

@@ -96,6 +96,42 @@ def test_one_machine(script):
   assert f".[{'tpu' if script == 'tpu_vm.sh' else 'gpu'}]" in commands[-3]
 
 
+@pytest.mark.parametrize(
+  "memory, visible, setup",
+  [
+    ([81559], "", ":1x80"),
+    ([143771], "", ":1x141"),
+    ([81559] * 8, "", ":8x80"),
+    ([143771] * 8, "3", ":1x141"),
+    ([81559] * 4, "", ""),
+    ([24564], "", ""),
+    ([], "", ""),
+  ],
+)
+@pytest.mark.parametrize("script", ["gpus.sh", "slurm.sh"])
+def test_gpus_choose_the_settings(script, memory, visible, setup, tmp_path):
+  """Of a published configuration without an argument, by what nvidia-smi says."""
+  tool = tmp_path / "nvidia-smi"
+  lines = "\n".join(map(str, memory))
+  tool.write_text(f'#!/bin/sh\necho "{lines}"\n' if memory else "#!/bin/sh\nexit 9\n")
+  tool.chmod(0o755)
+  for config, expected in (
+    ("configs/sd35_stage2.py", f"configs/sd35_stage2.py{setup}"),
+    ("configs/sd35_stage1.py:scored", "configs/sd35_stage1.py:scored"),
+    ("configs/tiny_stage2.py", "configs/tiny_stage2.py"),
+  ):
+    done = subprocess.run(
+      ["bash", LAUNCH / script, "--dry-run", f"--config={config}", "--workdir=w"],
+      env={
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": visible,
+        "SLURM_SUBMIT_DIR": str(ROOT),
+      },
+      capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert shlex.split(done.stdout.splitlines()[-1])[-2:] == [f"--config={expected}", "--workdir=w"]
+
+
 @pytest.mark.parametrize("slices, nodes", [("1", ["--node-id=name"]), ("3", ["--node-count=3"])])
 def test_tpu_slices(slices, nodes):
   code, commands, _ = dry_run("tpu_pod.sh", SLICES=slices, **VARIABLES)

@@ -24,7 +24,9 @@ from tests.support.console import rtdmd
 from tests.support.paths import ROOT
 
 CONFIGS = sorted(
-  p for p in (ROOT / "configs").glob("*.py") if p.name not in ("common.py", "families.py")
+  p
+  for p in (ROOT / "configs").glob("*.py")
+  if p.name not in ("common.py", "families.py", "gpus.py")
 )
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "launch").glob("*.sh")])
 # Distributions whose module has another name.
