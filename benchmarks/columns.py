@@ -93,6 +93,25 @@ TABLES = {
       "bound s": "{bound_s:digits}", "by": "{bound_by}", "MFU at most": "{mfu_bound:.0%}",
     },
   ),
+  "gpu_fit": Table(
+    "gpu_bounds",
+    {
+      "backbone": "{backbone}", "stage": "{stage}", "GPUs": "{slice}",
+      "highest peak GB": "{peak_gb:.1f} of {limit_gb:.1f}, `{largest}`",
+      "each program takes at least s": "{bounds}", "launches": "{launches}",
+    },
+    selections.programs_by_gpus,
+  ),
+  "gpu_bounds": Table(
+    "gpu_bounds",
+    {
+      "program": "`{program}`", "GPUs": "{slice}", "setting": "{setting}",
+      "TFLOP a device": "{tflop:digits}", "traffic TB": "{traffic_tb:digits}",
+      "sent GB": "{sent_gb:digits}", "launches": "{launches:,}",
+      "peak GiB": "{peak_gib:.2f} of {limit_gib:.2f}", "bound s": "{bound_s:digits}",
+      "by": "{bound_by}", "MFU at most": "{mfu_bound:.0%}",
+    },
+  ),
   "no_recomputation": Table(
     "no_recomputation",
     {

@@ -1,21 +1,25 @@
 """Times every program of a training step with random weights of the published shapes.
 
-  python -m benchmarks.programs                      # one GPU: the list below
+  python -m benchmarks.programs                      # one GPU: the list below, case by case
+  python -m benchmarks.programs configs/flux2_stage1.py --attention auto xla     # some of them
   python -m benchmarks.programs configs/tiny_stage1.py --devices 1 2 4 8 --images=32
 
 No checkpoint is needed. Each case runs in a process of its own: a config, an attention kernel, a
-number of devices (of a CPU: simulated ones). A row is one program: seconds of its first call, mean
-seconds of the next ones, rate, the part of the devices' peak (where it is known), and the largest
-memory that the process has had on a device until then. Rollouts stop at random, so take --rounds
-from 10 up to compare two rows closely; rates take the mean length of a rollout.
+number of devices (of a CPU: simulated ones). A row is one program, printed when it is known:
+seconds of its first call, mean seconds of the next ones, rate, the part of the devices' peak (where
+it is known), and the largest memory that the process has had on a device until then. Rollouts stop
+at random, so take --rounds from 10 up to compare two rows closely; rates take the mean length of a
+rollout.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +71,11 @@ def main() -> int:
       command += [f"--attention={attention}"]
       command += [f"--devices={devices}", f"--images={options.images}"]
       command += [f"--rounds={options.rounds}", "--set", *options.set]
-      done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-      print(done.stdout, file=sys.stderr, flush=True)
-      rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-      failed += done.returncode != 0
+      with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as case:
+        for line in case.stdout:
+          print(line, end="", file=sys.stderr, flush=True)
+          rows += [json.loads(line)] if line.startswith("{") else []
+      failed += case.returncode != 0
   tables.report("programs", rows, options.save, ("config", "attention", "devices", "program"))
   return int(failed > 0)
 
@@ -96,34 +101,33 @@ def run_case(options: argparse.Namespace) -> None:
       print(json.dumps(names | {"program": row["name"]} | numbers), flush=True)
 
 
-def measure(config: Any, setup: Any, rounds: int) -> list[dict[str, Any]]:
-  """Runs `rounds` steps after a first one; a dictionary for each program."""
+def measure(config: Any, setup: Any, rounds: int) -> Iterator[dict[str, Any]]:
+  """Calls each program of a step `rounds` times after a first one; a dictionary for each."""
   frozen, batch = random_like(setup.frozen), random_batch(config, setup)
   setup = dataclasses.replace(setup, frozen=frozen)
   state = jax.jit(lambda: initial_state(config, setup))()
   programs = step_programs(config, setup)
   compiled = compile_programs(programs, config.seed)
-  rows = {name: {"name": name, "spent": []} for name in compiled}
-  for _ in range(rounds + 1):
-    known = {"frozen": frozen, "batch": batch}
-    for program in programs:
-      name, args = program.name, program.arguments(known | {"state": state})
-      row, run = rows[name], compiled[name]
-      if "tflop" not in row:
-        turns, _ = loop_turns(name, len(config.dmd.timesteps))
-        row["tflop"] = count_flops(run.trace(*args).jaxpr, turns) / 1e12
+  mesh, most = current(), peak_tflops()
+  most = most and most * (mesh.size if mesh else 1) / jax.device_count()
+  known = {"frozen": frozen, "batch": batch}
+  for program in programs:
+    name, run, spent = program.name, compiled[program.name], []
+    turns, _ = loop_turns(name, len(config.dmd.timesteps))
+    traced = run.trace(*program.arguments(known | {"state": state}))
+    row = {"name": name, "spent": spent, "tflop": count_flops(traced.jaxpr, turns) / 1e12}
+    for _ in range(rounds + 1):
+      args = program.arguments(known | {"state": state})
       began = time.perf_counter()
       out = jax.block_until_ready(run(*args))
-      row["spent"].append(time.perf_counter() - began)
-      row["peak_gb"] = _peak()
+      spent.append(time.perf_counter() - began)
       if name == "rollout":
         scores = {key: jnp.zeros(len(batch.sample_index)) for key in config.rewards}
         known |= {"samples": out, "rewards": scores | dict(out.rewards)}
       else:
         state = out[0] if isinstance(out, tuple) else out
-  mesh, most = current(), peak_tflops()
-  most = most and most * (mesh.size if mesh else 1) / jax.device_count()
-  return [_summary(row, most) for row in rows.values()]
+      state = state.replace(step=state.step + 1)  # other random numbers, and another random stop
+    yield _summary(row | {"peak_gb": _peak()}, most)
 
 
 def _summary(row: dict[str, Any], most: float | None) -> dict[str, Any]:
@@ -141,30 +145,29 @@ def _peak() -> float | None:
 
 
 def random_like(shapes: Any) -> Any:
-  """Small numbers for every leaf of a tree of shapes, placed as a run would."""
+  """Small numbers for every leaf of a tree of shapes, placed as a run would, by one program."""
   leaves, tree = jax.tree.flatten(shapes)
   mesh = current()
-  places = jax.tree.leaves(shardings(shapes, mesh)) if mesh else [None] * len(leaves)
-  keys = jax.random.split(jax.random.key(0), len(leaves))
-  made = [
-    jax.jit(_fill, static_argnums=(1, 2), out_shardings=place)(key, s.shape, s.dtype)
-    for key, s, place in zip(keys, leaves, places, strict=True)
-  ]
-  return tree.unflatten(made)
+  places = jax.tree.leaves(shardings(shapes, mesh)) if mesh else None
+  return tree.unflatten(jax.jit(lambda: [_fill(s) for s in leaves], out_shardings=places)())
 
 
-def _fill(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-  if jnp.issubdtype(dtype, jnp.floating):
-    return 0.02 * jax.random.normal(key, shape, dtype)
-  return jax.random.randint(key, shape, 0, 100).astype(dtype)
+def _fill(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+  """Numbers without a pattern that a kernel could profit from, and quick to compile."""
+  index = jax.lax.iota(jnp.uint32, max(math.prod(leaf.shape), 1)).reshape(leaf.shape or (1,))
+  mixed = (index * jnp.uint32(2654435761)) >> 16  # Knuth's multiplicative hash, 16 bits
+  if jnp.issubdtype(leaf.dtype, jnp.floating):
+    made = 0.02 * (mixed.astype(jnp.float32) / 2**15 - 1)
+  else:
+    made = mixed % 100
+  return made.astype(leaf.dtype).reshape(leaf.shape)
 
 
 def random_batch(config: Any, setup: Any) -> Any:
   """A batch of random encodings; consecutive samples share a prompt."""
   shapes = abstract_batch(config, setup)
   count = shapes.sample_index.shape[0]
-  key = jax.random.key(1)
-  filled = jax.tree.map(lambda s: _fill(key, s.shape, s.dtype), shapes)
+  filled = jax.tree.map(_fill, shapes)
   return filled.replace(
     prompt_index=jnp.arange(count, dtype=jnp.int32) // config.batch.images_per_prompt,
     sample_index=jnp.arange(count, dtype=jnp.uint32),

@@ -16,6 +16,8 @@ BACKBONES = {
   "sd3": "SD3-M", "sd35": "SD3.5-M", "flux1": "FLUX.1-dev", "flux2": "FLUX.2-klein 4B",
   "flux2_9b": "FLUX.2-klein 9B",
 }  # fmt: skip
+GPU_SETUPS = ("1x80", "1x141", "8x80")  # of configs/gpus.py
+_GIB_GB = 2**30 / 1e9
 
 
 def programs_by_slice(bounds: Rows) -> Rows:
@@ -43,6 +45,31 @@ def programs_by_slice(bounds: Rows) -> Rows:
       }
     )  # fmt: skip
   return rows
+
+
+def programs_by_gpus(bounds: Rows) -> Rows:
+  """A row per backbone, stage and set-up of GPUs, with the batch settings of `configs/gpus.py`."""
+  place = lambda row: (row["backbone"], row["stage"], row["slice"])  # noqa: E731
+  rows = []
+  chosen = [row for row in bounds if row.get("setting") in GPU_SETUPS]
+  for (backbone, stage, where), found in groupby(chosen, key=place):
+    programs = {row["program"]: row for row in found}
+    largest = max(programs.values(), key=lambda row: row["peak_gib"])
+    rows.append(
+      {
+        "backbone": backbone, "stage": stage, "slice": where,
+        "peak_gb": largest["peak_gib"] * _GIB_GB, "limit_gb": largest["limit_gib"] * _GIB_GB,
+        "largest": largest["program"],
+        "bounds": ", ".join(f"`{k}` {_digits(row['bound_s'])}" for k, row in programs.items()),
+        "launches": ", ".join(f"{_count(row['launches'])}" for row in programs.values()),
+      }
+    )  # fmt: skip
+  return rows
+
+
+def _count(n: float) -> str:
+  """A number of launches: 32k, 1.5M."""
+  return f"{n / 1e6:.1f}M" if n >= 1e6 else f"{n / 1e3:.0f}k"
 
 
 def _held_to(row: dict[str, Any]) -> str:

@@ -195,19 +195,26 @@ def test_a_platform_that_is_not_there(platform, tmp_path):
   assert last.startswith(f"error: JAX_PLATFORMS is {platform!r}") and "pip install" in last
 
 
-def test_ahead_of_time_without_its_compiler(mistake, monkeypatch):
+@pytest.mark.parametrize(
+  "topology, error, words",
+  [
+    ("v5e:2x2", RuntimeError, r"needs libtpu .*pip install .*\[tpu\]"),
+    ("h100:8", NotImplementedError, r"needs jax's CUDA plugin .*pip install .*\[gpu-aot\]"),
+  ],
+)
+def test_ahead_of_time_without_its_compiler(topology, error, words, mistake, monkeypatch):
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
   monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
 
   def absent(**_):
-    raise RuntimeError("JAX TPU support not installed")
+    raise error("not installed")
 
   monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", absent)
-  from rtdmd_jax.aot.compile import get_devices
+  from rtdmd_jax.aot.topology import find_topology
   from rtdmd_jax.errors import UserError
 
-  with pytest.raises(UserError, match=r"needs libtpu .*pip install .*\[tpu\]"):
-    get_devices("v5e:2x2")
+  with pytest.raises(UserError, match=words):
+    find_topology(topology)
 
 
 def test_how_to_install_an_extra_without_a_clone(monkeypatch, tmp_path):

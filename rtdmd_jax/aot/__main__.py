@@ -1,6 +1,6 @@
-"""Compiles a run for TPUs without one: `python -m rtdmd_jax.aot --config=FILE --topology=v5e:8x8`.
+"""Compiles a run for devices that are not there: `python -m rtdmd_jax.aot --topology=v5e:8x8 ...`.
 
-GPUs' compiler needs a GPU: for --topology=h100:8 the CPU's program is measured, an estimate.
+TPUs need libtpu, GPUs (--topology=h100:8) jax's CUDA plugin; neither needs a device or a driver.
 
 Prints what every program of a training step costs one device: memory against what the device has,
 floating-point operations, traffic, and the least time that its peak rates allow. Reads config files
@@ -19,18 +19,17 @@ from typing import Any
 from absl import flags
 
 from rtdmd_jax import cli
+from rtdmd_jax.aot.silence import without_stderr
 from rtdmd_jax.errors import UserError
 
 DOES_NOT_FIT = 1
-_ESTIMATE = (
-  "an estimate: temporaries and traffic are those of a CPU's program, which keeps all scores of an"
-  " attention and computes in float32"
-)
 
 
 def define_flags(values: flags.FlagValues) -> None:
   """The tool's own flags."""
-  flags.DEFINE_string("topology", None, "TPU slice or GPUs, such as v5e:8x8 or h100:8.", values)
+  flags.DEFINE_string(
+    "topology", None, "TPU slice or GPUs, such as v5e:8x8, h100:8 or h100:1x2x8.", values
+  )
   flags.DEFINE_string("json", None, "Also write the report to this file.", values)
   flags.DEFINE_string("only", "", "Compile this program alone.", values)
 
@@ -42,13 +41,10 @@ def main(call: cli.Invocation) -> None:
   if out is not None:
     _check_writable(out)
   os.environ.setdefault("JAX_PLATFORMS", "cpu")  # jax would look for a device
-  import jax
-
+  with without_stderr():
+    import jax
   from rtdmd_jax.aot.compile import measure
-  from rtdmd_jax.runtime.chips import gpus
 
-  if found := gpus(call.flags.topology):
-    jax.config.update("jax_num_cpu_devices", found[1])
   jax.config.update("jax_disable_most_optimizations", False)
   report = measure(call.config, call.flags.topology, call.flags.only, done=_announce)
   print("\n".join(lines(report)))
@@ -79,14 +75,14 @@ def _announce(cost: Any) -> None:
 
 def lines(report: dict[str, Any]) -> list[str]:
   """The report as text."""
-  chip, size = report["chip"], 1
+  size = 1
   for axis in report["mesh"].values():
     size *= axis
   mesh = " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items())
   out = [
     f"{report['stage']} on {report['topology']}: {size} devices ({mesh}), a batch of"
-    f" {report['batch']}; {chip['hbm'] / 1e9:.2f} GB each",
-    *([_ESTIMATE] if report["estimate"] else []),
+    f" {report['batch']}; {report['available'] / 1e9:.2f} GB each",
+    *report["notes"],
     "",
     f"{'on every device':28s}{'parameters':>16s}{'GB':>10s}",
   ]
@@ -94,18 +90,18 @@ def lines(report: dict[str, Any]) -> list[str]:
     count = f"{row['parameters']:,}" if "parameters" in row else ""
     out.append(f"{row['name']:28s}{count:>16s}{row['local'] / 1e9:10.3f}")
   for program in report["programs"]:
-    out += ["", *_program(program, chip)]
+    out += ["", *_program(program, report["available"])]
   out += ["", "everything fits" if report["fits"] else "DOES NOT FIT"]
   return out
 
 
-def _program(p: dict[str, Any], chip: dict[str, Any]) -> list[str]:
+def _program(p: dict[str, Any], available: float) -> list[str]:
   head = f"{p['name']}: compiled in {p['compile_seconds']:.0f} s, {p['flops'] / 1e12:.3f} TFLOP"
   if p["reason"]:
     return [head, f"  does not fit: {p['reason']}"]
   gb = {k: p[k] / 1e9 for k in ("arguments", "outputs", "temporaries", "code", "resident", "peak")}
   parts = ", ".join(f"{name} {value:.3f}" for name, value in gb.items() if name != "peak")
-  share = p["peak"] / chip["hbm"]
+  share = p["peak"] / available
   memory = f"  peak {gb['peak']:.3f} GB, {share:.0%} of memory ({parts})"
   times = p["times"]
   bounds = ", ".join(f"{k} {1e3 * times[k]:.2f}" for k in ("compute", "memory", "network"))
@@ -115,6 +111,9 @@ def _program(p: dict[str, Any], chip: dict[str, Any]) -> list[str]:
     f"  memory traffic {p['memory'] / 1e9:.2f} GB",
     f"  at least {1e3 * times['seconds']:.2f} ms ({bounds}); MFU at most {times['mfu_bound']:.0%}",
   ]
+  if p["kernels"]:
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(p["kernels"].items()))
+    out.append(f"  {sum(p['kernels'].values()):,} kernels launched: {kinds}")
   for kind, sent in sorted(p["sent"].items()):
     out.append(f"  {kind}: {p['collectives'][kind]}, {sent / 1e9:.3f} GB sent")
   if p["unknown_loops"]:

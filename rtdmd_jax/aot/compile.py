@@ -1,8 +1,6 @@
 """Compiles every program of a run's step for a mesh of absent devices and measures the result."""
 
-import importlib.util
 import math
-import os
 import re
 import tempfile
 import time
@@ -16,15 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rtdmd_jax.aot.abstract import abstract_batch, abstract_setup, frozen_trees
 from rtdmd_jax.aot.hlo import traffic
+from rtdmd_jax.aot.topology import Topology, find_topology
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.runtime import sharding
-from rtdmd_jax.runtime.chips import Chip, chip, gpus, roofline
-from rtdmd_jax.runtime.extras import missing
+from rtdmd_jax.runtime.chips import roofline
 from rtdmd_jax.runtime.flops import count_flops
 from rtdmd_jax.runtime.throughput import loop_turns
 from rtdmd_jax.training.programs import Program, compile_programs
@@ -34,13 +31,6 @@ from rtdmd_jax.training.typed_config import micro_batches
 
 Tree = Any
 
-# libtpu would look for a TPU machine's metadata, and lock out whoever compiles at the same time.
-_LIBTPU = {
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
 
 @dataclass
 class Cost:
@@ -48,7 +38,7 @@ class Cost:
 
   Attributes:
     name: of the program.
-    fits: whether `peak` is within the device's memory.
+    fits: whether `peak` is within the memory that programs may have.
     reason: the compiler's sentence if it refused the program.
     arguments, outputs, temporaries, code: of the compiled program; outputs that reuse an argument's
       memory are left out.
@@ -58,6 +48,7 @@ class Cost:
     memory: bytes to and from memory.
     sent: bytes sent, by kind of collective; `collectives` is how many run. None, as `times`, of a
       program that the compiler refused.
+    kernels: launches by kind of kernel, of a GPU: see `hlo.Traffic`.
     unknown_loops: loops counted with the most turns that a rollout takes.
     times: see `chips.roofline`.
     compile_seconds: of lowering and compilation.
@@ -76,35 +67,10 @@ class Cost:
   memory: float = 0
   sent: dict[str, float] | None = None
   collectives: dict[str, int] | None = None
+  kernels: dict[str, int] | None = None
   unknown_loops: int = 0
   times: dict[str, float] | None = None
   compile_seconds: float = 0
-
-
-def get_devices(topology: str) -> tuple[Chip, list[Any]]:
-  """A topology's kind of device, and the devices to compile for.
-
-  Of TPUs ("v5e:8x8") they are absent ones, which needs libtpu. GPUs' compiler needs a GPU: theirs
-  ("h100:8") are as many devices of this CPU, if jax has been told to have that many.
-
-  Raises:
-    UserError: libtpu is missing, or it knows no such topology.
-  """
-  if known_gpus := gpus(topology):
-    return known_gpus[0], jax.devices("cpu")[: known_gpus[1]]
-  for name, value in _LIBTPU.items():
-    os.environ.setdefault(name, value)
-  try:
-    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-  except (RuntimeError, NotImplementedError, ValueError) as error:
-    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
-      absent = ModuleNotFoundError("it compiles for TPUs that are not there", name="libtpu")
-      raise missing(f"--topology={topology}", absent, "tpu") from error
-    reason = str(error).splitlines()[0]
-    raise UserError(
-      f"--topology is {topology!r}: {reason} (examples: v5e:8x8, v5p:2x2x2, v6e:4x4, h100:8)."
-    ) from error
-  return chip(devices[0].device_kind), devices
 
 
 def measure(
@@ -114,7 +80,7 @@ def measure(
 
   Args:
     config: of stage 1 or 2.
-    topology: see `get_devices`.
+    topology: see `find_topology`.
     only: compile this program alone (and those whose results it reads).
     done: called after each program, which takes minutes.
 
@@ -127,12 +93,17 @@ def measure(
   """
   if config.stage not in STAGES:
     raise UserError(f"stage is {config.stage!r}; use one of {', '.join(STAGES)}.")
+  there = find_topology(topology)
+  if there.gpu and config.model.offload:
+    raise UserError(
+      "model.offload is True; GPUs' compiler without a GPU leaves out where arrays lie, so what an"
+      " offloaded run takes is not known. Compile with --config.model.offload=False."
+    )
   # Made before the mesh is set, so that no constant asks for a device that is not there.
   setup = abstract_setup(config)
-  device, devices = get_devices(topology)
-  mesh = sharding.make_mesh(**config.mesh, devices=devices)
+  mesh = sharding.make_mesh(**config.mesh, devices=there.devices)
   with jax.set_mesh(mesh):
-    return _measure(abstract_run(config, setup, mesh), topology, device, only, done)
+    return _measure(abstract_run(config, setup, mesh), there, only, done)
 
 
 class Run(NamedTuple):
@@ -217,9 +188,7 @@ def samples(run: Run, placed: Callable[[Tree], Tree]) -> Tree:
   return {"samples": made, "rewards": dict(made.rewards) | _repeated(host, run.mesh)}
 
 
-def _measure(
-  run: Run, topology: str, device: Chip, only: str, done: Callable[[Cost], None]
-) -> dict[str, Any]:
+def _measure(run: Run, there: Topology, only: str, done: Callable[[Cost], None]) -> dict[str, Any]:
   if only and only not in run.programs:
     raise UserError(f"--only is {only!r}; the programs are {', '.join(run.programs)}.")
   costs = []
@@ -227,12 +196,12 @@ def _measure(
     needed = only in ("", name) or (name == "rollout" and only in ("fake_score", "policy"))
     if not needed:
       continue
-    cost, compiled = _cost(run, name, device)
+    cost, compiled = _cost(run, name, there)
     costs.append(cost)
     done(cost)
     if name == "rollout":
       run.known.update(samples(run, partial(_as_compiled, compiled, run.mesh)))
-  return _report(run, topology, device, costs)
+  return _report(run, there, costs)
 
 
 def _as_compiled(compiled: Any, mesh: Mesh, shapes: Tree) -> Tree:
@@ -267,12 +236,12 @@ def _resident(known: dict[str, Tree], args: list[Tree]) -> float:
   return sum(_local_bytes(tree) for tree in kept)
 
 
-def _cost(run: Run, name: str, device: Chip) -> tuple[Cost, Any]:
+def _cost(run: Run, name: str, there: Topology) -> tuple[Cost, Any]:
   """Compiles one program; no second result if it is too large for the compiler."""
   start = time.perf_counter()
   lowered, flops, resident, turns = trace(run, name)
   try:
-    compiled, hlo = compile_to_text(lowered)
+    compiled, hlo = compile_to_text(lowered, there.options)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise UserError(
@@ -290,7 +259,7 @@ def _cost(run: Run, name: str, device: Chip) -> tuple[Cost, Any]:
   peak = arguments + outputs + sizes.temp_size_in_bytes + code + resident
   return Cost(
     name=name,
-    fits=peak <= device.hbm,
+    fits=peak <= there.available,
     arguments=arguments,
     outputs=outputs,
     temporaries=sizes.temp_size_in_bytes,
@@ -301,8 +270,9 @@ def _cost(run: Run, name: str, device: Chip) -> tuple[Cost, Any]:
     memory=moved.memory,
     sent=dict(moved.sent),
     collectives=dict(moved.count),
+    kernels=dict(moved.kernels) if there.gpu else None,
     unknown_loops=moved.unknown_loops,
-    times=roofline(device, flops, moved.memory, sum(moved.sent.values())),
+    times=roofline(there.chip, flops, moved.memory, sum(moved.sent.values())),
     compile_seconds=seconds,
   ), compiled
 
@@ -333,16 +303,17 @@ def _unread(jaxpr: Any, args: list[Tree]) -> float:
   return _local_bytes(unread)
 
 
-def _report(run: Run, topology: str, device: Chip, costs: list[Cost]) -> dict[str, Any]:
+def _report(run: Run, there: Topology, costs: list[Cost]) -> dict[str, Any]:
   config, frozen = run.config, run.known["frozen"]
   trees = frozen_trees(config, run.setup, frozen)
   trees |= {"training state": run.known["state"]}
   return {
     "stage": config.stage,
-    "topology": topology,
-    "estimate": gpus(topology) is not None,
+    "topology": there.name,
+    "notes": list(there.notes),
     "mesh": dict(run.mesh.shape),
-    "chip": device._asdict(),
+    "chip": there.chip._asdict(),
+    "available": there.available,
     "batch": config.batch.prompts * config.batch.images_per_prompt,
     "placement": [
       {"name": n, "parameters": c, "bytes": b, "local": local}

@@ -8,17 +8,18 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\((.*)$")
-_SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
+from rtdmd_jax.aot.hlo_text import SHAPE, Computation, Instruction, parse, shape_bytes
+
 _CALLED = re.compile(
   r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_BITS = {"pred": 8, "token": 0, "opaque": 0}
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_LIBRARIES = {
+  "__cublas": "cuBLAS", "__cudnn$fmha": "cuDNN attention", "__cudnn$conv": "cuDNN convolution",
+}  # fmt: skip
 _COLLECTIVES = (
   "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
 )  # fmt: skip
@@ -30,31 +31,6 @@ _FREE = {
 
 
 @dataclass
-class Instruction:
-  """One line: its name, operation, operands' names, result's shape and the whole text."""
-
-  name: str
-  opcode: str
-  operands: list[str]
-  result: str
-  text: str
-  root: bool
-
-
-@dataclass
-class Computation:
-  """A named list of instructions."""
-
-  name: str
-  instructions: dict[str, Instruction] = field(default_factory=dict)
-
-  @property
-  def root(self) -> Instruction:
-    """The instruction whose result it returns."""
-    return next(i for i in self.instructions.values() if i.root)
-
-
-@dataclass
 class Traffic:
   """The traffic of one device in one run of the program.
 
@@ -63,6 +39,8 @@ class Traffic:
     sent: bytes it sends, by kind of collective.
     count: how many collectives of each kind run.
     unknown_loops: loops whose number of turns the text does not tell.
+    kernels: how many kernels run on a GPU, by kind: "cuBLAS", "cuDNN attention", "cuDNN attention
+      backward", "cuDNN convolution", "Triton", "fusion" and "other". Collectives are not in it.
     cycles: that libtpu expects its fused operations to take; it has none of Pallas kernels.
   """
 
@@ -70,64 +48,8 @@ class Traffic:
   sent: dict[str, float]
   count: dict[str, int]
   unknown_loops: int
+  kernels: dict[str, int] = field(default_factory=lambda: defaultdict(int))
   cycles: int = 0
-
-
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-  """The computations by name, and the name of the entry.
-
-  Raises:
-    ValueError: no entry, so this is no HLO module.
-  """
-  computations, entry, current = {}, None, None
-  for line in text.splitlines():
-    if match := _COMPUTATION.match(line):
-      current = computations[match[2]] = Computation(match[2])
-      entry = match[2] if match[1] else entry
-    elif current is not None and (match := _INSTRUCTION.match(line)):
-      result, opcode, rest = _split(match[3])
-      operands = re.findall(r"%([\w.\-]+)", rest[: _closing(rest)])
-      made = Instruction(match[2], opcode, operands, result, match[3], bool(match[1]))
-      current.instructions[match[2]] = made
-  if entry is None:
-    raise ValueError("the text has no ENTRY computation")
-  return computations, entry
-
-
-def _split(text: str) -> tuple[str, str, str]:
-  """Result's shape, opcode, and what follows the opcode's parenthesis."""
-  end = _closing(text[1:]) + 2 if text.startswith("(") else 0
-  match = _OPCODE.search(text, max(end - 1, 0))
-  if match is None:
-    raise ValueError(f"cannot read the instruction {text[:100]!r}")
-  return text[: match.start()], match[1], match[2]
-
-
-def _closing(text: str) -> int:
-  """Index of the parenthesis that closes one opened before `text`."""
-  depth = 1
-  for i, char in enumerate(text):
-    depth += (char == "(") - (char == ")")
-    if depth == 0:
-      return i
-  return len(text)
-
-
-def shape_bytes(shape: str, *, on_chip: bool = True) -> float:
-  """Bytes of a shape or tuple of shapes; without `on_chip` those in on-chip memory are left out."""
-  total = 0.0
-  for kind, sizes, layout in _SHAPE.findall(shape):
-    # Spaces other than 0 are scratchpads: "S(1)" at the end of a layout.
-    if on_chip or not re.search(r"S\([1-9]", layout):
-      total += _bits(kind) / 8 * math.prod(int(n) for n in sizes.split(",") if n)
-  return total
-
-
-def _bits(kind: str) -> int:
-  if kind in _BITS:
-    return _BITS[kind]
-  digits = re.search(r"\d+", kind)
-  return int(digits[0]) if digits else 0
 
 
 def traffic(text: str, unknown_turns: int = 1) -> Traffic:
@@ -170,6 +92,8 @@ def _walk(all_, computation, times, unknown_turns, out, channels) -> None:
       _walk(all_, all_[called["calls"]], times, unknown_turns, out, channels)
     else:
       inner = all_.get(called.get("calls"))
+      if kind := _kernel(ins, inner):
+        out.kernels[kind] += times
       _collectives(all_, ins, inner, times, out, channels)
       out.memory += times * _memory(all_, computation, ins, inner)
       out.cycles += times * sum(map(int, _CYCLES.findall(ins.text)))
@@ -185,6 +109,8 @@ def _most_expensive(all_, names, times, unknown_turns, out, channels) -> None:
   out.memory += most.memory
   out.cycles += most.cycles
   out.unknown_loops += most.unknown_loops
+  for kind in most.kernels:
+    out.kernels[kind] += most.kernels[kind]
   for kind in most.count:
     out.sent[kind] += most.sent[kind]
     out.count[kind] += most.count[kind]
@@ -201,6 +127,23 @@ def loop_turns(condition: Computation) -> int | None:
   if root.opcode == "fusion" or root.opcode != "compare" or "direction=LT" not in root.text:
     return None
   return constants.get(root.operands[1])
+
+
+def _kernel(ins: Instruction, inner: Computation | None) -> str | None:
+  """The kind of kernel that an instruction launches on a GPU; None for none or a collective."""
+  if ins.opcode in _FREE or ins.opcode.endswith(("-done", "-update")):
+    return None
+  if ins.opcode.removesuffix("-start") in _COLLECTIVES:
+    return None
+  if '"kind":"__triton' in ins.text:
+    return "Triton"
+  # A library's call may lie in a fusion that only hands it slices of its operands.
+  parts = [ins, *(inner.instructions.values() if inner is not None else ())]
+  for target in (t for part in parts for t in _TARGET.findall(part.text)):
+    for prefix, kind in _LIBRARIES.items():
+      if target.startswith(prefix):
+        return f"{kind} backward" if target.endswith("Backward") else kind
+  return "fusion" if ins.opcode in ("fusion", "fusion-start") else "other"
 
 
 def _collectives(all_, ins, inner, times, out, channels) -> None:
@@ -239,7 +182,7 @@ def _whole(kind: str, ins: Instruction) -> float:
   total = shape_bytes(ins.result)
   if ins.opcode.endswith("-start") and kind != "all-reduce":
     # (operand, result, ...): the larger one is the whole array.
-    total = max(shape_bytes(f"{k}[{n}]") for k, n, _ in _SHAPE.findall(ins.result))
+    total = max(shape_bytes(f"{k}[{n}]") for k, n, _ in SHAPE.findall(ins.result))
   elif kind == "reduce-scatter":
     total *= group_size(ins.text)
   return total
@@ -279,19 +222,31 @@ def _memory(all_, computation: Computation, ins: Instruction, inner: Computation
     return 0.0
   shapes = [computation.instructions[name].result for name in ins.operands]
   if ins.opcode == "copy-start":
-    first = _SHAPE.search(ins.result)[0]
+    first = SHAPE.search(ins.result)[0]
     return sum(shape_bytes(s, on_chip=False) for s in (first, *shapes))
   if ins.opcode in ("slice-start", "dynamic-slice-start"):
-    return sorted(shape_bytes(f"{k}[{n}]") for k, n, _ in _SHAPE.findall(ins.result))[-2]
+    return sorted(shape_bytes(f"{k}[{n}]") for k, n, _ in SHAPE.findall(ins.result))[-2]
   if ins.opcode in ("dynamic-slice", "slice", "gather"):
     return shape_bytes(ins.result) * (_off_chip(shapes[0]) + _off_chip(ins.result))
   if ins.opcode == "dynamic-update-slice":
     return 2.0 * shape_bytes(shapes[1]) if _off_chip(ins.result) else 0.0
   if 'custom_call_target="AllocateBuffer"' in ins.text:
     return 0.0
+  if _is_library_call(ins):
+    return sum(shape_bytes(s, on_chip=False) for s in (*shapes, *_results(ins)))
   if inner is not None and ins.opcode == "fusion":
     return sum(_fusion_reads(all_, inner, shapes)) + _fusion_writes(all_, inner, ins)
   return sum(shape_bytes(s, on_chip=False) for s in (*shapes, ins.result))
+
+
+def _is_library_call(ins: Instruction) -> bool:
+  return 'custom_call_target="__cu' in ins.text
+
+
+def _results(ins: Instruction) -> list[str]:
+  """Shapes of a library call's results, without the workspace, which is the last of several."""
+  shapes = [match[0] for match in SHAPE.finditer(ins.result)]
+  return shapes[:-1] if len(shapes) > 1 else shapes
 
 
 def _off_chip(shape: str) -> bool:
@@ -338,15 +293,17 @@ def _bytes_read(all_, inner: Computation, name: str, whole: float) -> float:
 def _fusion_writes(all_, inner: Computation, ins: Instruction) -> float:
   """Bytes of a fusion's results: only the update where it updates a stack in place."""
   root = inner.root
+  if _is_library_call(root):
+    return sum(shape_bytes(shape, on_chip=False) for shape in _results(root))
   names = root.operands if root.opcode == "tuple" else [root.name]
-  layouts = [m[0] for m in _SHAPE.finditer(ins.result)]
+  layouts = [m[0] for m in SHAPE.finditer(ins.result)]
   if len(names) != len(layouts):  # a result inside is a tuple itself
     return shape_bytes(ins.result, on_chip=False)
   total = 0.0
   for name, layout in zip(names, layouts, strict=True):
     where, part = _producer(all_, inner, name)
     if part.opcode == "dynamic-update-slice" and _off_chip(layout):
-      layout = _SHAPE.search(where.instructions[part.operands[1]].result)[0]
+      layout = SHAPE.search(where.instructions[part.operands[1]].result)[0]
       total += shape_bytes(layout)
     else:
       total += shape_bytes(layout, on_chip=False)

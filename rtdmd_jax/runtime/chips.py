@@ -23,20 +23,18 @@ _GIB = 2**30
 # By `device_kind`. Rates: the page of each version at cloud.google.com/tpu/docs; the pages give
 # links in both directions together, of which half counts here. Memory: what libtpu 0.0.52 says is
 # available when a program does not fit. A v4 or TPU7x chip is two devices here. GPUs: NVIDIA's data
-# sheets, dense rates; of NVLink, half counts, too.
+# sheets, dense rates; of NVLink, half counts, too; memory as CUDA reports the card's.
 CHIPS = {
   "TPU v4": Chip("v4", 275e12 / 2, 15.25 * _GIB, 1200e9 / 2, 300e9 / 2),
   "TPU v5 lite": Chip("v5e", 197e12, 15.75 * _GIB, 819e9, 200e9),
   "TPU v5": Chip("v5p", 459e12, 95.73 * _GIB, 2765e9, 600e9),
   "TPU v6 lite": Chip("v6e", 918e12, 31.24 * _GIB, 1600e9, 400e9),
   "TPU7x": Chip("tpu7x", 2307e12 / 2, 94.74 * _GIB, 7380e9 / 2, 600e9 / 2),
-  "NVIDIA A100-SXM4-40GB": Chip("a100-40", 312e12, 40e9, 1555e9, 300e9),
-  "NVIDIA A100-SXM4-80GB": Chip("a100-80", 312e12, 80e9, 2039e9, 300e9),
-  "NVIDIA H100 80GB HBM3": Chip("h100", 989e12, 80e9, 3350e9, 450e9),
-  "NVIDIA H200": Chip("h200", 989e12, 141e9, 4800e9, 450e9),
+  "NVIDIA A100-SXM4-40GB": Chip("a100-40", 312e12, 42.3e9, 1555e9, 300e9),
+  "NVIDIA A100-SXM4-80GB": Chip("a100-80", 312e12, 85.1e9, 2039e9, 300e9),
+  "NVIDIA H100 80GB HBM3": Chip("h100", 989e12, 84.9e9, 3350e9, 450e9),
+  "NVIDIA H200": Chip("h200", 989e12, 151.4e9, 4800e9, 450e9),
 }
-# More simulated devices than this take the host's memory.
-_MOST_GPUS = 256
 
 
 def chip(device_kind: str) -> Chip:
@@ -48,23 +46,6 @@ def chip(device_kind: str) -> Chip:
   if device_kind not in CHIPS:
     raise UserError(f"no peak rates are known of {device_kind!r}; known are {', '.join(CHIPS)}.")
   return CHIPS[device_kind]
-
-
-def gpus(topology: str) -> tuple[Chip, int] | None:
-  """The chip of "h100:8" and how many; None if it names no GPU.
-
-  Raises:
-    UserError: no number of GPUs.
-  """
-  name, _, count = topology.partition(":")
-  chips = [c for kind, c in CHIPS.items() if kind.startswith("NVIDIA") and c.name == name]
-  if not chips:
-    return None
-  if not (count.isdecimal() and 0 < int(count) <= _MOST_GPUS):
-    raise UserError(
-      f"--topology is {topology!r}; of GPUs give the number, up to {_MOST_GPUS}, such as {name}:8."
-    )
-  return chips[0], int(count)
 
 
 def roofline(chip: Chip, flops: float, memory: float, network: float) -> dict[str, float]:

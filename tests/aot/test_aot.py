@@ -75,6 +75,7 @@ def test_a_batch_that_is_too_large_exits_with_1():
   [
     (["--topology=v9z:2x2"], "--topology is 'v9z:2x2'"),
     (["--topology=h100:none"], "such as h100:8"),
+    (["--topology=h100:2x8"], "such as h100:1x2x8"),
     (["--topology=v5e:2x2", "--config.batch.prompts=6"], "do not split over the 4 devices"),
     (["--topology=v5e:2x2", "--config.model.pretrained=x/unknown"], "no published checkpoint"),
     (["--topology=v5e:2x2", "--only=nothing"], "the programs are fake_score, generator, finish"),
@@ -92,12 +93,3 @@ def test_int8_kernels_stay_int8_until_their_block():
   assert done.returncode == 0, done.stderr
   # No floats of a whole stack are kept, and devices send each other one byte a weight.
   assert json.loads(done.stdout) == {"stacks": ["s8"], "gathered": ["s8"]}
-
-
-def test_gpus_are_estimated_from_the_cpus_program():
-  done = _run("--config=configs/tiny_stage1.py", "--topology=h100:2", "--only=generator")
-  assert done.returncode == 0, done.stderr
-  assert "on h100:2: 2 devices" in done.stdout and "an estimate:" in done.stdout
-  assert "80.00 GB each" in done.stdout and "all-gather" in done.stdout
-  # The rollout with its random stop, and nothing else.
-  assert "  1 loops of unknown length" in done.stdout

@@ -3,7 +3,8 @@
 import pytest
 
 from rtdmd_jax.aot import hlo
-from rtdmd_jax.aot.hlo import group_size, parse, shape_bytes, traffic
+from rtdmd_jax.aot.hlo import group_size, traffic
+from rtdmd_jax.aot.hlo_text import parse, shape_bytes
 
 MODULE = """HloModule jit_f, is_scheduled=true
 
@@ -254,3 +255,59 @@ ENTRY %main (a: f32[6,8], n: s32[]) -> f32[6,8] {
 }
 """
   assert traffic(text).memory == 2 * 6 * 8 * 4 + 4
+
+
+GPU = """HloModule jit_f, is_scheduled=true
+
+%sliced (s0: f32[6,64,64], s1: f32[64,64], s2: s32[]) -> (f32[64,64], s8[4194304]) {
+  %s0 = f32[6,64,64]{2,1,0} parameter(0)
+  %s1 = f32[64,64]{1,0} parameter(1)
+  %s2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %cut = f32[1,64,64]{2,1,0} dynamic-slice(%s0, %s2, %zero, %zero), dynamic_slice_sizes={1,64,64}
+  %flat = f32[64,64]{1,0} bitcast(%cut)
+  ROOT %product = (f32[64,64]{1,0}, s8[4194304]{0}) custom-call(%flat, %s1), custom_call_target="__cublas$lt$matmul"
+}
+
+%region (r: (s32[], f32[6,64,64], f32[64,64])) -> (s32[], f32[6,64,64], f32[64,64]) {
+  %r = (s32[], f32[6,64,64]{2,1,0}, f32[64,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%r), index=0
+  %w = f32[6,64,64]{2,1,0} get-tuple-element(%r), index=1
+  %x = f32[64,64]{1,0} get-tuple-element(%r), index=2
+  %both = (f32[64,64]{1,0}, s8[4194304]{0}) fusion(%w, %x, %i), kind=kCustom, calls=%sliced, backend_config={"fusion_backend_config":{"kind":"__custom_fusion"}}
+  %y = f32[64,64]{1,0} get-tuple-element(%both), index=0
+  %s = f32[64,64]{1,0} fusion(%y), kind=kCustom, calls=%soft, backend_config={"fusion_backend_config":{"kind":"__triton"}}
+  ROOT %out = (s32[], f32[6,64,64]{2,1,0}, f32[64,64]{1,0}) tuple(%i, %w, %s)
+}
+
+%soft (t0: f32[64,64]) -> f32[64,64] {
+  %t0 = f32[64,64]{1,0} parameter(0)
+  ROOT %t1 = f32[64,64]{1,0} exponential(%t0)
+}
+
+%condition (c: (s32[], f32[6,64,64], f32[64,64])) -> pred[] {
+  %c = (s32[], f32[6,64,64]{2,1,0}, f32[64,64]{1,0}) parameter(0)
+  %n = s32[] constant(6)
+  %j = s32[] get-tuple-element(%c), index=0
+  ROOT %less = pred[] compare(%j, %n), direction=LT
+}
+
+ENTRY %main (q: f32[2,4,64,64], t: (s32[], f32[6,64,64], f32[64,64])) -> f32[64,64] {
+  %q = f32[2,4,64,64]{3,2,1,0} parameter(0)
+  %t = (s32[], f32[6,64,64]{2,1,0}, f32[64,64]{1,0}) parameter(1)
+  %loop = (s32[], f32[6,64,64]{2,1,0}, f32[64,64]{1,0}) while(%t), condition=%condition, body=%region
+  %a = (f32[2,4,64,64]{3,2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax"
+  %b = (f32[2,4,64,64]{3,2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmaxBackward"
+  ROOT %end = f32[64,64]{1,0} get-tuple-element(%loop), index=2
+}
+"""  # noqa: E501
+
+
+def test_kernels_of_a_gpu_by_kind():
+  got = traffic(GPU)
+  assert dict(got.kernels) == {
+    "cuBLAS": 6, "Triton": 6, "cuDNN attention": 1, "cuDNN attention backward": 1,
+  }  # fmt: skip
+  # The slice of the stack that a product reads, and no workspaces.
+  tile, heads = 64 * 64 * 4, 2 * 4 * 64 * 64 * 4
+  assert got.memory == 6 * (2 * tile + 4 + tile + 2 * tile) + 2 * 4 * heads

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rtdmd_jax.adapters.lora import build_adapters
-from rtdmd_jax.aot.compile import get_devices
+from rtdmd_jax.aot.topology import find_topology
 from rtdmd_jax.models import build_transformer
 from rtdmd_jax.runtime import sharding
 
@@ -35,7 +35,7 @@ def compiled(base, transformer, *, offload=False):
   adapters = jax.eval_shape(
     lambda: build_adapters(shapes, transformer.table, ["attn.to_out"], rank=4, key=key)
   )
-  mesh = Mesh(np.array(get_devices("v5e:2x2")[1]).reshape(1, 4, 1), sharding.AXES)
+  mesh = Mesh(np.array(find_topology("v5e:2x2").devices).reshape(1, 4, 1), sharding.AXES)
   rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES))
 
   def loss(adapters, base, *inputs):

@@ -67,7 +67,7 @@ def memory(report: Report, trees: Mapping[str, Any], mesh: Mesh) -> list[str]:
       f"{total / 1e9:.2f} GB must stay on every device, which has {limit / 1e9:.2f} GB; use more"
       " devices along mesh.fsdp."
     )
-  return [*lines, "  activations come on top; rtdmd_jax.aot measures them for a TPU"]
+  return [*lines, "  activations come on top; rtdmd_jax.aot measures them for TPUs and GPUs"]
 
 
 def time(config: Any, costs: Mapping[str, float]) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from rtdmd_jax.aot.check import hardware
 from rtdmd_jax.aot.check.files import Prompts, check_workdir, read_prompts
 from rtdmd_jax.aot.check.networks import check_networks
@@ -14,6 +16,7 @@ from rtdmd_jax.datasets.prompts import Prompt
 from rtdmd_jax.errors import UserError
 from rtdmd_jax.pipeline.describe import text_limits
 from rtdmd_jax.pipeline.text import cut_prompts
+from rtdmd_jax.runtime import gpu_memory
 from rtdmd_jax.runtime.wandb_log import import_wandb
 from rtdmd_jax.training.describe import ROLES
 from rtdmd_jax.training.idle import warnings
@@ -136,7 +139,14 @@ def _reward(name: str, reward: Any) -> str:
 def _plan(config: Any) -> list[str]:
   """Lines that say what the run would do, step by step."""
   t, images = config.train, config.batch.prompts * config.batch.images_per_prompt
-  lines = [f"would run: {config.stage}, {t.steps:,} steps of {images:,} images"]
+  parts, at_once = config.batch.micro_batches, config.batch.get("decode_chunk", 0)
+  split = f"{parts} micro-batches" if parts > 1 else "one piece"
+  lines = [f"would run: {config.stage}, {t.steps:,} steps of {images:,} images in {split}"]
+  if at_once:
+    lines.append(f"  a device decodes {at_once} at once")
+  if jax.default_backend() == "gpu":
+    part = f"{gpu_memory.fraction():.0%} of a card's memory"
+    lines.append(f"  programs may have {part}; configs/gpus.py has settings for GPUs")
   if config.stage == "stage1":
     lines.append(f"  each: a fake-score update; every {t.fake_update_ratio}th: a generator update")
   else:
