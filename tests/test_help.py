@@ -3,18 +3,10 @@
 import re
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 
-import rtdmd_jax
-
-ROOT = Path(rtdmd_jax.__file__).parent
-TOOLS = sorted(
-  ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__main__")
-  for path in ROOT.rglob("*.py")
-  if '__name__ == "__main__"' in path.read_text()
-)
+from tests.support.tools import TOOLS
 
 
 def test_all_tools_are_found():

@@ -6,98 +6,68 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from rtdmd_jax import cli, errors, main
+from rtdmd_jax import errors
 from rtdmd_jax.config import load_config
 from rtdmd_jax.report.scores import score_text
 from rtdmd_jax.weights.safetensors import read_config
 from tests.support.paths import CONFIGS, ROOT
-
-SMALL = [
-  "--config.batch.prompts=2",
-  "--config.batch.images_per_prompt=2",
-  "--config.batch.micro_batches=1",
-  "--config.eval.final_prompts=4",
-  "--config.eval.prompts=4",
-  "--config.eval.chunk=4",
-  "--config.eval.preview=2",
-  "--config.eval.teacher_steps=2",
-  "--config.train.log_every=1",
-  "--config.ema.decay=0.9",  # an average that differs from its weights
-]
-
-
-def _run(workdir, *overrides, config="tiny_stage2.py"):
-  argv = ["main", f"--config={CONFIGS / config}", f"--workdir={workdir}", *overrides]
-  return cli.run(main.main, argv, define_flags=main.define_flags, requires=("config", "workdir"))
-
-
-def _tiny():
-  return Path(load_config(str(CONFIGS / "tiny_stage2.py")).model.pretrained)
+from tests.support.tiny_run import SMALL, expect_mistake, run, tiny_pipeline
 
 
 @pytest.fixture
 def pipeline(tmp_path):
   """A copy of the shipped pipeline that a test may break."""
-  return shutil.copytree(_tiny(), tmp_path / "pipeline")
-
-
-def _expect(capsys, code, *words):
-  error = capsys.readouterr().err
-  assert code == 2
-  assert error.startswith("error: ") and error.count("\n") == 1, error
-  for word in words:
-    assert word in error, error
+  return shutil.copytree(tiny_pipeline(), tmp_path / "pipeline")
 
 
 def test_a_missing_pipeline_directory(tmp_path, capsys):
-  code = _run(tmp_path, "--config.model.pretrained=nowhere")
-  _expect(capsys, code, "nowhere")
+  code = run(tmp_path, "--config.model.pretrained=nowhere")
+  expect_mistake(capsys, code, "nowhere")
 
 
 def test_an_unknown_config_key(tmp_path, capsys):
-  code = _run(tmp_path, "--config.dmd.etta=0.5")
-  _expect(capsys, code, "etta", "eta")
+  code = run(tmp_path, "--config.dmd.etta=0.5")
+  expect_mistake(capsys, code, "etta", "eta")
 
 
 def test_a_broken_prompt_line(tmp_path, capsys):
   prompts = tmp_path / "prompts.jsonl"
   prompts.write_text('{"prompt": "a photo of a circle"}\n{"prompt": \n')
-  code = _run(tmp_path / "run", f"--config.data.prompts={prompts}")
-  _expect(capsys, code, "prompts.jsonl", "2")
+  code = run(tmp_path / "run", f"--config.data.prompts={prompts}")
+  expect_mistake(capsys, code, "prompts.jsonl", "2")
 
 
 def test_a_checkpoint_with_a_missing_tensor(tmp_path, pipeline, capsys):
   _rewrite(pipeline / "transformer/diffusion_pytorch_model.safetensors", drop="proj_out.bias")
-  code = _run(tmp_path / "run", f"--config.model.pretrained={pipeline}")
-  _expect(capsys, code, "proj_out.bias")
+  code = run(tmp_path / "run", f"--config.model.pretrained={pipeline}")
+  expect_mistake(capsys, code, "proj_out.bias")
 
 
 def test_a_checkpoint_with_a_misshaped_tensor(tmp_path, pipeline, capsys):
   _rewrite(pipeline / "transformer/diffusion_pytorch_model.safetensors", cut="proj_out.bias")
-  code = _run(tmp_path / "run", f"--config.model.pretrained={pipeline}")
-  _expect(capsys, code, "proj_out.bias", "shape")
+  code = run(tmp_path / "run", f"--config.model.pretrained={pipeline}")
+  expect_mistake(capsys, code, "proj_out.bias", "shape")
 
 
 @pytest.mark.slow
 def test_micro_batches_that_do_not_divide(tmp_path, capsys):
   """A run ends with one sentence when its batch cannot be cut."""
-  code = _run(tmp_path, *SMALL, "--config.batch.micro_batches=3")
-  _expect(capsys, code, "micro_batches", "4")
+  code = run(tmp_path, *SMALL, "--config.batch.micro_batches=3")
+  expect_mistake(capsys, code, "micro_batches", "4")
 
 
 @pytest.mark.slow
 def test_a_decode_chunk_that_does_not_divide(tmp_path, capsys):
   """A run ends with one sentence when a micro-batch cannot be cut for decoding."""
   for chunk, words in ((3, "4 images"), (-1, "a whole number from 0")):
-    code = _run(tmp_path, *SMALL, f"--config.batch.decode_chunk={chunk}")
-    _expect(capsys, code, "batch.decode_chunk", words)
+    code = run(tmp_path, *SMALL, f"--config.batch.decode_chunk={chunk}")
+    expect_mistake(capsys, code, "batch.decode_chunk", words)
 
 
 def _rewrite(file, drop=None, cut=None):
@@ -130,7 +100,7 @@ def test_offloaded_bases_change_nothing_but_where_they_lie(tmp_path):
       "--config.model.remat=full",
       f"--config.model.offload={offload}",
     ]
-    assert _run(tmp_path / offload, *options, config="tiny_stage1.py") == 0
+    assert run(tmp_path / offload, *options, config="tiny_stage1.py") == 0
     lines = map(json.loads, (tmp_path / offload / "metrics.jsonl").read_text().splitlines())
     found = [line["scalars"] for line in lines if "generator/grad_norm" in line.get("scalars", {})]
     scalars.append([{k: v for k, v in f.items() if "loss" in k or "grad" in k} for f in found])
@@ -142,14 +112,14 @@ def test_offloaded_bases_change_nothing_but_where_they_lie(tmp_path):
 @pytest.mark.parametrize("key, value", [("remat", "none"), ("base_storage", "int8")])
 def test_offloading_is_refused_where_it_saves_nothing(tmp_path, capsys, key, value):
   options = ["--config.model.remat=full", f"--config.model.{key}={value}"]
-  code = _run(tmp_path, *SMALL, "--config.model.offload=true", *options)
-  _expect(capsys, code, "model.offload", f"model.{key}")
+  code = run(tmp_path, *SMALL, "--config.model.offload=true", *options)
+  expect_mistake(capsys, code, "model.offload", f"model.{key}")
 
 
 @pytest.mark.slow
 def test_without_distribution_matching_the_fake_score_rests(tmp_path):
   options = ["--config.train.steps=2", "--config.policy.dmd_weight=0.0"]
-  assert _run(tmp_path, *SMALL, *options) == 0
+  assert run(tmp_path, *SMALL, *options) == 0
   lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
   steps = [line["scalars"] for line in lines if "generator/grad_norm" in line.get("scalars", {})]
   assert len(steps) == 2 and all(step["generator/grad_norm"] > 0 for step in steps)
@@ -160,22 +130,22 @@ def test_without_distribution_matching_the_fake_score_rests(tmp_path):
 def test_a_run_over_int8_bases_ends_and_resumes_as_such(tmp_path, capsys):
   small = [*SMALL, "--config.train.steps=2", "--config.train.fake_update_ratio=1"]
   int8 = [*small, "--config.model.base_storage=int8"]
-  assert _run(tmp_path, *int8, config="tiny_stage1.py") == 0
+  assert run(tmp_path, *int8, config="tiny_stage1.py") == 0
   lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
   steps = [line for line in lines if "generator/grad_norm" in line.get("scalars", {})]
   assert [line["step"] for line in steps] == [1, 2]
   assert all(line["scalars"]["generator/grad_norm"] > 0 for line in steps)
   assert (tmp_path / "export/generator/adapter_model.safetensors").is_file()
   capsys.readouterr()
-  code = _run(tmp_path, *small, config="tiny_stage1.py")
-  _expect(capsys, code, 'model.base_storage: "int8" -> "native"')
+  code = run(tmp_path, *small, config="tiny_stage1.py")
+  expect_mistake(capsys, code, 'model.base_storage: "int8" -> "native"')
 
 
 @pytest.mark.slow
 def test_adapters_in_bfloat16_resume_and_are_exported(tmp_path):
   half = [*SMALL, "--config.lora.dtype=bfloat16", "--config.train.fake_update_ratio=1"]
   for steps in (1, 2):
-    assert _run(tmp_path, *half, f"--config.train.steps={steps}", config="tiny_stage1.py") == 0
+    assert run(tmp_path, *half, f"--config.train.steps={steps}", config="tiny_stage1.py") == 0
   for name, rounded in (("generator", False), ("fake_score", True)):
     weights = load_file(tmp_path / "export" / name / "adapter_model.safetensors")
     low_bits = np.concatenate([w.view(np.uint32).ravel() & 0xFFFF for w in weights.values()])
@@ -189,12 +159,12 @@ def test_an_interrupted_run_resumes_bit_for_bit_and_leaves_everything(tmp_path, 
   overrides = [o for o in SMALL if config == "tiny_stage2.py" or "policy" not in o]
   overrides += ["--config.train.save_every=1", "--config.train.fake_update_ratio=2"]
   overrides += ["--config.eval.every=4"]
-  assert _run(tmp_path / "whole", *overrides, "--config.train.steps=4", config=config) == 0
-  assert _run(tmp_path / "parts", *overrides, "--config.train.steps=2", config=config) == 0
+  assert run(tmp_path / "whole", *overrides, "--config.train.steps=4", config=config) == 0
+  assert run(tmp_path / "parts", *overrides, "--config.train.steps=2", config=config) == 0
   # A first evaluation beside which the next one looks like reward hacking.
   first = {"step": 0, "means": {"eval/clipscore": [-9.0, 0.0], "images/diversity": [9.0, 0.0]}}
   (tmp_path / "parts/monitor.json").write_text(json.dumps(first))
-  assert _run(tmp_path / "parts", *overrides, "--config.train.steps=4", config=config) == 0
+  assert run(tmp_path / "parts", *overrides, "--config.train.steps=4", config=config) == 0
   for name in ("generator", "fake_score"):
     one, two = (
       (tmp_path / run / "export" / name / "adapter_model.safetensors").read_bytes()
@@ -223,7 +193,7 @@ def test_an_interrupted_run_resumes_bit_for_bit_and_leaves_everything(tmp_path, 
 def test_numbers_that_are_not_finite_end_the_run(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr("rtdmd_jax.train.check_limits", lambda config: None)
   overrides = [*SMALL, "--config.policy.policy_weight=nan", "--config.train.max_skipped=2"]
-  assert _run(tmp_path, *overrides, "--config.train.steps=5") == errors.EXIT_NUMBERS
+  assert run(tmp_path, *overrides, "--config.train.steps=5") == errors.EXIT_NUMBERS
   seen = capsys.readouterr()
   assert "step 1: the update of generator was skipped" in seen.out
   assert seen.err.startswith("stopped: at step 2 the last 2 updates of generator")
@@ -274,7 +244,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
   assert "the same command goes on from it" in said
   done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
   assert "resuming after step" in done.stdout
-  assert _run(tmp_path / "whole", *SMALL, "--config.train.steps=4") == 0
+  assert run(tmp_path / "whole", *SMALL, "--config.train.steps=4") == 0
   one, two = (
     (tmp_path / run / "export/generator/adapter_model.safetensors").read_bytes()
     for run in ("whole", "parts")

@@ -9,7 +9,7 @@ import pytest
 
 from rtdmd_jax.runtime import extras
 from tests.support.paths import ROOT
-from tests.test_help import TOOLS
+from tests.support.tools import TOOLS
 
 TINY = ROOT / "rtdmd_jax/assets/tiny"
 CONFIGS = {

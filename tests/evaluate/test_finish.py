@@ -18,7 +18,7 @@ from rtdmd_jax.evaluate import finish, suite
 from rtdmd_jax.evaluate.finish import facts_of, final_scores, is_finished
 from rtdmd_jax.runtime.lock import WorkdirLock
 from tests.support.paths import CONFIGS
-from tests.test_train import SMALL, _expect, _run, _tiny
+from tests.support.tiny_run import SMALL, expect_mistake, run, tiny_pipeline
 
 ADAPTERS = "adapter_model.safetensors"
 
@@ -59,7 +59,7 @@ def test_a_run_is_finished_when_this_step_is_exported_and_scored(tmp_path):
 def finished(tmp_path_factory):
   """A stage-1 run of two steps with a checkpoint after each, on a pipeline of its own."""
   root = tmp_path_factory.mktemp("finished")
-  pipeline = shutil.copytree(_tiny(), root / "pipeline")
+  pipeline = shutil.copytree(tiny_pipeline(), root / "pipeline")
   options = [
     *SMALL,
     "--config.train.steps=2",
@@ -76,7 +76,7 @@ def finished(tmp_path_factory):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train, "export_adapters", keep)
-    assert _run(root / "run", *options, config="tiny_stage1.py") == 0
+    assert run(root / "run", *options, config="tiny_stage1.py") == 0
   assert exported == [{"format": "pt", "step": "1", "weights": "moving average"}]
   return root, options
 
@@ -90,7 +90,7 @@ def copied(finished, tmp_path):
 
 
 def start(work, options, *more):
-  return _run(work, *options, *more, config="tiny_stage1.py")
+  return run(work, *options, *more, config="tiny_stage1.py")
 
 
 def refuse(*_, **__):
@@ -135,7 +135,7 @@ def test_a_finished_run_does_nothing_again(copied, capsys, monkeypatch):
   for spoil in ((), ("--config.eval.final_prompts=3",)):
     if not spoil:
       shutil.rmtree(work / "export")
-    _expect(capsys, start(work, options, *spoil), "not again")
+    expect_mistake(capsys, start(work, options, *spoil), "not again")
 
 
 @pytest.mark.slow
@@ -222,7 +222,7 @@ def test_another_content_under_the_same_path_is_refused(copied, capsys, monkeypa
   file.write_bytes(before + line if name.endswith("jsonl") else before[:-1] + b" ")
   try:
     message = f"the content of {key} has changed under the same path"
-    _expect(capsys, start(work, options, "--config.train.steps=3"), message)
+    expect_mistake(capsys, start(work, options, "--config.train.steps=3"), message)
     argv = ["main", f"--config={CONFIGS / 'tiny_stage1.py'}", f"--workdir={work}", *options]
     argv += ["--config.train.steps=3", "--allow_config_change"]
     assert cli.run(main.main, argv, define_flags=main.define_flags) == 2
@@ -237,7 +237,7 @@ def test_another_content_under_the_same_path_is_refused(copied, capsys, monkeypa
 def test_two_runs_in_one_workdir(copied, capsys):
   work, _, options = copied
   with WorkdirLock(work):
-    _expect(capsys, start(work, options), "another run is using", str(os.getpid()))
+    expect_mistake(capsys, start(work, options), "another run is using", str(os.getpid()))
   assert start(work, options) == 0
 
 
@@ -250,7 +250,7 @@ def test_stage_1_without_rewards_ends_well(tmp_path, capsys):
     "  for name in list(c.rewards):\n    del c.rewards[name]\n  return c\n"
   )
   options = [*SMALL, "--config.train.steps=1", "--config.train.fake_update_ratio=1"]
-  assert _run(tmp_path / "run", *options, config=config) == 0
+  assert run(tmp_path / "run", *options, config=config) == 0
   assert "report:" in capsys.readouterr().out
   card = (tmp_path / "run/export/generator/README.md").read_text()
   assert "| stage | stage1 |" in card and "## Held-out scores" not in card

@@ -21,7 +21,7 @@ from rtdmd_jax.adapters.load import Lora, load_adapters
 from rtdmd_jax.adapters.peft import adapter_layers
 from rtdmd_jax.models import build_transformer
 from tests.parity.backbones import BACKBONES
-from tests.parity.test_export import FirstRelease
+from tests.parity.first_release import FirstRelease
 
 NAME = "pytorch_lora_weights.safetensors"
 PIPELINES = {

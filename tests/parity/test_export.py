@@ -15,7 +15,8 @@ from rtdmd_jax.adapters.lora import build_adapters
 from rtdmd_jax.adapters.peft import save_peft
 from rtdmd_jax.pipeline import Pipeline, sampling
 from tests.parity import test_sd3
-from tests.parity.test_flux_pipelines import LENGTH, PROMPTS, SIZE, flux1, flux2
+from tests.parity.first_release import FirstRelease
+from tests.parity.flux_pipelines import LENGTH, PROMPTS, SIZE, flux1, flux2
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -163,24 +164,6 @@ def test_comfyui_names_are_those_of_the_first_release(case, tmp_path, monkeypatc
     want = expected.pop(key, np.zeros(()))
     np.testing.assert_allclose(change.numpy(), np.broadcast_to(want, change.shape), atol=1e-5)
   assert not expected
-
-
-class FirstRelease(dict):
-  """Changes of some weights in a checkpoint that has zeros for every other key asked for."""
-
-  def __init__(self, config, deltas):
-    super().__init__(deltas)
-    self.config = config
-
-  def __missing__(self, key):
-    parts = 7 if "linear1" in key else 6 if "qkv" in key else 2
-    rows = parts * self.config.width
-    if key == "context_embedder.weight":
-      rows = self.config.width
-    return torch.zeros(rows) if key.endswith(("bias", "scale")) else torch.zeros(rows, 1)
-
-  def pop(self, key, *default):
-    return super().pop(key) if key in self else default[0] if default else self[key]
 
 
 def test_comfyui_file_of_flux2_loads_in_diffusers(case, tmp_path):

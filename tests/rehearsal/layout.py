@@ -19,7 +19,7 @@ import transformers
 from rtdmd_jax.models.blip import BlipVisionConfig
 from rtdmd_jax.pretrain.tokenizers import train_clip_tokenizer, train_t5_tokenizer
 from tests.parity import flux_reference
-from tests.parity.test_flux_pipelines import qwen_tokenizer
+from tests.parity.flux_pipelines import qwen_tokenizer
 from tests.support import blip_files, clip_files, judge_files, open_clip_files
 from tests.support.paths import CONFIGS
 

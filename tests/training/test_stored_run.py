@@ -18,7 +18,7 @@ from rtdmd_jax.models import build_transformer
 from rtdmd_jax.runtime.checkpoint import Checkpoints
 from rtdmd_jax.training.stored_run import StoredRun, generator_weights
 from rtdmd_jax.weights.safetensors import save_model
-from tests.test_export import CONFIG, drawn, run
+from tests.support.exported import CONFIG, drawn, run
 
 TARGETS = ["attn.to_q", "proj_out"]
 SETTINGS = {
