@@ -323,13 +323,13 @@ def compare(
         lost = left_out(len(prompts), scorers[name].unavailable)
         judged.append(PromptScores.of(lost, prompts))
         continue
-      found = images_of(system.folders[name], prompts)
-      own = [prompts[index] for index, *_ in found]
-      scores = score(scorers[name], [file for *_, file in found], own, max(config.batch, _SCORED))
-      lines += _lines(system.name, name, found, own, scores.values)
+      images = images_of(system.folders[name], prompts)
+      own = [prompts[index] for index, *_ in images]
+      scores = score(scorers[name], [file for *_, file in images], own, max(config.batch, _SCORED))
+      lines += _lines(system.name, name, images, own, scores.values)
       judged.append(PromptScores.of(scores, own))
       if name == first:
-        _preview(found, workdir / "evaluation" / system.name, config.preview)
+        _preview(images, workdir / "evaluation" / system.name, config.preview)
     rows.append(table_row(system, judged))
   (workdir / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   shown = [prompt.text for prompt in sets[first][: config.preview]]
@@ -343,7 +343,7 @@ def compare(
   print(f"report: {write_report(workdir)}")
 
 
-def _lines(system, set_name, found, prompts, values) -> list[dict[str, Any]]:
+def _lines(system, set_name, images, prompts, values) -> list[dict[str, Any]]:
   return [
     {
       "system": system,
@@ -353,14 +353,14 @@ def _lines(system, set_name, found, prompts, values) -> list[dict[str, Any]]:
       "prompt": prompts[i].text,
       "scores": {n: float(v[i]) if math.isfinite(v[i]) else None for n, v in values.items()},
     }
-    for i, (index, seed, _) in enumerate(found)
+    for i, (index, seed, _) in enumerate(images)
   ]
 
 
-def _preview(found: Sequence[tuple[int, int, Path]], directory: Path, count: int) -> None:
+def _preview(images: Sequence[tuple[int, int, Path]], directory: Path, count: int) -> None:
   """Copies the first image of the first prompts to where the report looks for them."""
   directory.mkdir(parents=True, exist_ok=True)
-  for index, _, file in reversed(found):
+  for index, _, file in reversed(images):
     if index < count:
       shutil.copyfile(file, directory / f"{index}.png")
 

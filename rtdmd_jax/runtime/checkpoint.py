@@ -205,9 +205,9 @@ class Checkpoints:
   def _compare(self, step: int, leaves: dict[str, Any], sums: dict[str, int]) -> None:
     """Raises UserError for the first leaf whose values are not those that were written."""
     known = [name for name in sorted(sums) if name in leaves]
-    found = checksums({name: leaves[name] for name in known})
+    current = checksums({name: leaves[name] for name in known})
     for name in known:
-      if found[name] != sums[name]:
+      if current[name] != sums[name]:
         raise UserError(
           f"{self._name(step)} is damaged: the leaf {name} is not what was written; "
           "delete that folder to resume from an earlier one"
@@ -347,9 +347,9 @@ def _check_leaves(
       raise UserError(f"{checkpoint} has a leaf {name} that this configuration does not have")
     if name not in stored:
       raise UserError(f"{checkpoint} lacks the leaf {name} that this configuration has")
-    found, want = stored[name], wanted[name]
-    if tuple(found.shape) != want.shape or found.dtype != want.dtype:
+    saved, want = stored[name], wanted[name]
+    if tuple(saved.shape) != want.shape or saved.dtype != want.dtype:
       raise UserError(
-        f"{checkpoint}: leaf {name} is {found.dtype}{list(found.shape)}, "
+        f"{checkpoint}: leaf {name} is {saved.dtype}{list(saved.shape)}, "
         f"this configuration has {want.dtype}{list(want.shape)}"
       )

@@ -61,16 +61,16 @@ def weight_files(path: str | os.PathLike) -> dict[Path, frozenset[str]]:
     return _only_safetensors(path)
   if not path.is_dir():
     raise UserError(f"{path} does not exist; give a .safetensors file or a model directory.")
-  found = _candidates(path)
-  if len(found) > 1:
-    listed = ", ".join(file.name for file in found)
+  candidates = _candidates(path)
+  if len(candidates) > 1:
+    listed = ", ".join(file.name for file in candidates)
     raise UserError(f"{path} holds several checkpoints ({listed}); keep one or name one file.")
-  if found[0].suffix != ".json":
-    return {found[0]: frozenset()}
-  files = _indexed(found[0])
+  if candidates[0].suffix != ".json":
+    return {candidates[0]: frozenset()}
+  files = _indexed(candidates[0])
   for file in files:
     if not file.is_file():
-      raise UserError(f"{file} is missing, although {found[0]} lists it.")
+      raise UserError(f"{file} is missing, although {candidates[0]} lists it.")
   return files
 
 

@@ -228,13 +228,13 @@ def _open_files(files: Mapping[Path, frozenset[str]]) -> Iterator[dict[str, Tens
   tensors: dict[str, Tensor] = {}
   with ExitStack() as stack:
     for file, promised in files.items():
-      found = _tensors_of(file, stack)
-      if promised - found.keys():
-        lacking = sorted(promised - found.keys())[0]
+      read = _tensors_of(file, stack)
+      if promised - read.keys():
+        lacking = sorted(promised - read.keys())[0]
         raise UserError(f"{file} lacks key {lacking}, although the index promises it there.")
-      for key in found.keys() & tensors.keys():
+      for key in read.keys() & tensors.keys():
         raise UserError(f"{file} holds key {key} again; {tensors[key].file} has it already.")
-      tensors |= found
+      tensors |= read
     yield tensors
 
 
@@ -271,8 +271,8 @@ def _check_keys(
   unknown = sorted(
     key for key in tensors.keys() - wanted.keys() if not any(re.fullmatch(p, key) for p in ignore)
   )
-  if found := quantised(unknown):
-    key, words = found
+  if sign := quantised(unknown):
+    key, words = sign
     raise UserError(f"{tensors[key].file} holds {key}, a part of {words}; {_WANTED}.")
   if missing:
     more = f" and {len(missing) - 1} more keys" if len(missing) > 1 else ""
@@ -285,15 +285,15 @@ def _check_keys(
       f"{tensors[unknown[0]].file} holds key {unknown[0]}{more}, unknown to the model."
     )
   for key, entry in wanted.items():
-    found = tensors[key]
-    if found.shape != entry.shape:
-      raise UserError(f"{found.file}: {key} has shape {found.shape}, expected {entry.shape}.")
+    tensor = tensors[key]
+    if tensor.shape != entry.shape:
+      raise UserError(f"{tensor.file}: {key} has shape {tensor.shape}, expected {entry.shape}.")
     # Of an int8 kernel the file has floating-point weights, too.
     leaf = shapes[entry.path].dtype
     whole = jnp.issubdtype(leaf, jnp.integer) and (*entry.path[:-1], int8.SCALE) not in shapes
-    if whole == jnp.issubdtype(found.dtype, jnp.floating):
+    if whole == jnp.issubdtype(tensor.dtype, jnp.floating):
       kind = "whole numbers are meant" if whole else _WANTED
-      raise UserError(f"{found.file}: {key} has type {found.dtype.name}; {kind}.")
+      raise UserError(f"{tensor.file}: {key} has type {tensor.dtype.name}; {kind}.")
 
 
 def _leaf_dtype(own: Any, wanted: Any) -> np.dtype:

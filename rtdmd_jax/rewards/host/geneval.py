@@ -44,30 +44,32 @@ def confident(detections: Sequence[Detection], tag: str) -> dict[str, list[Detec
   """Groups detections by class, best first: above the tag's threshold, 16 a class at most."""
   threshold = COUNTING_THRESHOLD if tag == "counting" else SCORE_THRESHOLD
   groups: dict[str, list[Detection]] = {}
-  for found in sorted(detections, key=lambda d: -d.score):
-    group = groups.setdefault(found.name, [])
-    if found.score > threshold and len(group) < MAX_OBJECTS:
-      group.append(found)
+  for detection in sorted(detections, key=lambda d: -d.score):
+    group = groups.setdefault(detection.name, [])
+    if detection.score > threshold and len(group) < MAX_OBJECTS:
+      group.append(detection)
   return groups
 
 
-def _closeness(wanted: int, found: int) -> float:
-  return 1.0 - abs(wanted - found) / wanted
+def _closeness(wanted: int, counted: int) -> float:
+  return 1.0 - abs(wanted - counted) / wanted
 
 
-def _of_color(found: Sequence[Detection], color: str) -> int:
-  return sum(d.color == color for d in found)
+def _of_color(detected: Sequence[Detection], color: str) -> int:
+  return sum(d.color == color for d in detected)
 
 
-def _all_related(found: Sequence[Detection], targets: Sequence[Detection], relation: str) -> bool:
-  return all(relation in relations(a.box, b.box) for a in found for b in targets)
+def _all_related(
+  detected: Sequence[Detection], targets: Sequence[Detection], relation: str
+) -> bool:
+  return all(relation in relations(a.box, b.box) for a in detected for b in targets)
 
 
 def soft_and_strict(record: Mapping, objects: Mapping[str, list[Detection]]) -> tuple[float, bool]:
   """Mean of partial credits, and whether every requirement holds exactly.
 
-  Credits of one `include` entry: `1 - |count - found| / count`, negative when over-counted; if the
-  count is wrong and a colour or relation was asked, one 0; if it is right, `1 - |count - right
+  Credits of one `include` entry: `1 - |count - counted| / count`, negative when over-counted; if
+  the count is wrong and a colour or relation was asked, one 0; if it is right, `1 - |count - right
   colour| / count` for a colour. A relation is judged once count and colour hold: 0 if its target
   failed, else 1, preceded by a 0 if it does not hold. That 1 also after a wrong relation is as
   published (RTDMD and Flow-GRPO): a wrong relation costs a smaller share than the formula's
@@ -80,13 +82,13 @@ def soft_and_strict(record: Mapping, objects: Mapping[str, list[Detection]]) -> 
   credits: list[float] = []
   matched: list[list[Detection] | None] = []
   for need in record["include"]:
-    count, found = need["count"], objects.get(need["class"], [])
-    credits.append(_closeness(count, len(found)))
-    right = len(found) == count
+    count, detected = need["count"], objects.get(need["class"], [])
+    credits.append(_closeness(count, len(detected)))
+    right = len(detected) == count
     if not right and ("color" in need or "position" in need):
       credits.append(0.0)
     if right and "color" in need:
-      colored = _of_color(found, need["color"])
+      colored = _of_color(detected, need["color"])
       credits.append(_closeness(count, colored))
       right = colored == count
     if right and "position" in need:
@@ -96,9 +98,9 @@ def soft_and_strict(record: Mapping, objects: Mapping[str, list[Detection]]) -> 
         credits.append(0.0)
         right = False
       else:
-        right = _all_related(found, targets, relation)
+        right = _all_related(detected, targets, relation)
         credits += [1.0] if right else [0.0, 1.0]
-    matched.append(list(found) if right else None)
+    matched.append(list(detected) if right else None)
   return (sum(credits) / len(credits) if credits else 0.0), all(m is not None for m in matched)
 
 
@@ -107,14 +109,14 @@ def official(record: Mapping, objects: Mapping[str, list[Detection]]) -> bool:
   matched: list[list[Detection] | None] = []
   for need in record["include"]:
     count = need["count"]
-    found = objects.get(need["class"], [])[:count]
-    right = len(found) >= count
+    detected = objects.get(need["class"], [])[:count]
+    right = len(detected) >= count
     if right and "color" in need:
-      right = _of_color(found, need["color"]) >= count
+      right = _of_color(detected, need["color"]) >= count
     if right and "position" in need:
       relation, index = need["position"]
-      right = matched[index] is not None and _all_related(found, matched[index], relation)
-    matched.append(found if right else None)
+      right = matched[index] is not None and _all_related(detected, matched[index], relation)
+    matched.append(detected if right else None)
   excluded = any(
     len(objects.get(ban["class"], [])) >= ban["count"] for ban in record.get("exclude", [])
   )
@@ -174,7 +176,9 @@ class GenEval:
       raise ValueError(f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} records")
     for index, record in enumerate(metadata):
       check_record(record, f"metadata[{index}]")
-    verdicts = [judge(r, found) for r, found in zip(metadata, self.detector(images), strict=True)]
+    verdicts = [
+      judge(r, detected) for r, detected in zip(metadata, self.detector(images), strict=True)
+    ]
     columns = np.asarray(verdicts, np.float32).reshape(-1, 3).T
     scores = {"geneval": columns[0], "strict_accuracy": columns[1], "accuracy": columns[2]}
     tags = np.asarray([record["tag"] for record in metadata], dtype=object)

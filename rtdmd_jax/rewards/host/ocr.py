@@ -50,10 +50,10 @@ def text_score(pieces: Sequence[str], target: str) -> float:
     pieces: the text found.
     target: from `target_text`.
   """
-  found = _plain("".join(pieces))
-  if target in found:
+  text = _plain("".join(pieces))
+  if target in text:
     return 1.0
-  return 1.0 - min(edit_distance(found, target), len(target)) / len(target)
+  return 1.0 - min(edit_distance(text, target), len(target)) / len(target)
 
 
 def rapidocr_reader() -> Reader:

@@ -91,11 +91,11 @@ class OpenAIAnswerer:
       "top_logprobs": self._top,
     }
     try:
-      found = self._client.ask("/chat/completions", request, read_probabilities)
+      probabilities = self._client.ask("/chat/completions", request, read_probabilities)
     except TransientError as error:
       _logger.warning("geneval2: the question %r failed: %s", query.question, error)
       return [math.nan] * len(query.variants)
-    return [found.get(self._first_token(text), 0.0) for text in query.variants]
+    return [probabilities.get(self._first_token(text), 0.0) for text in query.variants]
 
   def _first_token(self, text: str) -> str:
     if self._tokenizer is None:
@@ -112,12 +112,14 @@ def read_probabilities(answer: object) -> dict[str, float]:
   """
   try:
     entries = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    found = {entry["token"]: math.exp(entry["logprob"]) for entry in entries}
+    probabilities = {entry["token"]: math.exp(entry["logprob"]) for entry in entries}
   except (KeyError, IndexError, TypeError, OverflowError) as error:
     raise TransientError("the answer holds no log-probabilities") from error
-  if not found or not all(isinstance(token, str) and p <= 1.001 for token, p in found.items()):
+  if not probabilities or not all(
+    isinstance(token, str) and p <= 1.001 for token, p in probabilities.items()
+  ):
     raise TransientError("the answer's log-probabilities are no such")
-  return found
+  return probabilities
 
 
 def _read_models(answer: object) -> list[str]:
