@@ -66,6 +66,7 @@ def test_the_report_of_a_run(tmp_path):
   assert done.stderr.count("\n") == 1 and done.stderr.startswith("fake_score: peak ")
   assert "on h100:2: 2 devices (data 1 x fsdp 2 x tensor 1)" in done.stdout
   assert "78.15 GB each" in done.stdout and "92% of the card" in done.stdout
-  assert "autotuning" in done.stdout and "kernels launched: cuBLAS" in done.stdout
+  assert "autotuning" in done.stdout and " kernels launched: " in done.stdout
   (program,) = json.loads(out.read_text())["programs"]
   assert program["fits"] and program["flops"] > 1e9 and sum(program["sent"].values()) > 1e5
+  assert program["kernels"]["cuBLAS"] > 1000
