@@ -115,6 +115,7 @@ def traced(config: str, overrides: list[str], topology: str, name: str):
   config = load_config(config, overrides)
   setup = abstract_setup(config)
   there = find_topology(topology)
+  there.check(config)
   mesh = sharding.make_mesh(**config.mesh, devices=there.devices)
   images = config.batch.prompts * config.batch.images_per_prompt
 

@@ -40,7 +40,7 @@ choose_gpu_setup() {
   count=$(wc -l <<<"$memory")
   if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then count=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l); fi
   memory=$(sort -n <<<"$memory" | head -n 1)  # MiB
-  if [ "$memory" -lt 79000 ]; then return 0; fi
+  if ! [[ $memory =~ ^[0-9]+$ ]] || [ "$memory" -lt 79000 ]; then return 0; fi
   case "$count" in
     1) if [ "$memory" -lt 140000 ]; then setup=1x80; else setup=1x141; fi ;;
     8) setup=8x80 ;;

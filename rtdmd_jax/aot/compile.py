@@ -94,11 +94,7 @@ def measure(
   if config.stage not in STAGES:
     raise UserError(f"stage is {config.stage!r}; use one of {', '.join(STAGES)}.")
   there = find_topology(topology)
-  if there.gpu and config.model.offload:
-    raise UserError(
-      "model.offload is True; GPUs' compiler without a GPU leaves out where arrays lie, so what an"
-      " offloaded run takes is not known. Compile with --config.model.offload=False."
-    )
+  there.check(config)
   # Made before the mesh is set, so that no constant asks for a device that is not there.
   setup = abstract_setup(config)
   mesh = sharding.make_mesh(**config.mesh, devices=there.devices)

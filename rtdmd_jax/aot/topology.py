@@ -26,7 +26,7 @@ _LIBTPU = {
 _GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 _GPU_UNKNOWN = (
   "not known without a GPU: which kernels its autotuning would take for products (all are cuBLAS's"
-  " here), the workspaces of cuDNN's attention (0.05 to 0.6 GB backward), NCCL's buffers, the CUDA"
+  " here), the workspaces of cuDNN's attention, NCCL's buffers, the CUDA"
   " context, fragmentation"
 )
 
@@ -56,6 +56,18 @@ class Topology(NamedTuple):
   def chip(self) -> Chip:
     """The rates of each device."""
     return chip(self.kind)
+
+  def check(self, config: Any) -> None:
+    """Refuses a run whose memory the compiler would not tell.
+
+    Raises:
+      UserError: offloaded kernels on GPUs.
+    """
+    if self.gpu and config.model.offload:
+      raise UserError(
+        "model.offload is True; GPUs' compiler without a GPU leaves out where arrays lie, so what"
+        " an offloaded run takes is not known. Compile with --config.model.offload=False."
+      )
 
 
 def find_topology(name: str) -> Topology:

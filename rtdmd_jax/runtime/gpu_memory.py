@@ -7,8 +7,8 @@ from rtdmd_jax.errors import UserError
 # jax reads both, and refuses to start if both are set.
 VARIABLE = "XLA_CLIENT_MEM_FRACTION"
 _OLD_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-# jax's own default, 0.75, leaves 20 to 36 GB of a card unused. The rest is for the CUDA context and
-# NCCL's buffers.
+# jax's own default, 0.75, leaves 21 to 38 GB of a card unused. What this one leaves is for the CUDA
+# context and NCCL's buffers.
 _TRAINING = 0.92
 
 

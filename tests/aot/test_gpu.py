@@ -14,6 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rtdmd_jax.aot.hlo import traffic
 from rtdmd_jax.aot.topology import find_topology
+from rtdmd_jax.config import load_config
+from rtdmd_jax.errors import UserError
 from rtdmd_jax.runtime import gpu_memory
 from tests.support.paths import ROOT
 
@@ -51,6 +53,12 @@ def test_attention_is_cudnns_and_products_are_cublas(name, kind):
   assert kernels["cuDNN attention"] == kernels["cuDNN attention backward"] == 1
   assert kernels["cuBLAS"] == 3
   assert compiled.memory_analysis().temp_size_in_bytes < 16e6
+
+
+def test_offloaded_kernels_are_refused():
+  config = load_config("rtdmd_jax:tiny_stage1", ["model.offload=true"])
+  with pytest.raises(UserError, match="model.offload is True; GPUs' compiler"):
+    find_topology("h100:1").check(config)
 
 
 def test_the_report_of_a_run(tmp_path):
